@@ -1,0 +1,60 @@
+"""Golden values of the reference implementation (fp32, CPU), and the rule by which its weights and inputs were made."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit import UViT, UViTConfig
+
+FOLDER = Path(__file__).parent / "goldens"
+FACTS = json.loads((FOLDER / "uvit.json").read_text())
+ARRAYS = np.load(FOLDER / "uvit.npz")
+
+
+def rnd(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32))
+
+
+def config_of(published: dict) -> UViTConfig:
+    """Our config of a published constructor's arguments."""
+    fields = dict(published)
+    fields["num_classes"] = max(fields.get("num_classes", 0), 0)
+    fields["conv"] = "image" if fields.get("conv", True) else "none"
+    fields["skip"] = "concat" if fields.get("skip", True) else "none"
+    fields["context_dim"] = fields.pop("clip_dim", 0)
+    fields["num_context_tokens"] = fields.pop("num_clip_token", 0)
+    return UViTConfig(**fields)
+
+
+def golden_model(case: str) -> UViT:
+    model = UViT(config_of(FACTS["cases"][case]["kwargs"]))
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        if name == "pos_embed":
+            weights[name] = 0.5 * rnd(name, shape)
+        elif len(shape) == 1:
+            weights[name] = 1 + 0.1 * rnd(name, shape) if name.endswith("weight") else 0.1 * rnd(name, shape)
+        else:
+            weights[name] = rnd(name, shape) / float(np.sqrt(np.prod(shape[1:])))
+    model.load_state_dict(weights)
+    return model
+
+
+def golden_inputs(case: str) -> dict[str, Tensor]:
+    batch, config = FACTS["cases"][case]["batch"], config_of(FACTS["cases"][case]["kwargs"])
+    inputs = {
+        "x": rnd("x", (batch, config.in_chans, *config.image_shape)),
+        "timesteps": torch.linspace(1, 998.5, batch) if batch > 1 else torch.tensor([417.25]),
+    }
+    if config.num_classes:
+        inputs["y"] = (torch.arange(batch) * 7 + 3) % config.num_classes
+    if config.context_dim:
+        inputs["context"] = rnd("context", (batch, config.num_context_tokens, config.context_dim))
+    return inputs

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from golden import ARRAYS, FACTS, config_of, golden_inputs, golden_model, rnd
+
+from uvit import UViT, UViTConfig
+from uvit.backbone import timestep_embedding
+from uvit.errors import InputError
+
+RELATIVE = 1e-5
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+@pytest.mark.parametrize("case", ["tiny_uncond", "tiny_class", "tiny_t2i"])
+def test_output_loss_and_gradients_equal_the_reference(case, backend):
+    facts, reference = FACTS["cases"][case], golden_model(case)
+    model = UViT(reference.config, attention=backend)
+    model.load_state_dict(reference.state_dict())
+    output = model(**golden_inputs(case))
+    assert relative_error(output, torch.from_numpy(ARRAYS[f"{case}/output"])) < RELATIVE
+
+    loss = (output - rnd("target", tuple(output.shape))).square().mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(facts["loss"], rel=RELATIVE)
+    norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
+    assert norms == pytest.approx(facts["grad_norm"], rel=RELATIVE)
+
+
+def test_cifar10_small_equals_the_reference():
+    facts = FACTS["cases"]["cifar10_uvit_small"]
+    with torch.no_grad():
+        output = golden_model("cifar10_uvit_small")(**golden_inputs("cifar10_uvit_small"))
+    theirs = torch.from_numpy(ARRAYS["cifar10_uvit_small/output_first256"])
+    assert relative_error(output.flatten()[:256], theirs) < RELATIVE
+    assert output.std().item() == pytest.approx(facts["std"], rel=RELATIVE)
+    assert output.mean().item() == pytest.approx(facts["mean"], abs=RELATIVE * facts["std"])
+
+
+@pytest.mark.parametrize("name", FACTS["parameter_counts"])
+def test_published_sizes(name):
+    facts = FACTS["parameter_counts"][name]
+    with torch.device("meta"):
+        model = UViT(config_of(facts["kwargs"]))
+    assert sum(parameter.numel() for parameter in model.parameters()) == facts["parameters"]
+    assert len(model.state_dict()) == facts["state_dict_entries"]
+
+
+OPTIONS = [
+    {},
+    {"num_classes": 5},
+    {"num_classes": 5, "null_class": True, "context_dim": 12, "num_context_tokens": 3},
+    {"img_size": (4, 8)},
+    {"skip": "add"},
+    {"skip": "linear_add"},
+    {"skip": "add_linear"},
+    {"skip": "none"},
+    {"time_conditioning": "adaln", "mlp_time_embed": True},
+    {"time_conditioning": "adaln", "num_classes": 5},
+    {"conv": "tokens"},
+    {"conv": "none"},
+    {"patch_embed": "conv"},
+    {"patch_embed": "conv", "patch_size": 4},
+    {"patch_embed": "conv", "patch_size": 1, "img_size": 4},
+    {"pos_embed": "sincos2d"},
+    {"qk_norm": True},
+    {"qkv_bias": True, "mlp_ratio": 2.5},
+]
+
+
+def random_inputs(config: UViTConfig, batch: int = 3) -> dict[str, torch.Tensor]:
+    inputs = {
+        "x": torch.randn(batch, config.in_chans, *config.image_shape),
+        "timesteps": torch.linspace(1, 999, batch),
+    }
+    if config.num_classes:
+        inputs["y"] = torch.arange(batch)
+    if config.context_dim:
+        inputs["context"] = torch.randn(batch, config.num_context_tokens, config.context_dim)
+    return inputs
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_reaches_every_parameter(tiny, options):
+    torch.manual_seed(0)
+    config = dataclasses.replace(tiny, **options)
+    model, inputs = UViT(config), random_inputs(config)
+    output = model(**inputs)
+    assert output.shape == inputs["x"].shape
+    output.square().sum().backward()
+    untouched = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert untouched == []
+
+
+@pytest.mark.parametrize("options", [{}, {"time_conditioning": "adaln"}, {"skip": "add"}], ids=str)
+def test_gradient_checkpointing_changes_nothing(tiny, options):
+    config = dataclasses.replace(tiny, **options)
+    plain, inputs = UViT(config), random_inputs(config)
+    thrifty = UViT(config, gradient_checkpointing=True)
+    thrifty.load_state_dict(plain.state_dict())
+    for model in (plain, thrifty):
+        model(**inputs).square().sum().backward()
+    for ours, theirs in zip(plain.parameters(), thrifty.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+
+
+def test_time_and_label_and_context_change_the_output(tiny):
+    config = dataclasses.replace(tiny, num_classes=5, context_dim=12, num_context_tokens=3)
+    model, inputs = UViT(config), random_inputs(config)
+    before = model(**inputs)
+    changed = {"timesteps": inputs["timesteps"] + 1, "y": inputs["y"] + 1, "context": inputs["context"] + 1}
+    for name, value in changed.items():
+        assert not torch.equal(before, model(**{**inputs, name: value})), name
+
+
+def test_adaln_is_the_papers_formula(tiny):
+    model = UViT(tiny, time_conditioning="adaln")
+    norm, time, h = model.in_blocks[0].norm1, torch.randn(2, 32), torch.randn(2, 5, 32)
+    scale, shift = norm.proj(time).chunk(2, dim=-1)
+    expected = scale[:, None] * torch.nn.functional.layer_norm(h, (32,)) + shift[:, None]
+    torch.testing.assert_close(norm(h, time), expected)
+
+
+def test_initial_weights_are_the_papers():
+    torch.manual_seed(0)
+    model = UViT(UViTConfig(img_size=16, embed_dim=256, depth=2, num_heads=4, num_classes=50))
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.mid_block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.mid_block.mlp.fc1.bias.abs().max() == 0
+    assert model.label_emb.weight.std().item() == pytest.approx(1, rel=0.05)
+    assert all(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if name.endswith("weight"))
+
+
+def test_time_embedding_is_cosines_then_sines_at_full_precision():
+    embedding = timestep_embedding(torch.tensor([500.0], dtype=torch.float64), 8)
+    frequencies = 10_000 ** (-torch.arange(4) / 4)
+    torch.testing.assert_close(embedding[0], torch.cat([(500 * frequencies).cos(), (500 * frequencies).sin()]))
+    assert timestep_embedding(torch.tensor([500.0], dtype=torch.bfloat16), 8).dtype == torch.float32
+
+
+def test_resize_changes_the_patch_part_of_the_positions_only(tiny):
+    model = UViT(tiny, num_classes=5)
+    before = model.pos_embed.detach().clone()
+    assert model.resize((12, 16)) is model
+    assert model.config.image_shape == (12, 16)
+    assert torch.equal(model.pos_embed[:, :2], before[:, :2])
+    assert model.pos_embed.shape == (1, 2 + 6 * 8, 32)
+    assert model(**random_inputs(model.config)).shape == (3, 1, 12, 16)
+    # A constant stays constant under interpolation, whatever its size.
+    flat = UViT(tiny)
+    with torch.no_grad():
+        flat.pos_embed.copy_(torch.ones_like(flat.pos_embed))
+    torch.testing.assert_close(flat.resize(16).pos_embed, torch.ones(1, 1 + 64, 32))
+
+
+def test_resize_recomputes_fixed_positions(tiny):
+    resized, fresh = UViT(tiny, pos_embed="sincos2d").resize(16), UViT(tiny, pos_embed="sincos2d", img_size=16)
+    torch.testing.assert_close(resized.pos_embed, fresh.pos_embed)
+
+
+def test_resize_refuses_what_patches_do_not_divide(tiny):
+    model = UViT(tiny)
+    with pytest.raises(InputError, match=r"divisible by patch_size 2, got 9"):
+        model.resize(9)
+    assert model.config == tiny
+
+
+def test_saved_and_loaded_is_the_same(tiny, tmp_path):
+    model = UViT(tiny, num_classes=5, null_class=True, qk_norm=True)
+    model.save_pretrained(tmp_path / "model")
+    loaded = UViT.from_pretrained(tmp_path / "model", attention="math")
+    assert dataclasses.replace(loaded.config, attention="auto") == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert not loaded.training
+
+
+def test_half_precision_and_autocast(tiny):
+    model, inputs = UViT(tiny, qk_norm=True), random_inputs(tiny)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**inputs).float().sum().backward()
+    half = UViT(tiny).bfloat16()
+    assert half(inputs["x"].bfloat16(), inputs["timesteps"]).dtype == torch.bfloat16
+
+
+BAD_INPUTS = [
+    ({"x": torch.zeros(2, 1, 8, 9)}, r"x must be \(B, 1, 8, 8\), got \(2, 1, 8, 9\)"),
+    ({"x": torch.zeros(2, 3, 8, 8)}, r"x must be \(B, 1, 8, 8\), got \(2, 3, 8, 8\)"),
+    ({"timesteps": torch.zeros(3)}, r"timesteps must be \(2,\), got \(3,\)"),
+    ({"y": None}, r"num_classes 5 takes y, got none"),
+    ({"y": torch.zeros(2, 1, dtype=torch.long)}, r"y must be \(2,\), got \(2, 1\)"),
+    ({"context": None}, r"context_dim 12 takes context, got none"),
+    ({"context": torch.zeros(2, 4, 12)}, r"context must be \(2, 3, 12\), got \(2, 4, 12\)"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), BAD_INPUTS)
+def test_bad_inputs_name_both_shapes(tiny, changed, message):
+    config = dataclasses.replace(tiny, num_classes=5, context_dim=12, num_context_tokens=3)
+    with pytest.raises(InputError, match=message):
+        UViT(config)(**{**random_inputs(config, batch=2), **changed})
+
+
+def test_condition_for_a_model_without_one(tiny):
+    inputs = random_inputs(tiny, batch=2)
+    with pytest.raises(InputError, match="num_classes 0 takes no y, got labels"):
+        UViT(tiny)(**inputs, y=torch.zeros(2, dtype=torch.long))
+    with pytest.raises(InputError, match="context_dim 0 takes no context, got context"):
+        UViT(tiny)(**inputs, context=torch.zeros(2, 3, 4))
+
+
+def test_unknown_field(tiny):
+    with pytest.raises(InputError, match="no field 'image_size'"):
+        UViT(image_size=32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
+def test_golden_on_cuda(backend):
+    reference = golden_model("tiny_class")
+    model = UViT(reference.config, attention=backend)
+    model.load_state_dict(reference.state_dict())
+    with torch.no_grad():
+        output = model.cuda()(**{name: value.cuda() for name, value in golden_inputs("tiny_class").items()})
+    assert relative_error(output.cpu(), torch.from_numpy(ARRAYS["tiny_class/output"])) < 1e-4

@@ -1,0 +1,196 @@
+"""Trains a U-ViT: `accelerate launch train.py configs/digits.py --optim.lr 1e-3`, or plain `python train.py …`.
+
+Running the same command again goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from timm.utils import ModelEmaV3
+from tqdm import tqdm
+
+from uvit import UViT
+from uvit.attention import resolve_backend
+from uvit.checkpoint import load_checkpoint, save_checkpoint, write_aside, write_text, write_weights
+from uvit.cli import parse, run
+from uvit.config import CONFIG_FILE, Config, load_config, read_json, to_json
+from uvit.data import ImageData, build_loader, load_data, random_flip, to_unit_range
+from uvit.diffusion import diffusion_loss
+from uvit.errors import InputError
+from uvit.generate import class_names, generate
+from uvit.grid import image_grid
+from uvit.optim import build_optimizer, build_scheduler
+
+USAGE = "train.py CONFIG"
+GRID_ROWS, GRID_COLUMNS = 10, 8
+
+
+def read_arguments(arguments: Sequence[str]) -> Config:
+    """Reads CONFIG and its overrides, and checks all that can be checked before any device starts."""
+    if not arguments or arguments[0].startswith("-"):
+        if "-h" in arguments or "--help" in arguments:
+            parse(Config, ["--help"], USAGE, __doc__ or "")
+        raise InputError("the first argument must be a config file, such as configs/digits.py")
+    config = parse(Config, arguments[1:], USAGE, __doc__ or "", default=load_config(arguments[0]))
+    accelerator = None if os.environ.get("ACCELERATE_USE_CPU") == "true" else torch.accelerator.current_accelerator()
+    device_type = accelerator.type if accelerator is not None and torch.accelerator.is_available() else "cpu"
+    resolve_backend(config.model.attention, device_type, config.model.embed_dim // config.model.num_heads)
+    if config.train.mixed_precision == "fp16" and device_type != "cuda":
+        raise InputError(f"train.mixed_precision 'fp16' needs a CUDA device, got {device_type!r}: use 'bf16' or 'no'")
+    run_dir = config.train.run_dir or str(Path("runs", Path(arguments[0]).stem))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=run_dir))
+
+
+def check_same_model(config: Config, run_dir: Path) -> None:
+    """Stops where the run folder holds a run of another model or process, whose checkpoint would not fit."""
+    if not (run_dir / "checkpoints").is_dir() or not (run_dir / CONFIG_FILE).is_file():
+        return
+    before, now = read_json(run_dir / CONFIG_FILE), json.loads(to_json(config))
+    for section in ("model", "process"):
+        for field, value in now[section].items():
+            was = before[section].get(field)
+            if was != value:
+                held = f"{run_dir} holds a run with {section}.{field} {was!r}"
+                raise InputError(f"{held}, got {value!r}: use another --train.run_dir")
+
+
+def step_seed(*numbers: int) -> int:
+    """Mixes numbers such as (seed, step, process) into one seed, so that every step has its own randomness."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def save_grid(model: UViT, config: Config, path: Path) -> np.ndarray:
+    """Draws the run's grid of samples, writes it as a picture and returns it as (H, W, 3)."""
+    num_rows = min(config.model.num_classes, GRID_ROWS)
+    labels = [label for label in range(num_rows or GRID_COLUMNS) for _ in range(GRID_COLUMNS)]
+    images = generate(model, config, config.sample, labels, config.train.seed, batch_size=len(labels))
+    picture = image_grid(images, GRID_COLUMNS, class_names(config)[:num_rows])
+    with write_aside(path) as aside:
+        picture.save(aside)
+    return np.asarray(picture)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the command line, opens the run folder and trains."""
+    config = read_arguments(arguments)
+    data = load_data(config.data, config.model)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=data.class_names))
+    run_dir = Path(config.train.run_dir or "")
+    check_same_model(config, run_dir)
+    write_text(run_dir / CONFIG_FILE, to_json(config))
+    train(config, data, run_dir)
+
+
+def train(config: Config, data: ImageData, run_dir: Path) -> None:
+    """Trains to config.train.num_steps, from the newest checkpoint in the run folder where there is one."""
+    settings = config.train
+    torch.set_float32_matmul_precision("high")
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        log_with=None if settings.tracker == "none" else settings.tracker,
+        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
+    )
+    device, is_main = accelerator.device, accelerator.is_main_process
+
+    # Everything that changes over the run.
+    torch.manual_seed(settings.seed)
+    plain_model = UViT(config.model).to(device)
+    ema = ModelEmaV3(plain_model, decay=settings.ema_decay)
+    model, optimizer = accelerator.prepare(plain_model, build_optimizer(plain_model, config.optim))
+    scheduler = build_scheduler(optimizer, config.optim, settings.num_steps)
+    stateful = {"model": plain_model, "ema": ema.module, "optimizer": optimizer, "scheduler": scheduler}
+    if accelerator.scaler is not None:
+        stateful["scaler"] = accelerator.scaler
+
+    start = 0
+    if (state := load_checkpoint(run_dir)) is not None:
+        start = state["step"]
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+        accelerator.print(f"going on from step {start} of {settings.num_steps} in {run_dir}")
+    if start >= settings.num_steps:
+        accelerator.print(f"nothing to do: {run_dir} has {start} steps (train.num_steps is {settings.num_steps})")
+        return
+
+    generator = torch.Generator(device)
+    loader = build_loader(
+        data, config, start, accelerator.process_index, accelerator.num_processes, pin_memory=device.type == "cuda"
+    )
+    batches = iter(loader)
+    if settings.tracker != "none":
+        accelerator.init_trackers("uvit", config=None)
+    progress = tqdm(total=settings.num_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True)
+    running_loss, logged_at, logged_step = torch.zeros((), device=device), time.perf_counter(), start
+
+    model.train()
+    for step in range(start, settings.num_steps):
+        # One optimizer step on a global batch, in parts that fit in memory.
+        for part in range(settings.accumulation_steps):
+            images, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            generator.manual_seed(step_seed(settings.seed, step, part, accelerator.process_index))
+            images = to_unit_range(images)
+            if config.data.flip:
+                images = random_flip(images, generator)
+            cond = {}
+            if config.model.num_classes:
+                # Labels dropped for guidance become the null class.
+                dropped = torch.rand(len(labels), device=device, generator=generator) < settings.label_dropout
+                cond["y"] = torch.where(dropped, config.model.num_classes, labels)
+            is_last = part == settings.accumulation_steps - 1
+            with nullcontext() if is_last else accelerator.no_sync(model):
+                loss = diffusion_loss(partial(model, **cond), images, config.process, generator)
+                accelerator.backward(loss / settings.accumulation_steps)
+            running_loss += loss.detach() / settings.accumulation_steps
+
+        if config.optim.grad_clip:
+            accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        ema.update(plain_model)
+        progress.update()
+        done = step + 1
+
+        if done % settings.log_every == 0 or done == settings.num_steps:
+            mean_loss = accelerator.reduce(running_loss, "mean").item() / (done - logged_step)
+            rate = (done - logged_step) * settings.batch_size / (time.perf_counter() - logged_at)
+            metrics = {"loss": mean_loss, "lr": lr, "images_per_second": rate}
+            accelerator.log(metrics, step=done)
+            if is_main:
+                with open(run_dir / "metrics.jsonl", "a") as lines:
+                    print(json.dumps({"step": done, **metrics}), file=lines)
+            progress.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} images/s")
+            running_loss.zero_()
+            logged_step, logged_at = done, time.perf_counter()
+
+        is_end, paused_at = done == settings.num_steps, time.perf_counter()
+        if is_main and settings.sample_every and (done % settings.sample_every == 0 or is_end):
+            picture = save_grid(ema.module, config, run_dir / "samples" / f"step_{done:08d}.png")
+            for tracker in accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": picture[None]}, step=done, **layout)
+        if is_main and (done % settings.save_every == 0 or is_end):
+            save_checkpoint(run_dir, done, {name: part.state_dict() for name, part in stateful.items()}, settings.keep)
+            write_weights(run_dir, ema.module.state_dict())
+        logged_at += time.perf_counter() - paused_at  # grids and checkpoints do not count in images/s
+
+    progress.close()
+    accelerator.end_training()
+    accelerator.print(f"{settings.num_steps} steps done; sample with: python sample.py --checkpoint {run_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,338 @@
+"""U-ViT: a vision transformer that takes time, condition and patches all as tokens, with long skip connections.
+
+"All are Worth Words: A ViT Backbone for Diffusion Models" (Bao et al., CVPR 2023, arXiv 2209.12152). The order of
+tokens and the names of parameters are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from timm.layers import Mlp, PatchEmbed, RmsNorm, build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from uvit.attention import attention
+from uvit.checkpoint import read_pretrained, write_text, write_weights
+from uvit.config import CONFIG_FILE, UViTConfig, to_json
+from uvit.errors import InputError
+
+MAX_PERIOD = 10_000
+
+
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of times, cosines first.
+
+    Args:
+        timesteps: (B,) times in the network's units, usually in [0, 1000].
+        dim: even width.
+
+    Returns:
+        (B, dim) in float32, whatever the precision of the model: half precision blurs neighbouring times.
+    """
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(MAX_PERIOD) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    )
+    angles = timesteps.float()[:, None] * frequencies  # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens, with RMS norm of queries and keys where `qk_norm` asks for it."""
+
+    def __init__(self, config: UViTConfig) -> None:
+        super().__init__()
+        dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
+        self.num_heads = config.num_heads
+        self.backend = config.attention
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.q_norm = RmsNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = RmsNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B L H D", K=3, H=self.num_heads)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # norms return fp32 under autocast
+        x = attention(q, k, v, self.backend)  # (B, L, H, D)
+        return self.proj(rearrange(x, "B L H D -> B L (H D)"))
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that ignores the time embedding, so that a block calls either norm alike."""
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class AdaLayerNorm(nn.Module):
+    """y_s · LayerNorm(h) + y_b with (y_s, y_b) linear in the time embedding (paper, section 3.1)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.proj = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.proj(time)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+        return scale * self.norm(x) + shift
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; a deep one merges its long skip first."""
+
+    def __init__(self, config: UViTConfig, deep: bool = False) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        norm = AdaLayerNorm if config.time_conditioning == "adaln" else LayerNorm
+        self.skip = config.skip if deep else "none"
+        if self.skip not in ("add", "none"):
+            self.skip_linear = nn.Linear(2 * dim if self.skip == "concat" else dim, dim)
+        self.norm1 = norm(dim)
+        self.attn = Attention(config)
+        self.norm2 = norm(dim)
+        self.mlp = Mlp(dim, hidden_features=int(dim * config.mlp_ratio))
+
+    def merge(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Merges the main branch and the long skip, (B, L, D) each (paper, section 3.1 and figure 2a)."""
+        match self.skip:
+            case "concat":
+                return self.skip_linear(torch.cat([x, skip], dim=-1))
+            case "add":
+                return x + skip
+            case "linear_add":
+                return x + self.skip_linear(skip)
+            case "add_linear":
+                return self.skip_linear(x + skip)
+            case _:
+                return x
+
+    def forward(self, x: Tensor, time: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = self.merge(x, skip)
+        x = x + self.attn(self.norm1(x, time))
+        return x + self.mlp(self.norm2(x, time))
+
+
+class ConvPatchEmbed(nn.Module):
+    """A stack of 3x3 convolutions that halves the image down to one pixel a patch, then a 1x1 (paper, figure 2d)."""
+
+    def __init__(self, config: UViTConfig) -> None:
+        super().__init__()
+        width = config.embed_dim // config.patch_size
+        layers: list[nn.Module] = [nn.Conv2d(config.in_chans, width, 3, padding=1), nn.GELU()]
+        while width < config.embed_dim:
+            layers += [nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.GELU()]
+            width *= 2
+        self.proj = nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.proj(x), "B D h w -> B (h w) D")
+
+
+class UViT(nn.Module):
+    """The U-ViT backbone.
+
+    Args:
+        config: sizes and options; None takes UViTConfig's defaults.
+        **fields: fields of UViTConfig that override `config`.
+
+    Raises:
+        InputError: (a ValueError) sizes that do not fit together, with both values.
+
+    Example:
+        >>> model = UViT(img_size=32, patch_size=2, embed_dim=512, depth=12, num_heads=8, num_classes=10)
+        >>> noise = model(torch.randn(4, 3, 32, 32), torch.full((4,), 500.0), y=torch.tensor([0, 1, 2, 3]))
+    """
+
+    def __init__(self, config: UViTConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        unknown = fields.keys() - {known.name for known in dataclasses.fields(UViTConfig)}
+        if unknown:
+            raise InputError(f"UViTConfig has no field {', '.join(map(repr, sorted(unknown)))}")
+        self.config = config = dataclasses.replace(config or UViTConfig(), **fields)
+        dim, patch_size, in_chans = config.embed_dim, config.patch_size, config.in_chans
+
+        if config.patch_embed == "linear":
+            self.patch_embed: nn.Module = PatchEmbed(
+                config.image_shape, patch_size, in_chans, dim, strict_img_size=False
+            )
+        else:
+            self.patch_embed = ConvPatchEmbed(config)
+        if config.mlp_time_embed:
+            self.time_embed: nn.Module = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+        else:
+            self.time_embed = nn.Identity()
+        if config.num_classes:
+            self.label_emb = nn.Embedding(config.num_classes + config.null_class, dim)
+        if config.context_dim:
+            self.context_embed = nn.Linear(config.context_dim, dim)
+        self.pos_embed: Tensor
+        if config.pos_embed == "learned":
+            num_tokens = config.num_extra_tokens + math.prod(config.grid_shape)
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, dim))
+        else:
+            self.register_buffer("pos_embed", self._sincos_pos_embed(), persistent=False)
+
+        self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.depth // 2))
+        self.mid_block = Block(config)
+        self.out_blocks = nn.ModuleList(Block(config, deep=True) for _ in range(config.depth // 2))
+
+        self.norm = nn.LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, patch_size**2 * in_chans)
+        if config.conv == "none":
+            self.final_layer: nn.Module = nn.Identity()
+        else:
+            chans = in_chans if config.conv == "image" else dim
+            self.final_layer = nn.Conv2d(chans, chans, 3, padding=1)
+        self._init_weights()
+
+    def _sincos_pos_embed(self) -> Tensor:
+        """Fixed embedding of the patches, zeros for the extra tokens: (1, extras + patches, D)."""
+        patches = build_sincos2d_pos_embed(list(self.config.grid_shape), self.config.embed_dim)  # (N, D), row by row
+        return torch.cat([torch.zeros(self.config.num_extra_tokens, self.config.embed_dim), patches])[None]
+
+    def _init_weights(self) -> None:
+        """Truncated normal 0.02 for linear weights and positions; embeddings and convolutions keep PyTorch's own."""
+        if self.config.pos_embed == "learned":
+            trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, AdaLayerNorm):
+                nn.init.ones_(module.proj.bias[: self.config.embed_dim])  # scale starts at a plain LayerNorm's 1
+
+    def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> None:
+        config, batch = self.config, len(x)
+        expected = (config.in_chans, *config.image_shape)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise InputError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+        if tuple(timesteps.shape) not in ((), (1,), (batch,)):
+            raise InputError(f"timesteps must be ({batch},), got {tuple(timesteps.shape)}")
+        if (y is None) != (config.num_classes == 0):
+            given = "none" if y is None else "labels"
+            raise InputError(
+                f"a model with num_classes {config.num_classes} takes {'y' if y is None else 'no y'}, got {given}"
+            )
+        if y is not None and tuple(y.shape) != (batch,):
+            raise InputError(f"y must be ({batch},), got {tuple(y.shape)}")
+        if (context is None) != (config.context_dim == 0):
+            given = "none" if context is None else "context"
+            takes = "context" if context is None else "no context"
+            raise InputError(f"a model with context_dim {config.context_dim} takes {takes}, got {given}")
+        if context is not None:
+            expected = (batch, config.num_context_tokens, config.context_dim)
+            if tuple(context.shape) != expected:
+                raise InputError(f"context must be {expected}, got {tuple(context.shape)}")
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """Predicts what the model was trained for (noise, data, v or flow) from a noisy image.
+
+        Args:
+            x: (B, C, H, W) noisy images, of about unit variance.
+            timesteps: (B,) times in the network's units (999 t or 1000 t), or one time for all.
+            y: (B,) integer labels below num_classes, or num_classes for the null class.
+            context: (B, num_context_tokens, context_dim), such as text features.
+
+        Returns:
+            (B, C, H, W).
+
+        Raises:
+            InputError: (a ValueError) shapes that the model was not built for.
+        """
+        self._check_inputs(x, timesteps, y, context)
+        config = self.config
+
+        time = timestep_embedding(timesteps.expand(len(x)), config.embed_dim)  # (B, D)
+        time = self.time_embed(time.to(self.norm.weight.dtype))  # (B, D)
+        tokens = [self.patch_embed(x)]  # (B, N, D), where N = H * W / patch_size ** 2
+        if context is not None:
+            tokens.insert(0, self.context_embed(context))  # (B, num_context_tokens, D)
+        if config.time_conditioning == "token":
+            tokens.insert(0, time[:, None])  # (B, 1, D)
+        if y is not None:
+            tokens.insert(0, self.label_emb(y)[:, None])  # (B, 1, D)
+        h = torch.cat(tokens, dim=1) + self.pos_embed  # (B, L, D), where L = extras + N
+
+        skips = []
+        for block in self.in_blocks:
+            h = self._run(block, h, time)
+            skips.append(h)
+        h = self._run(self.mid_block, h, time)
+        for block in self.out_blocks:
+            h = self._run(block, h, time, skips.pop())  # the last one in is the first one out
+
+        h = self.norm(h)[:, config.num_extra_tokens :]  # (B, N, D)
+        rows, columns = config.grid_shape
+        if config.conv == "tokens":
+            h = self.final_layer(rearrange(h, "B (h w) D -> B D h w", h=rows))
+            h = rearrange(h, "B D h w -> B (h w) D")
+        h = self.decoder_pred(h)  # (B, N, p * p * C)
+        p = config.patch_size
+        image = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=rows, w=columns, p1=p, p2=p)  # (B, C, H, W)
+        return self.final_layer(image) if config.conv == "image" else image
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def resize(self, img_size: int | tuple[int, int]) -> UViT:
+        """Changes the image size in place, interpolating the patch part of the position embedding (bicubic).
+
+        Args:
+            img_size: new side in pixels, or (height, width), divisible by the patch size.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            InputError: (a ValueError) a size that patches do not divide.
+        """
+        old_grid = self.config.grid_shape
+        self.config = dataclasses.replace(self.config, img_size=img_size)
+        if self.config.pos_embed == "learned":
+            self.pos_embed = nn.Parameter(
+                resample_abs_pos_embed(
+                    self.pos_embed.detach(), list(self.config.grid_shape), list(old_grid), self.config.num_extra_tokens
+                ),
+                requires_grad=self.pos_embed.requires_grad,
+            )
+        else:
+            self.pos_embed = self._sincos_pos_embed().to(self.pos_embed)
+        if isinstance(self.patch_embed, PatchEmbed):
+            self.patch_embed.set_input_size(self.config.image_shape)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **fields: Any) -> UViT:
+        """Loads a backbone in eval mode from a folder with config.json and model.safetensors, a run, or the hub.
+
+        Args:
+            name_or_path: a folder, or a hub name such as `user/model`.
+            **fields: fields of UViTConfig to override that change no weight, such as `attention`.
+
+        Raises:
+            InputError: (a ValueError) nothing there, broken files, or weights of another shape.
+        """
+        config, state_dict = read_pretrained(name_or_path)
+        model = cls(config, **fields)
+        try:
+            model.load_state_dict(state_dict, strict=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split()[5:])[:200]
+            raise InputError(f"weights in {name_or_path} do not fit their config: {reason}") from None
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors to a folder that `from_pretrained` loads."""
+        write_text(Path(directory) / CONFIG_FILE, to_json(self.config))
+        write_weights(Path(directory), self.state_dict())

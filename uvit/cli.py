@@ -1,0 +1,68 @@
+"""Command lines: arguments into dataclasses, and a user's errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from uvit.errors import InputError
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], arguments: Sequence[str], usage: str, description: str, default: T | None = None) -> T:
+    """Parses `--section.field value` overrides into a dataclass; `--help` prints the help and exits.
+
+    Args:
+        cls: the dataclass.
+        arguments: the command line without the program's name.
+        usage: how the program is called, for the help.
+        description: what the program does, for the help.
+        default: the values that stand where the command line says nothing.
+
+    Raises:
+        InputError: an unknown option (with the nearest known one), or a value that does not fit.
+    """
+    printed = io.StringIO()
+    settings: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                cls,
+                args=list(arguments),
+                prog=usage,
+                description=description,
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+                **settings,
+            )
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+    raise InputError(_one_line(printed.getvalue()))
+
+
+def _one_line(box: str) -> str:
+    """Flattens tyro's box of an error message: its first part, and the options it says were perhaps meant."""
+    lines = [line.strip("│|").strip() for line in box.splitlines()]
+    rules = [number for number, line in enumerate(lines) if re.fullmatch(r"[─╭╮╰╯+-].*[─╭╮╰╯+-]{3,}", line)]
+    start, end = (rules[0] + 1, rules[1]) if len(rules) > 1 else (0, len(lines))
+    message = " ".join(line for line in lines[start:end] if line)
+    _, _, suggestions = box.partition("Perhaps you meant")
+    near = re.findall(r"(--[\w.-]+)", suggestions.partition("full helptext")[0])
+    return message + (f", did you mean {near[0]}?" if near else "")
+
+
+def run(main: Callable[[Sequence[str]], object]) -> None:
+    """Runs a script's main on the command line; a user's error is one line on standard error and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,407 @@
+"""Everything that describes a run, as frozen dataclasses: each default stands here once.
+
+A config file holds one value, `config = Config(...)`; the command line overrides single fields of it; `config.json` in
+a run folder is the same value written out. Every section checks its own types and values when it is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import runpy
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from uvit.errors import InputError, did_you_mean
+
+ScheduleName = Literal["vp", "ldm", "cosine", "flow"]
+Kind = Literal["noise", "data", "v", "flow"]
+Backend = Literal["auto", "xformers", "sdpa", "math"]
+SolverName = Literal["ddim", "heun", "dpmpp_2m", "euler_maruyama"]
+Spacing = Literal["uniform", "log_snr"]
+
+CONFIG_FILE = "config.json"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tells whether `value` is of the annotated type; an int is a float, a bool is not a number."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args and isinstance(value, str)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if args[-1] is Ellipsis:
+            return all(_fits(item, args[0]) for item in value)
+        return len(value) == len(args) and all(map(_fits, value, args))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _expected(hint: Any) -> str:
+    """Names a type for a person: `one of 'a', 'b'` or `int`."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a config whose fields are checked against their annotations when it is made.
+
+    Raises:
+        InputError: a field of the wrong type, or outside its choices.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                near = did_you_mean(value, get_args(hint)) if isinstance(value, str) else ""
+                raise InputError(f"{name} must be {_expected(hint)}, got {value!r}{near}")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InputError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UViTConfig(Section):
+    """The backbone. Defaults are the paper's choices, at its size S/2 for 32x32 images (arXiv 2209.12152, table 1)."""
+
+    img_size: int | tuple[int, int] = 32
+    """Side of the image (or latent) in pixels, or (height, width)."""
+    patch_size: int = 2
+    """Side of a patch in pixels."""
+    in_chans: int = 3
+    """Channels of the image (or latent)."""
+    embed_dim: int = 512
+    """Width D of a token."""
+    depth: int = 12
+    """Even: depth / 2 shallow blocks, one in the middle, depth / 2 deep blocks."""
+    num_heads: int = 8
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP's hidden layer over embed_dim."""
+    qkv_bias: bool = False
+    """Bias of the query, key and value projection."""
+    qk_norm: bool = False
+    """RMS norm of queries and keys before attention; steadier at high learning rates."""
+    mlp_time_embed: bool = False
+    """An MLP on the sinusoidal time embedding."""
+    num_classes: int = 0
+    """Real labels; 0 is a model without labels."""
+    null_class: bool = False
+    """One more label, at index num_classes, for "no label": what guidance needs."""
+    context_dim: int = 0
+    """Width of the context tokens (such as CLIP's 768); 0 is a model without context."""
+    num_context_tokens: int = 0
+    """Length of the context (such as CLIP's 77)."""
+    skip: Literal["concat", "add", "linear_add", "add_linear", "none"] = "concat"
+    """How a long skip is merged: Linear(Concat(m, s)), m + s, m + Linear(s), Linear(m + s), or not at all."""
+    time_conditioning: Literal["token", "adaln"] = "token"
+    """Time as a token, or as scale and shift of every block's layer norms."""
+    conv: Literal["image", "tokens", "none"] = "image"
+    """The last 3x3 convolution: on the image, on the grid of tokens before the linear projection, or none."""
+    patch_embed: Literal["linear", "conv"] = "linear"
+    """One linear projection of each patch, or a stack of 3x3 convolutions and a 1x1."""
+    pos_embed: Literal["learned", "sincos2d"] = "learned"
+    """Learned for every token, or fixed two-dimensional sinusoids for the patches."""
+    gradient_checkpointing: bool = False
+    """Recompute every block in the backward pass: less memory, about a third more time."""
+    attention: Backend = "auto"
+    """Attention backend; `auto` is xformers on CUDA where it can run, otherwise PyTorch's SDPA."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("patch_size", "in_chans", "embed_dim", "num_heads"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("num_classes", "context_dim", "num_context_tokens"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("mlp_ratio", self.mlp_ratio > 0, "above 0")
+        self._require("depth", self.depth >= 2 and self.depth % 2 == 0, "even and at least 2")
+        for side in self.image_shape:
+            if side < 1 or side % self.patch_size:
+                raise InputError(f"img_size must be divisible by patch_size {self.patch_size}, got {self.img_size}")
+        if self.embed_dim % self.num_heads:
+            raise InputError(f"embed_dim {self.embed_dim} must be divisible by num_heads {self.num_heads}")
+        self._require("embed_dim", self.embed_dim % 2 == 0, "even (the time embedding is half cosines, half sines)")
+        self._require("null_class", not self.null_class or self.num_classes > 0, "False where num_classes is 0")
+        if (self.context_dim > 0) != (self.num_context_tokens > 0):
+            raise InputError(
+                "context_dim and num_context_tokens must both be 0 or both be above 0, "
+                f"got {self.context_dim} and {self.num_context_tokens}"
+            )
+        if self.pos_embed == "sincos2d":
+            self._require("embed_dim", self.embed_dim % 4 == 0, "divisible by 4 with pos_embed 'sincos2d'")
+        if self.patch_embed == "conv":
+            self._require(
+                "patch_size", self.patch_size & (self.patch_size - 1) == 0, "a power of 2 with patch_embed 'conv'"
+            )
+            if self.embed_dim % self.patch_size:
+                sizes = f"embed_dim {self.embed_dim} must be divisible by patch_size {self.patch_size}"
+                raise InputError(f"{sizes} with patch_embed 'conv'")
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_extra_tokens(self) -> int:
+        """Tokens before the patches: label, time and context."""
+        return int(self.num_classes > 0) + int(self.time_conditioning == "token") + self.num_context_tokens
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no label", or None where the model has none."""
+        return self.num_classes if self.null_class else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig(Section):
+    """The diffusion process, and how a loss is drawn from it."""
+
+    schedule: ScheduleName = "flow"
+    """Signal and noise over time: the paper's pixels (vp), the paper's latents (ldm), cosine, or rectified flow."""
+    prediction: Kind = "flow"
+    """What the network's output is."""
+    loss_space: Kind | None = None
+    """Space in which the squared error is taken; None is the prediction's own."""
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of training times."""
+    logit_mean: float = 0.0
+    """Mean of logit(t) for `logit_normal`."""
+    logit_std: float = 1.0
+    """Standard deviation of logit(t) for `logit_normal`."""
+    time_shift: float = 1.0
+    """s in t -> s t / (1 + (s - 1) t): above 1 moves training and sampling towards noise, as large images want."""
+    weighting: Literal["none", "min_snr"] = "none"
+    """Weight of a training time: none, or min(SNR, gamma) on the error of x_0."""
+    min_snr_gamma: float = 5.0
+    """gamma of `min_snr`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("logit_std", "time_shift", "min_snr_gamma"):
+            self._require(name, getattr(self, name) > 0, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """The images."""
+
+    name: str = "digits"
+    """`digits` (embedded), a folder on disk (images in a folder a class, or a saved data set), or a hub name."""
+    train_split: str = "train"
+    """Split to train on; not used by `digits`."""
+    test_split: str = "test"
+    """Split held out for evaluation; not used by `digits`."""
+    flip: bool = False
+    """Mirror every image with probability 1/2."""
+    num_workers: int = 0
+    """Loader processes; 0 loads in the training process."""
+    class_names: tuple[str, ...] = ()
+    """Names of the labels; read from the data where empty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("name", bool(self.name.strip()), "the name of a data set or a folder")
+        self._require("num_workers", self.num_workers >= 0, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """The optimizer and its learning rate."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices inside the blocks with AdamW for the rest."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.99, 0.999)
+    """AdamW's moment decays."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    weight_decay: float = 0.03
+    """Decoupled weight decay, on every parameter as in the paper."""
+    fallback_lr_scale: float = 1.0
+    """With Muon, the learning rate of its AdamW part over lr."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0; the first update has learning rate 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up; `linear` and `cosine` reach 0 at the last step."""
+    grad_clip: float = 0.0
+    """Largest norm of the gradient; 0 is no clipping."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lr", "fallback_lr_scale"):
+            self._require(name, getattr(self, name) > 0, "above 0")
+        for name in ("weight_decay", "warmup_steps", "grad_clip"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("betas", all(0 <= beta < 1 for beta in self.betas), "in [0, 1)")
+        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Section):
+    """How images are drawn: for the grids of training, and the default of sample.py and evaluate.py."""
+
+    sampler: SolverName = "dpmpp_2m"
+    """Solver."""
+    num_steps: int = 20
+    """Steps of the solver; `heun` calls the network twice a step, the others once."""
+    spacing: Spacing = "uniform"
+    """Grid of times: uniform in t, or in log-SNR."""
+    guidance: float = 1.0
+    """w in w * cond + (1 - w) * uncond; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which guidance acts; outside, only cond is computed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("num_steps", self.num_steps >= 1, "at least 1")
+        low, high = self.guidance_interval
+        self._require("guidance_interval", 0 <= low <= high <= 1, "two times with 0 <= low <= high <= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """The loop."""
+
+    run_dir: str | None = None
+    """Folder of the run; None is runs/NAME for configs/NAME.py."""
+    num_steps: int = 100_000
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Images of one optimizer step, over all processes and accumulated parts."""
+    accumulation_steps: int = 1
+    """Parts that a batch is split into, to fit in memory."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of matrix products; weights, loss and EMA stay in fp32."""
+    label_dropout: float = 0.0
+    """Share of labels replaced by the null class, for guidance."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights; the average starts as a copy."""
+    seed: int = 0
+    """Seed of weights, order of data, times, noise and dropout."""
+    log_every: int = 50
+    """Steps between log lines."""
+    sample_every: int = 5_000
+    """Steps between sample grids; 0 is never."""
+    save_every: int = 5_000
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Newest checkpoints kept for resuming."""
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where metrics and grids go, besides metrics.jsonl and samples/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_steps", "batch_size", "accumulation_steps", "log_every", "save_every", "keep"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("sample_every", "seed"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        if self.batch_size % self.accumulation_steps:
+            raise InputError(
+                f"batch_size {self.batch_size} must be divisible by accumulation_steps {self.accumulation_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """One run."""
+
+    model: UViTConfig = field(default_factory=UViTConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.label_dropout > 0 and not self.model.null_class:
+            raise InputError(f"train.label_dropout {self.train.label_dropout} needs model.null_class, got False")
+        if self.sample.guidance != 1 and not self.model.null_class:
+            raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def from_dict(cls: type[SectionT], raw: Any) -> SectionT:
+    """Builds a section from what JSON holds: nested sections are dicts, tuples are lists.
+
+    Raises:
+        InputError: not a dict, an unknown field, or a value that the section refuses.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{cls.__name__} must be a JSON object, got {raw!r:.80}")
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in raw.items():
+        if name not in hints:
+            raise InputError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, hints)}")
+        if isinstance(hints[name], type) and issubclass(hints[name], Section):
+            value = from_dict(hints[name], value)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def to_json(section: Section) -> str:
+    """Returns the section as JSON, every default written out."""
+    return json.dumps(dataclasses.asdict(section), indent=2) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        InputError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def load_config(path: str | Path) -> Config:
+    """Loads a run's config from a Python file that defines `config`, or from a run's config.json.
+
+    Raises:
+        InputError: no such file, a file without a Config named `config`, or values that a section refuses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = [str(file) for file in sorted(path.parent.glob("*.py"))]
+        raise InputError(f"config file not found: {path}{did_you_mean(str(path), known)}")
+    if path.suffix == ".json":
+        return from_dict(Config, read_json(path))
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:  # a user's Python file may fail in any way
+        raise InputError(f"{path} cannot be read as Python: {type(error).__name__}: {error}") from None
+    if not isinstance(config, Config):
+        raise InputError(f"{path} must define `config = Config(...)`, got {type(config).__name__}")
+    return config

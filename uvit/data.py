@@ -1,0 +1,240 @@
+"""Data sets to batches of uint8 images and labels.
+
+Which images form the batch of a step is a function of (seed, step) alone, so a resumed run sees the data that an
+uninterrupted one would, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from uvit.config import Config, DataConfig, UViTConfig
+from uvit.errors import InputError
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+HELD_OUT_SHARE = 0.2
+HELD_OUT_SEED = 0
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageData(Protocol):
+    """A data set that is read in batches."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Returns images (B, C, H, W) uint8 and labels (B,) int64."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorData:
+    """Images held in memory."""
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return self.images[indices], self.labels[indices]
+
+
+@dataclass(frozen=True)
+class HubData:
+    """Images of a Hugging Face data set, decoded, cropped to the model's shape and converted as they are read."""
+
+    rows: Any
+    image_column: str
+    label_column: str | None
+    class_names: tuple[str, ...]
+    model: UViTConfig
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        rows = self.rows[indices]
+        images = np.stack([self._pixels(image) for image in rows[self.image_column]])
+        labels = rows[self.label_column] if self.label_column else [0] * len(indices)
+        return torch.from_numpy(images), torch.tensor(labels)
+
+    def _pixels(self, image: Any) -> np.ndarray:
+        """(C, H, W) uint8 of a PIL image: upright, scaled to cover the model's shape, and centre-cropped."""
+        from PIL import Image, ImageOps
+
+        height, width = self.model.image_shape
+        image = ImageOps.exif_transpose(image).convert("L" if self.model.in_chans == 1 else "RGB")
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image)
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
+
+
+def load_data(config: DataConfig, model: UViTConfig, train: bool = True) -> ImageData:
+    """Loads the training part of a data set, or the part held out.
+
+    Args:
+        config: which data.
+        model: the shape that images get.
+        train: the training part, or the held-out part.
+
+    Raises:
+        InputError: data that cannot be found or read, or that does not fit the model.
+    """
+    data = _load_digits(train) if config.name == "digits" else _load_hub(config, model, train)
+    if config.name == "digits" and (model.in_chans, *model.image_shape) != (1, 8, 8):
+        raise InputError(
+            f"digits are 1x8x8 images, got a model for {model.in_chans}x{'x'.join(map(str, model.image_shape))}"
+        )
+    num_classes = len(data.class_names)
+    if model.num_classes and model.num_classes != num_classes:
+        raise InputError(f"model.num_classes must be {num_classes} for data {config.name!r}, got {model.num_classes}")
+    return data
+
+
+def _load_digits(train: bool) -> TensorData:
+    """scikit-learn's 1,797 handwritten digits, 8x8, every fifth held out (stratified, fixed by a seed)."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    kept, held_out = train_test_split(
+        np.arange(len(digits.target)), test_size=HELD_OUT_SHARE, stratify=digits.target, random_state=HELD_OUT_SEED
+    )
+    chosen = np.sort(kept if train else held_out)
+    images = np.rint(digits.images[chosen, None] * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 … 16
+    return TensorData(torch.from_numpy(images), torch.from_numpy(digits.target[chosen]), DIGIT_NAMES)
+
+
+def _load_hub(config: DataConfig, model: UViTConfig, train: bool) -> HubData:
+    import datasets
+
+    split = config.train_split if train else config.test_split
+    path = Path(config.name)
+    if path.is_dir() and not any(file.is_file() for file in path.rglob("*")):
+        raise InputError(
+            f"data folder {config.name} is empty: expected images in a folder a class, or a saved data set"
+        )
+    if model.in_chans not in (1, 3):
+        raise InputError(f"model.in_chans must be 1 (grey) or 3 (RGB) for images, got {model.in_chans}")
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            saved = datasets.load_from_disk(config.name)
+            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            rows = datasets.load_dataset(config.name, split=split)
+    except Exception as error:  # the library raises a different kind for each way that data can be missing
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"cannot load split {split!r} of data {config.name!r}: {reason:.200}") from None
+
+    image_column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if image_column is None:
+        raise InputError(f"data {config.name!r} must have a column of images, got columns {', '.join(rows.features)}")
+    label_column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    if model.num_classes and label_column is None:
+        raise InputError(
+            f"data {config.name!r} must have a column of class labels, got columns {', '.join(rows.features)}"
+        )
+    class_names = tuple(rows.features[label_column].names) if label_column else ()
+    return HubData(rows, image_column, label_column, class_names, model)
+
+
+class StepSampler:
+    """Endless batches of indices: epoch after epoch of a shuffled data set, each process its own slice of a batch.
+
+    Args:
+        num_items: length of the data set.
+        batch_size: items of a batch over all processes.
+        seed: seed of the order.
+        start: first batch.
+        rank, world_size: which of how many processes this is.
+    """
+
+    def __init__(
+        self, num_items: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
+        self.start, self.rank, self.world_size = start, rank, world_size
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_items)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, position = divmod(self.start * self.batch_size, self.num_items)
+        order = self._order(epoch)
+        while True:
+            batch: list[int] = []
+            while len(batch) < self.batch_size:  # the end of one epoch and the start of the next share a batch
+                part = order[position : position + self.batch_size - len(batch)]
+                batch += part.tolist()
+                position += len(part)
+                if position == self.num_items:
+                    epoch, position = epoch + 1, 0
+                    order = self._order(epoch)
+            yield batch[self.rank :: self.world_size]
+
+
+class _BatchedItems(Dataset[Batch]):
+    """Hands whole batches to a DataLoader, which calls `__getitems__` where a data set has it."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        return self.data.__getitems__(indices)
+
+
+def build_loader(
+    data: ImageData, config: Config, start_step: int, rank: int, world_size: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """Builds the endless loader of one process, from the first part of optimizer step `start_step` on.
+
+    Raises:
+        InputError: a batch that the processes do not divide.
+    """
+    accumulation = config.train.accumulation_steps
+    part_size = config.train.batch_size // accumulation
+    if part_size % world_size:
+        raise InputError(
+            f"train.batch_size / train.accumulation_steps must be divisible by {world_size} processes, got {part_size}"
+        )
+    sampler = StepSampler(len(data), part_size, config.train.seed, start_step * accumulation, rank, world_size)
+    workers = config.data.num_workers
+    return DataLoader(
+        _BatchedItems(data),
+        sampler=sampler,
+        batch_size=None,  # the sampler yields whole batches
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Maps uint8 images to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Maps float images in [-1, 1] to uint8, clipped and rounded."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrors each of (B, C, H, W) images with probability 1/2, on their device."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)

@@ -1,0 +1,117 @@
+"""A trained run to images: what train.py's grids, sample.py and evaluate.py share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvit.attention import resolve_backend
+from uvit.backbone import UViT
+from uvit.checkpoint import find_pretrained
+from uvit.config import CONFIG_FILE, Backend, Config, SampleConfig, from_dict, read_json
+from uvit.data import to_uint8
+from uvit.errors import InputError, did_you_mean
+from uvit.samplers import ImageNoise, sample
+
+
+def load_run(checkpoint: str, attention: Backend, device: torch.device) -> tuple[Config, UViT]:
+    """Loads a run's config and its averaged weights, ready to sample.
+
+    Args:
+        checkpoint: run folder, or hub name of one.
+        attention: backend to run with.
+        device: where to.
+
+    Raises:
+        InputError: no run there, files that are not what they should be, or a backend that cannot run there.
+    """
+    directory = find_pretrained(checkpoint)
+    config = from_dict(Config, read_json(directory / CONFIG_FILE))
+    resolve_backend(attention, device.type, config.model.embed_dim // config.model.num_heads)
+    return config, UViT.from_pretrained(directory, attention=attention).to(device)
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """Returns the names of a run's labels: those of its data, or their numbers."""
+    return config.data.class_names or tuple(map(str, range(config.model.num_classes)))
+
+
+def find_classes(given: Sequence[str], config: Config) -> list[int]:
+    """Returns the labels that a user's numbers or names mean; none given is all of them.
+
+    Raises:
+        InputError: a label that the model does not have.
+    """
+    names, count = class_names(config), config.model.num_classes
+    if given and not count:
+        raise InputError(f"the model has no classes, got class {given[0]}")
+    labels = []
+    for text in given:
+        if text in names:
+            labels.append(names.index(text))
+        elif text.isdecimal() and int(text) < count:
+            labels.append(int(text))
+        else:
+            raise InputError(f"class must be 0 to {count - 1} or a class name, got {text!r}{did_you_mean(text, names)}")
+    return labels or list(range(count))
+
+
+def generate(
+    model: UViT,
+    config: Config,
+    sampling: SampleConfig,
+    labels: Sequence[int],
+    seed: int,
+    batch_size: int,
+    on_evaluation: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Draws one image for each label.
+
+    The k-th image of a label depends on (seed, label, k) alone: not on the batch size, the device or the other labels.
+
+    Args:
+        model: the network, in eval mode.
+        config: what it was trained on.
+        sampling: solver, steps and guidance.
+        labels: a label for each image; for a model without labels, any number for each.
+        seed: seed of the set.
+        batch_size: images at a time.
+        on_evaluation: called with the number of images after each evaluation of the network, for a progress bar.
+
+    Returns:
+        (N, C, H, W) uint8 on the CPU.
+
+    Raises:
+        InputError: guidance for a model without a null class.
+    """
+    device = next(model.parameters()).device
+    shape = (config.model.in_chans, *config.model.image_shape)
+    drawn: dict[int, int] = {}
+    keys = []
+    for label in labels:
+        keys.append((seed, label, drawn.setdefault(label, 0)))
+        drawn[label] += 1
+
+    images = [torch.empty(0, *shape, dtype=torch.uint8)]
+    for start in range(0, len(keys), batch_size):
+        part = keys[start : start + batch_size]
+        cond, uncond = {}, None
+        if config.model.num_classes:
+            y = torch.tensor([label for _, label, _ in part], device=device)
+            cond = {"y": y}
+            if config.model.null_label is not None:
+                uncond = {"y": torch.full_like(y, config.model.null_label)}
+        tick = None if on_evaluation is None else functools.partial(on_evaluation, len(part))
+        noise = ImageNoise(part, shape, device)
+        images.append(to_uint8(sample(model, config.process, sampling, noise, cond, uncond, tick)).cpu())
+    return torch.cat(images)
+
+
+def with_overrides(sampling: SampleConfig, **overrides: Any) -> SampleConfig:
+    """Returns the settings with those overrides that are not None."""
+    return dataclasses.replace(sampling, **{name: value for name, value in overrides.items() if value is not None})

@@ -1,0 +1,262 @@
+"""Sampling: time grids, guidance, and solvers as pure functions of one signature.
+
+A solver is `solver(denoise, x, schedule, times, noise)`: it carries x from times[0] to times[-1], asking
+`denoise(x, t)` for the estimates (x_0, ε). Times are Python floats, so that no step waits for the device.
+
+The probability-flow ODE is dx = x_0 dα + ε dσ for every schedule (differentiate x = α x_0 + σ ε at fixed x_0, ε), which
+needs no derivative of the schedule and has no singular end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit.config import Kind, ProcessConfig, SampleConfig, SolverName, Spacing
+from uvit.diffusion import SCHEDULES, TIME_MARGIN, Schedule, separate, shift_time
+from uvit.errors import InputError
+
+Network = Callable[..., Tensor]
+Denoise = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+Noise = Callable[[], Tensor]
+
+
+def time_grid(
+    schedule: Schedule,
+    num_steps: int,
+    spacing: Spacing = "uniform",
+    t_start: float = 1.0,
+    t_end: float = 0.0,
+    shift: float = 1.0,
+) -> list[float]:
+    """Returns the num_steps + 1 decreasing times of a solver.
+
+    Args:
+        schedule: needed for `log_snr`.
+        num_steps: steps between the times.
+        spacing: `uniform` in t, or uniform in log-SNR; the log-SNR is infinite at the ends of some schedules, so
+            there the grid keeps TIME_MARGIN away from them and its last step goes to t_end.
+        t_start: first time, at most 1.
+        t_end: last time, at least 0 and below t_start.
+        shift: s in t -> s t / (1 + (s - 1) t), for `uniform`.
+
+    Raises:
+        InputError: fewer than one step, or times that do not decrease within [0, 1].
+    """
+    if num_steps < 1:
+        raise InputError(f"steps must be at least 1, got {num_steps}")
+    if not 1 >= t_start > t_end >= 0:
+        raise InputError(f"times must satisfy 1 >= t_start > t_end >= 0, got {t_start} and {t_end}")
+    if spacing == "uniform":
+        t = torch.linspace(t_start, t_end, num_steps + 1, dtype=torch.float64)
+        return shift_time(t, shift).tolist()
+    to_zero = t_end < TIME_MARGIN
+    first = min(t_start, 1 - TIME_MARGIN) if schedule.singular_start else t_start
+    last = TIME_MARGIN if to_zero else t_end
+    low, high = schedule.log_snr(torch.tensor([first, last], dtype=torch.float64)).tolist()
+    log_snr = torch.linspace(low, high, num_steps + (0 if to_zero else 1), dtype=torch.float64)
+    t = schedule.time_at(log_snr)
+    t[0] = first
+    return t.tolist() + ([t_end] if to_zero else [])
+
+
+def guide(
+    network: Network,
+    schedule: Schedule,
+    cond: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor] | None = None,
+    scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Callable[[Tensor, float], Tensor]:
+    """Closes a network over its condition: w · cond + (1 - w) · uncond, on every channel (arXiv 2207.12598).
+
+    Args:
+        network: network(x, timesteps, **cond).
+        schedule: gives the network's time.
+        cond: keyword arguments of the network, batches of B.
+        uncond: the same for the empty condition; needed where scale is not 1.
+        scale: w; 1 is no guidance and never computes uncond.
+        interval: (low, high) times between which guidance acts (arXiv 2404.07724); outside, uncond is not computed.
+
+    Returns:
+        output(x, t) -> the network's (guided) prediction; cond and uncond run as one batch of 2B.
+
+    Raises:
+        InputError: a scale other than 1 without uncond.
+    """
+    if scale != 1 and uncond is None:
+        raise InputError(f"guidance {scale} needs a model with a null class, got one without")
+
+    def output(x: Tensor, t: float) -> Tensor:
+        guided = scale != 1 and interval[0] <= t <= interval[1]
+        timesteps = torch.full((len(x) * (2 if guided else 1),), schedule.network_scale * t, device=x.device)
+        if not guided or uncond is None:
+            return network(x, timesteps, **cond)
+        both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
+        conditional, unconditional = network(torch.cat([x, x]), timesteps, **both).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return output
+
+
+def denoiser(output: Callable[[Tensor, float], Tensor], schedule: Schedule, prediction: Kind) -> Denoise:
+    """Turns a network's prediction into denoise(x, t) -> (x_0, ε), in float32."""
+
+    def denoise(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        return separate(prediction, output(x, t).float(), x, *schedule.at(t))
+
+    return denoise
+
+
+def ddim(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None) -> Tensor:
+    """DDIM without noise (arXiv 2010.02502, equation 12): order 1. For `flow` it is Euler's method."""
+    for t, s in zip(times, times[1:]):
+        x0, eps = denoise(x, t)
+        alpha, sigma = schedule.at(s)
+        x = alpha * x0 + sigma * eps
+    return x
+
+
+def heun(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None) -> Tensor:
+    """The trapezoidal rule on dx = x_0 dα + ε dσ after a DDIM step: order 2, two evaluations a step.
+
+    As in EDM (arXiv 2206.00364, algorithm 1), a last step to σ = 0 is left at order 1: there is no ε to average.
+    """
+    for t, s in zip(times, times[1:]):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
+        x0, eps = denoise(x, t)
+        proposal = alpha_s * x0 + sigma_s * eps
+        if sigma_s > 0:
+            x0_s, eps_s = denoise(proposal, s)
+            x = x + (alpha_s - alpha_t) * (x0 + x0_s) / 2 + (sigma_s - sigma_t) * (eps + eps_s) / 2
+        else:
+            x = proposal
+    return x
+
+
+def dpmpp_2m(
+    denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
+) -> Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): multistep, order 2, one evaluation a step."""
+    previous: tuple[Tensor, float] | None = None  # x_0 and length in log-SNR of the step before
+    for t, s in zip(times, times[1:]):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
+        x0, _ = denoise(x, t)
+        regular = alpha_t > 0 and sigma_s > 0
+        step = math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t) if regular else math.inf
+        estimate = x0
+        if previous is not None and regular:
+            before, step_before = previous
+            estimate = x0 + (x0 - before) * (step / (2 * step_before))  # an infinite step before counts for nothing
+        # α_s (1 - e^{-step}), written so that it holds for an infinite step too
+        x = (sigma_s / sigma_t) * x + (alpha_s - alpha_t * sigma_s / sigma_t) * estimate
+        previous = x0, step
+    return x
+
+
+def euler_maruyama(
+    denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
+) -> Tensor:
+    """Euler–Maruyama for the reverse SDE dx = [f x - g² ∇log p] dt + g dw (arXiv 2011.13456, equation 6): weak order 1.
+
+    The last step adds no noise. α must not vanish at times[0], nor σ at any time but the last.
+    """
+    if noise is None:
+        raise InputError("euler_maruyama needs a source of noise, got None")
+    for t, s in zip(times, times[1:]):
+        (alpha, sigma), (d_alpha, d_sigma) = schedule.at(t), schedule.derivative_at(t)
+        g2 = 2 * sigma * (d_sigma - d_alpha / alpha * sigma)  # d(σ²)/dt - 2 f σ² with f = d(log α)/dt
+        x0, eps = denoise(x, t)
+        drift = d_alpha * x0 + (d_sigma + g2 / (2 * sigma)) * eps  # the ODE's, and -g²/2 ∇log p = g² ε / (2 σ)
+        x = x + (s - t) * drift
+        if s > times[-1]:
+            x = x + math.sqrt(g2 * (t - s)) * noise()
+    return x
+
+
+SOLVERS: dict[SolverName, Callable[..., Tensor]] = {
+    "ddim": ddim,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "euler_maruyama": euler_maruyama,
+}
+
+
+class ImageNoise:
+    """Standard normal noise, each image from its own generator: the same image at any batch size, on any device.
+
+    Args:
+        keys: for each image, the numbers that seed it.
+        shape: (C, H, W).
+        device: where the noise goes.
+    """
+
+    def __init__(self, keys: Sequence[Sequence[int]], shape: tuple[int, ...], device: torch.device) -> None:
+        self.generators = [np.random.default_rng(key) for key in keys]
+        self.shape, self.device = shape, device
+
+    def __call__(self) -> Tensor:
+        """Returns the next (B, C, H, W) of noise."""
+        noise = np.stack([generator.standard_normal(self.shape, dtype=np.float32) for generator in self.generators])
+        return torch.from_numpy(noise).to(self.device)
+
+
+def sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
+    """Returns the time grid of a process and a sampler's settings, clear of ends where a formula is singular.
+
+    Raises:
+        InputError: as time_grid.
+    """
+    schedule = SCHEDULES[process.schedule]
+    divides_by_alpha = process.prediction == "noise" or config.sampler == "euler_maruyama"
+    t_start = 1 - TIME_MARGIN if schedule.singular_start and divides_by_alpha else 1.0
+    return time_grid(schedule, config.num_steps, config.spacing, t_start, shift=process.time_shift)
+
+
+@torch.no_grad()
+def sample(
+    network: Network,
+    process: ProcessConfig,
+    config: SampleConfig,
+    noise: Noise,
+    cond: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor] | None = None,
+    on_evaluation: Callable[[], object] | None = None,
+) -> Tensor:
+    """Draws images.
+
+    Args:
+        network: network(x, timesteps, **cond), in eval mode.
+        process: what the network was trained on.
+        config: solver, steps, spacing and guidance.
+        noise: source of (B, C, H, W) standard normal noise.
+        cond: the network's condition, batches of B, such as {"y": labels}; {} for none.
+        uncond: the same for the empty condition; needed with guidance.
+        on_evaluation: called after each evaluation of the network, for a progress bar.
+
+    Returns:
+        (B, C, H, W) in float32, images in about [-1, 1].
+
+    Raises:
+        InputError: guidance without uncond, or a grid that cannot be made.
+    """
+    schedule = SCHEDULES[process.schedule]
+    output = guide(network, schedule, cond, uncond, config.guidance, config.guidance_interval)
+    denoise = denoiser(output, schedule, process.prediction)
+
+    def counted(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        estimates = denoise(x, t)
+        if on_evaluation is not None:
+            on_evaluation()
+        return estimates
+
+    return SOLVERS[config.sampler](counted, noise(), schedule, sampling_times(process, config), noise)
+
+
+def num_evaluations(config: SampleConfig) -> int:
+    """Returns how often a solver asks the denoiser."""
+    return 2 * config.num_steps - 1 if config.sampler == "heun" else config.num_steps

@@ -4,9 +4,9 @@ BIN := .venv/bin
 .PHONY: demo test lint bench constraints
 
 demo: .venv/.installed  ## train on digits, draw a grid, measure it
-	$(BIN)/python train.py configs/digits.py
+	$(BIN)/python train.py configs/digits.py $(TRAIN_ARGS)
 	$(BIN)/python sample.py --checkpoint runs/digits --output grid.png
-	$(BIN)/python evaluate.py --checkpoint runs/digits
+	$(BIN)/python evaluate.py --checkpoint runs/digits $(EVALUATE_ARGS)
 	@echo "look at grid.png"
 
 test: .venv/.installed

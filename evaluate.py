@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -15,10 +16,10 @@ from tqdm import tqdm
 
 from uvit.checkpoint import write_text
 from uvit.cli import parse, run
-from uvit.config import Backend, DataConfig, SolverName, Spacing, UViTConfig
+from uvit.config import Backend, DataConfig, SolverName, UViTConfig
 from uvit.data import ImageData, load_data, to_unit_range
 from uvit.errors import InputError
-from uvit.generate import generate, load_run, with_overrides
+from uvit.generate import generate, load_run, override_sampling
 from uvit.metrics import Moments, frechet_distance
 from uvit.samplers import num_evaluations
 
@@ -39,7 +40,7 @@ class Arguments:
     """Steps of the sampler; the run's own where not given."""
     sampler: SolverName | None = None
     """Solver."""
-    spacing: Spacing | None = None
+    spacing: Literal["auto", "uniform", "log_snr"] | None = None
     """Grid of times."""
     seed: int = 0
     """Seed of the images."""
@@ -80,14 +81,15 @@ def main(arguments: Sequence[str]) -> None:
             f"num_images must be a multiple of {num_classes} classes and batch_size at least 1, "
             f"got {given.num_images} and {given.batch_size}"
         )
-    sampling = with_overrides(
-        config.sample, guidance=given.guidance, num_steps=given.steps, sampler=given.sampler, spacing=given.spacing
+    config = override_sampling(
+        config, guidance=given.guidance, num_steps=given.steps, sampler=given.sampler, spacing=given.spacing
     )
 
     labels = torch.arange(num_classes).repeat_interleave(given.num_images // num_classes)
-    with tqdm(total=len(labels) * num_evaluations(sampling), unit="eval") as progress:
-        images = generate(model, config, sampling, labels.tolist(), given.seed, given.batch_size, progress.update)
+    with tqdm(total=len(labels) * num_evaluations(config.process, config.sample), unit="eval") as progress:
+        images = generate(model, config, labels.tolist(), given.seed, given.batch_size, progress.update)
 
+    sampling = config.sample
     classifier = SVC(C=SVM_C).fit(pixels(train_images), train_labels)
     recognised = classifier.score(pixels(images), labels)
     recognised_real = classifier.score(pixels(held_out_images), held_out_labels)

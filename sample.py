@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from tqdm import tqdm
 
 from uvit.checkpoint import write_aside
 from uvit.cli import parse, run
-from uvit.config import Backend, SolverName, Spacing
+from uvit.config import Backend, SolverName
 from uvit.errors import InputError
-from uvit.generate import class_names, find_classes, generate, load_run, with_overrides
+from uvit.generate import class_names, find_classes, generate, load_run, override_sampling
 from uvit.grid import image_grid
 from uvit.samplers import num_evaluations
 
@@ -39,7 +40,7 @@ class Arguments:
     """Steps of the sampler."""
     sampler: SolverName | None = None
     """Solver."""
-    spacing: Spacing | None = None
+    spacing: Literal["auto", "uniform", "log_snr"] | None = None
     """Grid of times."""
     seed: int = 0
     """The same seed draws the same images at any batch size."""
@@ -70,8 +71,8 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"output must end in .png, .jpg or .npz, got {given.output!r}")
 
     config, model = load_run(given.checkpoint, given.attention, PartialState().default_device)
-    sampling = with_overrides(
-        config.sample,
+    config = override_sampling(
+        config,
         guidance=given.guidance,
         guidance_interval=given.guidance_interval,
         num_steps=given.steps,
@@ -82,13 +83,17 @@ def main(arguments: Sequence[str]) -> None:
     labels = [label for label in classes or [0] for _ in range(given.num_per_class)]
 
     # The output is opened first: a path that cannot be written is found before the work, not after it.
-    with write_aside(output) as aside, tqdm(total=len(labels) * num_evaluations(sampling), unit="eval") as progress:
-        images = generate(model, config, sampling, labels, given.seed, given.batch_size, progress.update)
+    with (
+        write_aside(output) as aside,
+        tqdm(total=len(labels) * num_evaluations(config.process, config.sample), unit="eval") as progress,
+    ):
+        images = generate(model, config, labels, given.seed, given.batch_size, progress.update)
         if output.suffix == ".npz":
             write_npz(aside, images, labels if classes else None)
         else:
             columns = given.num_per_class if classes else UNLABELLED_COLUMNS
             image_grid(images, columns, [class_names(config)[label] for label in classes]).save(aside)
+    sampling = config.sample
     print(
         f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, guidance w = {sampling.guidance:g}, "
         f"{sampling.sampler}, {sampling.num_steps} steps ({sampling.spacing}), seed {given.seed}"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from uvit import UViT
 from uvit.attention import resolve_backend
-from uvit.checkpoint import load_checkpoint, save_checkpoint, write_aside, write_text, write_weights
+from uvit.checkpoint import load_checkpoint, make_directory, save_checkpoint, write_aside, write_text, write_weights
 from uvit.cli import parse, run
 from uvit.config import CONFIG_FILE, Config, load_config, read_json, to_json
 from uvit.data import ImageData, build_loader, load_data, random_flip, to_unit_range
@@ -75,7 +75,7 @@ def save_grid(model: UViT, config: Config, path: Path) -> np.ndarray:
     """Draws the run's grid of samples, writes it as a picture and returns it as (H, W, 3)."""
     num_rows = min(config.model.num_classes, GRID_ROWS)
     labels = [label for label in range(num_rows or GRID_COLUMNS) for _ in range(GRID_COLUMNS)]
-    images = generate(model, config, config.sample, labels, config.train.seed, batch_size=len(labels))
+    images = generate(model, config, labels, config.train.seed, batch_size=len(labels))
     picture = image_grid(images, GRID_COLUMNS, class_names(config)[:num_rows])
     with write_aside(path) as aside:
         picture.save(aside)
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=data.class_names))
     run_dir = Path(config.train.run_dir or "")
     check_same_model(config, run_dir)
-    write_text(run_dir / CONFIG_FILE, to_json(config))
+    make_directory(run_dir)
     train(config, data, run_dir)
 
 
@@ -124,6 +124,8 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
         accelerator.print(f"nothing to do: {run_dir} has {start} steps (train.num_steps is {settings.num_steps})")
         return
 
+    if is_main:
+        write_text(run_dir / CONFIG_FILE, to_json(config))
     generator = torch.Generator(device)
     loader = build_loader(
         data, config, start, accelerator.process_index, accelerator.num_processes, pin_memory=device.type == "cuda"

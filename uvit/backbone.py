@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp, PatchEmbed, RmsNorm, build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
+from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +44,13 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS norm of queries or keys in their own precision, which under autocast is not that of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens, with RMS norm of queries and keys where `qk_norm` asks for it."""
 
@@ -52,14 +60,13 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.backend = config.attention
         self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
-        self.q_norm = RmsNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = RmsNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B L H D", K=3, H=self.num_heads)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # norms return fp32 under autocast
-        x = attention(q, k, v, self.backend)  # (B, L, H, D)
+        x = attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v, self.backend)  # (B, L, H, D)
         return self.proj(rearrange(x, "B L H D -> B L (H D)"))
 
 

@@ -28,6 +28,18 @@ WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "training_state.pt"
 
 
+def make_directory(path: Path) -> None:
+    """Makes a folder and those above it.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; it takes its place once the block has ended without an error.
@@ -35,8 +47,8 @@ def write_aside(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the folder cannot be made or written to.
     """
+    make_directory(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # The suffix stays last: savers such as Pillow's choose the format by it.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
         os.close(handle)
@@ -127,7 +139,7 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep: int) 
         keep: checkpoints to keep.
     """
     parent = run_dir / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
+    make_directory(parent)
     target = parent / f"step_{step:08d}"
     aside = Path(tempfile.mkdtemp(dir=parent, prefix="."))
     try:

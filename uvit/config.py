@@ -265,8 +265,8 @@ class SampleConfig(Section):
     """Solver."""
     num_steps: int = 20
     """Steps of the solver; `heun` calls the network twice a step, the others once."""
-    spacing: Spacing = "uniform"
-    """Grid of times: uniform in t, or in log-SNR."""
+    spacing: Literal["auto", "uniform", "log_snr"] = "auto"
+    """Grid of times: uniform in t, or in log-SNR; `auto` is uniform wherever the solver is stable on it."""
     guidance: float = 1.0
     """w in w * cond + (1 - w) * uncond; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)

@@ -54,9 +54,12 @@ class Schedule:
 
     def derivative_at(self, t: float) -> tuple[float, float]:
         """Returns (dα/dt, dσ/dt) of one time, as Python floats."""
-        point, one = torch.tensor(t, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
-        tangents = torch.func.jvp(self.alpha_sigma, (point,), (one,))[1]
-        return tangents[0].item(), tangents[1].item()
+        with torch.enable_grad():
+            point = torch.tensor(t, dtype=torch.float64, requires_grad=True)
+            slopes = [
+                torch.autograd.grad(value, point, retain_graph=True)[0].item() for value in self.alpha_sigma(point)
+            ]
+        return slopes[0], slopes[1]
 
 
 class VP(Schedule):

@@ -13,7 +13,7 @@ from torch import Tensor
 from uvit.attention import resolve_backend
 from uvit.backbone import UViT
 from uvit.checkpoint import find_pretrained
-from uvit.config import CONFIG_FILE, Backend, Config, SampleConfig, from_dict, read_json
+from uvit.config import CONFIG_FILE, Backend, Config, from_dict, read_json
 from uvit.data import to_uint8
 from uvit.errors import InputError, did_you_mean
 from uvit.samplers import ImageNoise, sample
@@ -64,7 +64,6 @@ def find_classes(given: Sequence[str], config: Config) -> list[int]:
 def generate(
     model: UViT,
     config: Config,
-    sampling: SampleConfig,
     labels: Sequence[int],
     seed: int,
     batch_size: int,
@@ -76,8 +75,7 @@ def generate(
 
     Args:
         model: the network, in eval mode.
-        config: what it was trained on.
-        sampling: solver, steps and guidance.
+        config: what it was trained on, and the solver, steps and guidance to draw with.
         labels: a label for each image; for a model without labels, any number for each.
         seed: seed of the set.
         batch_size: images at a time.
@@ -85,9 +83,6 @@ def generate(
 
     Returns:
         (N, C, H, W) uint8 on the CPU.
-
-    Raises:
-        InputError: guidance for a model without a null class.
     """
     device = next(model.parameters()).device
     shape = (config.model.in_chans, *config.model.image_shape)
@@ -108,10 +103,15 @@ def generate(
                 uncond = {"y": torch.full_like(y, config.model.null_label)}
         tick = None if on_evaluation is None else functools.partial(on_evaluation, len(part))
         noise = ImageNoise(part, shape, device)
-        images.append(to_uint8(sample(model, config.process, sampling, noise, cond, uncond, tick)).cpu())
+        images.append(to_uint8(sample(model, config.process, config.sample, noise, cond, uncond, tick)).cpu())
     return torch.cat(images)
 
 
-def with_overrides(sampling: SampleConfig, **overrides: Any) -> SampleConfig:
-    """Returns the settings with those overrides that are not None."""
-    return dataclasses.replace(sampling, **{name: value for name, value in overrides.items() if value is not None})
+def override_sampling(config: Config, **overrides: Any) -> Config:
+    """Returns a run's config with those fields of its sampling replaced that are not None.
+
+    Raises:
+        InputError: a value that does not fit, such as guidance for a model without a null class.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))

@@ -209,12 +209,17 @@ def sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
     """Returns the time grid of a process and a sampler's settings, clear of ends where a formula is singular.
 
     Raises:
-        InputError: as time_grid.
+        InputError: as time_grid, or a solver that is not stable on the grid.
     """
     schedule = SCHEDULES[process.schedule]
-    divides_by_alpha = process.prediction == "noise" or config.sampler == "euler_maruyama"
-    t_start = 1 - TIME_MARGIN if schedule.singular_start and divides_by_alpha else 1.0
-    return time_grid(schedule, config.num_steps, config.spacing, t_start, shift=process.time_shift)
+    # Where α(1) = 0 the reverse SDE has a drift of 1 / α, which only steps in log-SNR keep up with.
+    stiff = schedule.singular_start and config.sampler == "euler_maruyama"
+    if stiff and config.spacing == "uniform":
+        raise InputError(f"euler_maruyama on schedule {process.schedule!r} needs spacing 'log_snr', got 'uniform'")
+    spacing: Spacing = ("log_snr" if stiff else "uniform") if config.spacing == "auto" else config.spacing
+    divides_by_alpha = schedule.singular_start and (stiff or process.prediction == "noise")
+    t_start = 1 - TIME_MARGIN if divides_by_alpha else 1.0
+    return time_grid(schedule, config.num_steps, spacing, t_start, shift=process.time_shift)
 
 
 @torch.no_grad()
@@ -257,6 +262,11 @@ def sample(
     return SOLVERS[config.sampler](counted, noise(), schedule, sampling_times(process, config), noise)
 
 
-def num_evaluations(config: SampleConfig) -> int:
-    """Returns how often a solver asks the denoiser."""
-    return 2 * config.num_steps - 1 if config.sampler == "heun" else config.num_steps
+def num_evaluations(process: ProcessConfig, config: SampleConfig) -> int:
+    """Returns how often a solver asks the denoiser.
+
+    Raises:
+        InputError: as sampling_times.
+    """
+    num_steps = len(sampling_times(process, config)) - 1
+    return 2 * num_steps - 1 if config.sampler == "heun" else num_steps

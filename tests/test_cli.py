@@ -1,0 +1,300 @@
+"""The command lines, end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import evaluate
+import sample
+import train
+from uvit import UViT
+from uvit.checkpoint import load_checkpoint
+from uvit.cli import run
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate}
+
+TINY = """
+from uvit.config import *
+
+config = Config(
+    model=UViTConfig(img_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=10, null_class=True),
+    optim=OptimConfig(name="muon", lr=1e-2, warmup_steps=2, grad_clip=1.0),
+    train=TrainConfig(
+        num_steps=4, batch_size=8, label_dropout=0.2, ema_decay=0.5, log_every=2, sample_every=4, save_every=2
+    ),
+    sample=SampleConfig(num_steps=2, guidance=1.5),
+)
+"""
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A folder with tiny.py and a finished run of it, runs/tiny."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.py").write_text(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(["tiny.py"])
+    return folder
+
+
+@pytest.fixture
+def inside(finished, monkeypatch) -> Path:
+    monkeypatch.chdir(finished)
+    return finished
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    run_dir = finished / "runs" / "tiny"
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["model"]["embed_dim"] == 16 and config["process"]["schedule"] == "flow"
+    assert config["data"]["class_names"][3] == "three"
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(line["loss"] > 0 and line["images_per_second"] > 0 for line in lines)
+    assert [line["lr"] for line in lines] == pytest.approx([0.005, 0.01])
+    assert list(run_dir.glob("uvit/events.out.tfevents.*"))
+    assert Image.open(run_dir / "samples" / "step_00000004.png").size[0] > 8 * 64
+    ema = load_checkpoint(run_dir)["ema"]
+    loaded = UViT.from_pretrained(run_dir).state_dict()
+    assert all(torch.equal(loaded[name], ema[name]) for name in ema)
+
+
+def test_resumed_equals_uninterrupted(tmp_path, finished):
+    config = str(finished / "tiny.py")
+    for steps in ("2", "3", "4"):
+        train.main([config, "--train.run_dir", str(tmp_path / "parts"), "--train.num_steps", steps])
+    parts, whole = load_checkpoint(tmp_path / "parts"), load_checkpoint(finished / "runs" / "tiny")
+    assert parts["step"] == whole["step"] == 4
+    for part in ("model", "ema"):
+        assert all(torch.equal(parts[part][name], tensor) for name, tensor in whole[part].items())
+
+
+def test_a_finished_run_says_so_and_changes_nothing(inside, capsys):
+    before = files_of(inside / "runs")
+    train.main(["tiny.py"])
+    assert "nothing to do: runs/tiny has 4 steps" in capsys.readouterr().out
+    assert files_of(inside / "runs") == before
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--train.accumulation_steps", "2"],
+        ["--train.mixed_precision", "bf16", "--model.qk_norm", "True"],
+        ["--data.flip", "True", "--data.num_workers", "2"],
+        [
+            "--model.num_classes",
+            "0",
+            "--model.null_class",
+            "False",
+            "--train.label_dropout",
+            "0",
+            "--sample.guidance",
+            "1",
+        ],
+        [
+            "--process.schedule",
+            "ldm",
+            "--process.prediction",
+            "noise",
+            "--optim.name",
+            "adamw",
+            "--train.tracker",
+            "none",
+        ],
+    ],
+)
+def test_options_of_the_loop(overrides, tmp_path, finished):
+    train.main([str(finished / "tiny.py"), "--train.run_dir", str(tmp_path / "run"), *overrides])
+    assert load_checkpoint(tmp_path / "run")["step"] == 4
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert np.isfinite([json.loads(line)["loss"] for line in lines]).all()
+    sample.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "grid.png"), "--num_per_class", "1"])
+
+
+def test_training_learns(tmp_path, finished):
+    """The loss of a few dozen steps falls well below that of predicting zero."""
+    arguments = ["--train.run_dir", str(tmp_path / "run"), "--train.num_steps", "60", "--train.batch_size", "32"]
+    train.main([str(finished / "tiny.py"), *arguments, "--train.sample_every", "0", "--train.tracker", "none"])
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_sample_draws_a_row_for_each_class(inside, capsys):
+    sample.main(
+        "--checkpoint runs/tiny --classes 0 seven --num_per_class 3 --steps 2 --seed 5 --output two.png".split()
+    )
+    assert "2 steps" in capsys.readouterr().out
+    picture = Image.open("two.png")
+    assert picture.size[1] < 3 * 66 < picture.size[0] + 66
+
+
+def read_npz(path):
+    with np.load(path) as arrays:
+        return arrays["arr_0"], arrays["arr_1"]
+
+
+def test_npz_is_what_adm_reads_and_does_not_depend_on_the_batch(inside):
+    shared = "--checkpoint runs/tiny --num_per_class 3 --guidance 2 --seed 3".split()
+    sample.main([*shared, "--output", "a.npz", "--batch_size", "7"])
+    sample.main([*shared, "--output", "b.npz", "--batch_size", "64"])
+    sample.main([*shared, "--output", "c.npz", "--classes", "9", "4"])
+    (images, labels), (others, _), (chosen, _) = (read_npz(f"{name}.npz") for name in "abc")
+    assert images.dtype == np.uint8 and images.shape == (30, 8, 8, 1)
+    assert labels.tolist() == [label for label in range(10) for _ in range(3)]
+    assert np.abs(images.astype(int) - others).max() <= 1  # equal but for rounding
+    assert np.abs(images[[27, 28, 29, 12, 13, 14]].astype(int) - chosen).max() <= 1
+    sample.main([*shared, "--output", "d.npz", "--seed", "4"])
+    assert np.abs(images.astype(int) - read_npz("d.npz")[0]).max() > 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m", "euler_maruyama"])
+def test_every_sampler_by_name(sampler, inside, capsys):
+    sample.main(["--checkpoint", "runs/tiny", "--sampler", sampler, "--steps", "3", "--output", "x.png"])
+    assert sampler in capsys.readouterr().out
+
+
+def test_evaluate_prints_two_figures_and_the_protocol(inside, capsys):
+    evaluate.main("--checkpoint runs/tiny --num_images 50 --steps 2".split())
+    recognised, frechet, protocol = capsys.readouterr().out.splitlines()
+    assert recognised.startswith("recognised ") and "real held-out images: 99" in recognised
+    assert frechet.startswith("Fréchet distance ")
+    assert "50 images, 5 a class, EMA weights, guidance w = 1, dpmpp_2m 2 steps" in protocol
+    saved = json.loads(Path("runs/tiny/evaluation.json").read_text())
+    assert 0 <= saved["recognised"] <= 1 and saved["frechet"] > saved["frechet_real"] > 0
+
+
+BAD_INPUT = [
+    ("train", "", "first argument must be a config file"),
+    ("train", "nowhere.py", "config file not found: nowhere.py"),
+    ("train", "tinny.py", "did you mean 'tiny.py'?"),
+    ("train", "tiny.py --optim.lrr 1", "--optim.lrr"),
+    ("train", "tiny.py --optim.lrr 1", "did you mean --optim.lr?"),
+    ("train", "tiny.py --optim.lr fast", "could not convert string to float: 'fast'"),
+    ("train", "tiny.py --optim.lr -1", "lr must be above 0, got -1"),
+    ("train", "tiny.py --train.num_steps 1.5", "1.5"),
+    ("train", "tiny.py --train.num_steps 0", "num_steps must be at least 1, got 0"),
+    ("train", "tiny.py --train.num_steps", "--train.num"),
+    ("train", "tiny.py --model.depth 3", "depth must be even and at least 2, got 3"),
+    ("train", "tiny.py --model.num_heads 3", "embed_dim 16 must be divisible by num_heads 3"),
+    ("train", "tiny.py --model.patch_size 3", "img_size must be divisible by patch_size 3, got 8"),
+    ("train", "tiny.py --model.skip cat", "'cat'"),
+    ("train", "tiny.py --model.attention xformers", "attention 'xformers' needs a CUDA device, got 'cpu'"),
+    ("train", "tiny.py --model.img_size 16", "digits are 1x8x8 images, got a model for 1x16x16"),
+    ("train", "tiny.py --model.num_classes 9", "num_classes must be 10 for data 'digits', got 9"),
+    ("train", "tiny.py --model.null_class False", "needs model.null_class, got False"),
+    ("train", "tiny.py --train.mixed_precision fp16", "needs a CUDA device, got 'cpu'"),
+    ("train", "tiny.py --train.accumulation_steps 3", "batch_size 8 must be divisible by accumulation_steps 3"),
+    ("train", "tiny.py --data.name empty", "data folder empty is empty"),
+    ("train", "tiny.py --data.name no/such", "cannot load split 'train' of data 'no/such'"),
+    ("train", "tiny.py --train.run_dir tiny.py/run", "cannot write to tiny.py/run: Not a directory"),
+    ("train", "tiny.py --model.embed_dim 32", "runs/tiny holds a run with model.embed_dim 16, got 32"),
+    ("sample", "", "--checkpoint"),
+    ("sample", "--checkpoint nowhere", "checkpoint not found: nowhere"),
+    ("sample", "--checkpoint empty", "cannot read empty/config.json"),
+    ("sample", "--checkpoint tiny.py", "must be a folder with config.json and model.safetensors, got the file tiny.py"),
+    ("sample", "--checkpoint other", "do not fit their config"),
+    ("sample", "--checkpoint runs/tiny --classes 10", "class must be 0 to 9 or a class name, got '10'"),
+    ("sample", "--checkpoint runs/tiny --classes thre", "got 'thre', did you mean 'three'?"),
+    ("sample", "--checkpoint runs/tiny --sampler dpm", "'dpm'"),
+    ("sample", "--checkpoint runs/tiny --steps 0", "num_steps must be at least 1, got 0"),
+    ("sample", "--checkpoint runs/tiny --steps many", "'many'"),
+    ("sample", "--checkpoint runs/tiny --num_per_class 0", "num_per_class must be at least 1, got 0"),
+    ("sample", "--checkpoint runs/tiny --seed -1", "seed must be at least 0, got -1"),
+    ("sample", "--checkpoint runs/tiny --guidance_interval 0.7 0.2", "guidance_interval must be two times"),
+    ("sample", "--checkpoint runs/tiny --output tiny.py/grid.png", "cannot write to tiny.py: File exists"),
+    ("sample", "--checkpoint runs/tiny --output grid.gifx", "output must end in .png, .jpg or .npz, got 'grid.gifx'"),
+    ("sample", "--checkpoint runs/tiny --attention xformers", "needs a CUDA device, got 'cpu'"),
+    ("sample", "--checkpoint runs/tiny --sampler euler_maruyama --spacing uniform", "needs spacing 'log_snr'"),
+    ("evaluate", "--checkpoint nowhere", "checkpoint not found: nowhere"),
+    ("evaluate", "--checkpoint runs/tiny --num_images 7", "num_images must be a multiple of 10 classes"),
+    ("evaluate", "--checkpoint runs/tiny --steps 0", "num_steps must be at least 1, got 0"),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some of these are fine with CUDA")
+@pytest.mark.parametrize(("script", "arguments", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_2(script, arguments, message, inside, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (inside / "empty").mkdir(exist_ok=True)
+    (inside / "other").mkdir(exist_ok=True)
+    config = (inside / "runs/tiny/config.json").read_text()
+    (inside / "other" / "config.json").write_text(config.replace('"embed_dim": 16', '"embed_dim": 32'))
+    weights = (inside / "runs/tiny/model.safetensors").read_bytes()
+    (inside / "other" / "model.safetensors").write_bytes(weights)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments.split()])
+    before = files_of(inside)
+    with pytest.raises(SystemExit) as exit:
+        run(SCRIPTS[script].main)
+    errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "eval" not in line]
+    assert exit.value.code == 2
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors
+    assert files_of(inside) == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script, capsys):
+    with pytest.raises(SystemExit) as exit:
+        SCRIPTS[script].main(["--help"])
+    assert exit.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_importing_prints_nothing_and_starts_nothing(tmp_path):
+    code = "import uvit, torch; assert not torch.cuda.is_initialized()"
+    result = command("-c", code, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_accelerate_launch(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "train.py")]
+    result = command(*launch, "tiny.py", "--optim.lr", "1e-3", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "4 steps done" in result.stdout and "images/s" in result.stderr
+    assert json.loads((tmp_path / "runs/tiny/config.json").read_text())["optim"]["lr"] == 1e-3
+
+
+def test_a_shell_sees_one_line_and_exit_2(tmp_path):
+    result = command(str(ROOT / "sample.py"), "--checkpoint", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "error: checkpoint not found: nowhere\n"
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_run(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py"), "tiny.py"]
+    result = command(*launch, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(tmp_path / "runs/tiny")["step"] == 4
+    assert len((tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()) == 2

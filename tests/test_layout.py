@@ -1,0 +1,52 @@
+"""Modules import in one direction."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "uvit"
+
+# What each module may import of ours: only what stands above it.
+ORDER = [
+    "errors",
+    "attention",
+    "metrics",
+    "grid",
+    "config",
+    "cli",
+    "checkpoint",
+    "optim",
+    "data",
+    "diffusion",
+    "backbone",
+    "samplers",
+    "generate",
+    "__init__",
+]
+# These take a callable, never the network itself.
+NETWORK_FREE = ["diffusion", "samplers"]
+
+
+def imports_of(name: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("uvit"):
+            found.add(node.module.partition(".")[2] or "__init__")
+    return found
+
+
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_one_way(name):
+    assert imports_of(name) <= set(ORDER[: ORDER.index(name)])
+
+
+@pytest.mark.parametrize("name", NETWORK_FREE)
+def test_process_and_solvers_do_not_know_the_network(name):
+    assert "backbone" not in imports_of(name)

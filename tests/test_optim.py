@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from uvit import UViT
+from uvit.config import OptimConfig
+from uvit.optim import build_optimizer, build_scheduler, lr_factor
+
+
+def test_adamw_decays_every_parameter(tiny):
+    optimizer = build_optimizer(UViT(tiny), OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.03))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decays = {group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {0.03} and optimizer.defaults["betas"] == (0.9, 0.95)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(UViT(tiny).parameters()))
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tiny):
+    model = UViT(tiny, num_classes=5)
+    optimizer = build_optimizer(model, OptimConfig(name="muon", lr=1e-2))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    fallback = {names[id(p)] for group in optimizer.param_groups if group.get("use_fallback") for p in group["params"]}
+    outside = {name for name in names.values() if "block" not in name and not name.startswith("norm.")}
+    assert fallback == outside
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    left, _, right = torch.linalg.svd(torch.randn(128, 32), full_matrices=False)
+    model.mid_block.mlp.fc1.weight.grad = left @ torch.diag(torch.linspace(0.05, 1, 32)) @ right
+    optimizer.step()
+    update = model.mid_block.mlp.fc1.weight.detach() - before["mid_block.mlp.fc1.weight"]
+    singular = torch.linalg.svdvals(update)
+    assert singular.max() / singular.min() < 2.5  # orthogonalised: all directions about alike, 20 apart before
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, 1, 0.8536, 0.5, 0.1464]),
+    ],
+)
+def test_learning_rates(decay, expected):
+    config = OptimConfig(warmup_steps=2, decay=decay)
+    assert [lr_factor(step, 6, config) for step in range(6)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_first_update_of_a_warm_up_changes_nothing(tiny):
+    model = UViT(tiny)
+    config = OptimConfig(lr=1e-3, warmup_steps=10)
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config, 100)
+    before = model.mid_block.mlp.fc1.weight.detach().clone()
+    model(torch.randn(2, 1, 8, 8), torch.tensor([5.0, 500.0])).square().sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert torch.equal(model.mid_block.mlp.fc1.weight, before)
+    assert scheduler.get_last_lr() == [pytest.approx(1e-4)] * len(scheduler.get_last_lr())
+    optimizer.step()
+    assert not torch.equal(model.mid_block.mlp.fc1.weight, before)

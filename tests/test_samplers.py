@@ -1,0 +1,230 @@
+"""Solvers against Gaussian data N(m, s²), where the denoiser and the solution are known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from uvit.config import ProcessConfig, SampleConfig
+from uvit.diffusion import SCHEDULES, TIME_MARGIN, combine
+from uvit.errors import InputError
+from uvit.samplers import (
+    SOLVERS,
+    ImageNoise,
+    denoiser,
+    euler_maruyama,
+    guide,
+    num_evaluations,
+    sample,
+    sampling_times,
+    time_grid,
+)
+
+MEAN, STD = 0.3, 0.5
+T_END = 0.01
+
+
+def spread(schedule, t):
+    """Standard deviation of x_t."""
+    alpha, sigma = schedule.at(t)
+    return math.sqrt(alpha**2 * STD**2 + sigma**2)
+
+
+def gaussian_denoiser(schedule):
+    """(E[x_0 | x_t], E[ε | x_t]) for Gaussian data."""
+
+    def denoise(x, t):
+        alpha, sigma = schedule.at(t)
+        away = (x - alpha * MEAN) / spread(schedule, t) ** 2
+        return MEAN + alpha * STD**2 * away, sigma * away
+
+    return denoise
+
+
+def exact_solution(schedule, x, t, s):
+    """The probability-flow ODE keeps an x at its place within the Gaussian."""
+    standard = (x - schedule.at(t)[0] * MEAN) / spread(schedule, t)
+    return schedule.at(s)[0] * MEAN + spread(schedule, s) * standard
+
+
+def errors(solver, schedule, spacing, all_steps, t_end):
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    found = []
+    for num_steps in all_steps:
+        times = time_grid(schedule, num_steps, spacing, t_end=t_end)
+        reached = SOLVERS[solver](gaussian_denoiser(schedule), x, schedule, times)
+        found.append((reached - exact_solution(schedule, x, times[0], times[-1])).abs().max().item())
+    return found
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("spacing", ["uniform", "log_snr"])
+@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
+def test_error_falls_at_the_solvers_order(name, spacing, solver, order):
+    coarse, middle, fine = errors(solver, SCHEDULES[name], spacing, (80, 160, 320), T_END)
+    for before, after in ((coarse, middle), (middle, fine)):
+        assert order - 0.15 < math.log2(before / after) < order + 0.3
+    assert fine < 1e-2 / 8**order * 8
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow"])
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2m"])
+def test_solvers_reach_clean_data(name, solver):
+    """The last step to σ = 0 is exact enough too."""
+    coarse, fine = errors(solver, SCHEDULES[name], "uniform", (40, 160), 0.0)
+    assert fine < coarse / 3.5 < 0.03
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_euler_maruyama_has_weak_order_one(name):
+    """The solver is affine in x and its noises, so its mean and variance follow exactly from unit inputs."""
+    schedule = SCHEDULES[name]
+    start = 1 - TIME_MARGIN if schedule.singular_start else 1.0
+    found = []
+    for num_steps in (100, 200, 400):
+        times = time_grid(schedule, num_steps, "log_snr", start, T_END)
+        rows = torch.zeros(num_steps + 2, dtype=torch.float64)
+        rows[1] = 1.0  # row 0: nothing; row 1: a unit x; row 2 + i: a unit noise at step i
+        units = iter(torch.eye(num_steps + 2, dtype=torch.float64)[2:])
+        reached = euler_maruyama(gaussian_denoiser(schedule), rows, schedule, times, lambda: next(units))  # noqa: B023
+        gains = reached - reached[0]
+        mean = reached[0] + gains[1] * schedule.at(start)[0] * MEAN
+        variance = (gains[1] * spread(schedule, start)) ** 2 + gains[2:].square().sum()
+        mean_error = abs(mean.item() - schedule.at(T_END)[0] * MEAN)
+        found.append((mean_error, abs(variance.item() - spread(schedule, T_END) ** 2)))
+    for coarse, fine in zip(found, found[1:]):
+        for before, after in zip(coarse, fine):
+            exact = max(before, after) < 1e-12  # as the mean is for flow
+            assert exact or 0.85 < math.log2(before / after) < 1.3
+    assert max(found[-1]) < 0.02
+
+
+def test_euler_maruyama_needs_noise():
+    with pytest.raises(InputError, match="needs a source of noise"):
+        euler_maruyama(gaussian_denoiser(SCHEDULES["vp"]), torch.zeros(1), SCHEDULES["vp"], [1.0, 0.0])
+
+
+def test_ddim_is_euler_for_flow():
+    schedule, x = SCHEDULES["flow"], torch.linspace(-2, 2, 9, dtype=torch.float64)
+    denoise, times = gaussian_denoiser(schedule), time_grid(SCHEDULES["flow"], 7)
+    euler = x
+    for t, s in zip(times, times[1:]):
+        x0, eps = denoise(euler, t)
+        euler = euler + (s - t) * (eps - x0)
+    torch.testing.assert_close(SOLVERS["ddim"](denoise, x, schedule, times), euler)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_log_snr_grid_is_uniform_in_log_snr(name):
+    times = time_grid(SCHEDULES[name], 10, "log_snr", t_end=T_END)
+    steps = SCHEDULES[name].log_snr(torch.tensor(times, dtype=torch.float64)).diff()
+    assert len(times) == 11 and times[-1] == pytest.approx(T_END)
+    torch.testing.assert_close(steps, steps[:1].expand(10), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "log_snr"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_grids_decrease_to_zero_with_as_many_steps_as_asked(name, spacing, num_steps):
+    times = time_grid(SCHEDULES[name], num_steps, spacing)
+    assert len(times) == num_steps + 1 and times[-1] == 0
+    assert all(t > s for t, s in zip(times, times[1:]))
+
+
+def test_bad_grids():
+    with pytest.raises(InputError, match="steps must be at least 1, got 0"):
+        time_grid(SCHEDULES["flow"], 0)
+    with pytest.raises(InputError, match=r"got 0.2 and 0.5"):
+        time_grid(SCHEDULES["flow"], 4, t_start=0.2, t_end=0.5)
+
+
+class CountingNetwork:
+    """A linear network that records the batch of each call."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, x, timesteps, y):
+        self.batches.append(len(x))
+        return x * (1 + y[:, None]) + timesteps[:, None]
+
+
+def test_guidance_is_one_batch_and_the_formula():
+    network, x = CountingNetwork(), torch.randn(3, 4)
+    y, null = torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)
+    output = guide(network, SCHEDULES["flow"], {"y": y}, {"y": null}, scale=1.4)(x, 0.5)
+    cond, uncond = x * (1 + y[:, None]) + 500, x + 500
+    torch.testing.assert_close(output, 1.4 * cond + (1 - 1.4) * uncond)
+    assert network.batches == [6]
+
+
+def test_uncond_is_not_computed_without_guidance_or_outside_its_interval():
+    network, x = CountingNetwork(), torch.randn(3, 4)
+    y, null = torch.ones(3), torch.zeros(3)
+    guide(network, SCHEDULES["flow"], {"y": y}, {"y": null}, scale=1.0)(x, 0.5)
+    guided = guide(network, SCHEDULES["flow"], {"y": y}, {"y": null}, scale=2.0, interval=(0.2, 0.7))
+    for t in (0.1, 0.2, 0.7, 0.8):
+        guided(x, t)
+    assert network.batches == [3, 3, 6, 6, 3]
+
+
+def test_guidance_without_a_null_class():
+    with pytest.raises(InputError, match=r"guidance 1.5 needs a model with a null class"):
+        guide(CountingNetwork(), SCHEDULES["flow"], {"y": torch.ones(3)}, None, scale=1.5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["noise", "data", "v", "flow"])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("spacing", ["auto", "log_snr"])
+def test_every_combination_draws_gaussian_data(name, prediction, solver, spacing):
+    """A network that knows the answer, told its time in its own units, in whatever prediction it was trained for."""
+    schedule = SCHEDULES[name]
+
+    def network(x, timesteps):
+        t = timesteps[0].item() / schedule.network_scale
+        x0, eps = gaussian_denoiser(schedule)(x, t)
+        return combine(prediction, x0, eps, *schedule.at(t))
+
+    process = ProcessConfig(schedule=name, prediction=prediction)
+    config = SampleConfig(sampler=solver, num_steps=200 if solver == "euler_maruyama" else 30, spacing=spacing)
+    noise = ImageNoise([(0, k) for k in range(64)], (1, 8, 8), torch.device("cpu"))
+    calls = []
+    images = sample(network, process, config, noise, {}, on_evaluation=lambda: calls.append(1))
+    assert images.mean().item() == pytest.approx(MEAN, abs=0.06)
+    assert images.std().item() == pytest.approx(STD, rel=0.15)
+    assert len(calls) == num_evaluations(process, config)
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow"])
+def test_a_grid_that_a_solver_is_not_stable_on(name):
+    config = SampleConfig(sampler="euler_maruyama", spacing="uniform")
+    with pytest.raises(InputError, match=f"'{name}' needs spacing 'log_snr', got 'uniform'"):
+        sampling_times(ProcessConfig(schedule=name), config)
+
+
+def test_denoiser_inverts_the_prediction():
+    schedule = SCHEDULES["cosine"]
+    x0, eps = torch.randn(2, 3, 1, 2, 2)
+    alpha, sigma = schedule.at(0.3)
+    x = alpha * x0 + sigma * eps
+    for kind in ("noise", "data", "v", "flow"):
+        output = combine(kind, x0, eps, alpha, sigma)
+        torch.testing.assert_close(denoiser(lambda x, t: output, schedule, kind)(x, 0.3), (x0, eps))  # noqa: B023
+
+
+def test_noise_belongs_to_the_image_not_to_the_batch():
+    keys, cpu = [(7, 0, k) for k in range(6)], torch.device("cpu")
+    whole = ImageNoise(keys, (1, 4, 4), cpu)
+    parts = [ImageNoise(keys[:1], (1, 4, 4), cpu), ImageNoise(keys[1:], (1, 4, 4), cpu)]
+    for _ in range(3):
+        assert torch.equal(whole(), torch.cat([part() for part in parts]))
+    assert not torch.equal(whole()[0], whole()[0])
+
+
+def test_sampling_keeps_clear_of_singular_ends():
+    noise = ProcessConfig(schedule="flow", prediction="noise")
+    assert sampling_times(noise, SampleConfig(num_steps=4))[0] == 1 - TIME_MARGIN
+    assert sampling_times(ProcessConfig(), SampleConfig(num_steps=4))[0] == 1

@@ -6,6 +6,7 @@ Running the same command again goes on from the last checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import time
@@ -49,6 +50,8 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     resolve_backend(config.model.attention, device_type, config.model.embed_dim // config.model.num_heads)
     if config.train.mixed_precision == "fp16" and device_type != "cuda":
         raise InputError(f"train.mixed_precision 'fp16' needs a CUDA device, got {device_type!r}: use 'bf16' or 'no'")
+    if config.train.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise InputError("train.tracker 'wandb' needs the package wandb, which is not installed: pip install wandb")
     run_dir = config.train.run_dir or str(Path("runs", Path(arguments[0]).stem))
     return dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=run_dir))
 
@@ -64,6 +67,12 @@ def check_same_model(config: Config, run_dir: Path) -> None:
             if was != value:
                 held = f"{run_dir} holds a run with {section}.{field} {was!r}"
                 raise InputError(f"{held}, got {value!r}: use another --train.run_dir")
+
+
+def flat(config: Config) -> dict[str, str]:
+    """Names every value of a config `section.field`, as trackers want them."""
+    sections = dataclasses.asdict(config).items()
+    return {f"{section}.{field}": str(value) for section, fields in sections for field, value in fields.items()}
 
 
 def step_seed(*numbers: int) -> int:
@@ -132,7 +141,7 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
     )
     batches = iter(loader)
     if settings.tracker != "none":
-        accelerator.init_trackers("uvit", config=None)
+        accelerator.init_trackers("uvit", config=flat(config))
     progress = tqdm(total=settings.num_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True)
     running_loss, logged_at, logged_step = torch.zeros((), device=device), time.perf_counter(), start
 

@@ -131,7 +131,7 @@ def test_options_of_the_loop(overrides, tmp_path, finished):
     assert load_checkpoint(tmp_path / "run")["step"] == 4
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert np.isfinite([json.loads(line)["loss"] for line in lines]).all()
-    sample.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "grid.png"), "--num_per_class", "1"])
+    sample.main("--checkpoint run --output grid.png --num_per_class 1".split())
 
 
 def test_training_learns(tmp_path, finished):
@@ -144,7 +144,21 @@ def test_training_learns(tmp_path, finished):
 
 def test_sample_draws_a_row_for_each_class(inside, capsys):
     sample.main(
-        "--checkpoint runs/tiny --classes 0 seven --num_per_class 3 --steps 2 --seed 5 --output two.png".split()
+        [
+            "--checkpoint",
+            "runs/tiny",
+            "--classes",
+            "0",
+            "seven",
+            "--num_per_class",
+            "3",
+            "--steps",
+            "2",
+            "--seed",
+            "5",
+            "--output",
+            "two.png",
+        ]
     )
     assert "2 steps" in capsys.readouterr().out
     picture = Image.open("two.png")
@@ -172,7 +186,7 @@ def test_npz_is_what_adm_reads_and_does_not_depend_on_the_batch(inside):
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m", "euler_maruyama"])
 def test_every_sampler_by_name(sampler, inside, capsys):
-    sample.main(["--checkpoint", "runs/tiny", "--sampler", sampler, "--steps", "3", "--output", "x.png"])
+    sample.main("--checkpoint runs/tiny --sampler --steps 3 --output x.png".split())
     assert sampler in capsys.readouterr().out
 
 
@@ -209,12 +223,15 @@ BAD_INPUT = [
     ("train", "tiny.py --train.accumulation_steps 3", "batch_size 8 must be divisible by accumulation_steps 3"),
     ("train", "tiny.py --data.name empty", "data folder empty is empty"),
     ("train", "tiny.py --data.name no/such", "cannot load split 'train' of data 'no/such'"),
+    ("train", "tiny.py --train.tracker wandb", "train.tracker 'wandb' needs the package wandb"),
     ("train", "tiny.py --train.run_dir tiny.py/run", "cannot write to tiny.py/run: Not a directory"),
     ("train", "tiny.py --model.embed_dim 32", "runs/tiny holds a run with model.embed_dim 16, got 32"),
     ("sample", "", "--checkpoint"),
     ("sample", "--checkpoint nowhere", "checkpoint not found: nowhere"),
+    ("sample", "--checkpoint runs/tini", "checkpoint not found: runs/tini, did you mean 'runs/tiny'?"),
     ("sample", "--checkpoint empty", "cannot read empty/config.json"),
     ("sample", "--checkpoint tiny.py", "must be a folder with config.json and model.safetensors, got the file tiny.py"),
+    ("sample", "--checkpoint bare", "bare holds a backbone alone, expected a run"),
     ("sample", "--checkpoint other", "do not fit their config"),
     ("sample", "--checkpoint runs/tiny --classes 10", "class must be 0 to 9 or a class name, got '10'"),
     ("sample", "--checkpoint runs/tiny --classes thre", "got 'thre', did you mean 'three'?"),
@@ -241,6 +258,7 @@ def test_bad_input_is_one_line_and_exit_2(script, arguments, message, inside, mo
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     (inside / "empty").mkdir(exist_ok=True)
     (inside / "other").mkdir(exist_ok=True)
+    UViT(depth=2, embed_dim=8, num_heads=1).save_pretrained("bare")
     config = (inside / "runs/tiny/config.json").read_text()
     (inside / "other" / "config.json").write_text(config.replace('"embed_dim": 16', '"embed_dim": 32'))
     weights = (inside / "runs/tiny/model.safetensors").read_bytes()

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "uvit"
 ORDER = [
     "errors",
     "attention",
+    "hub",
     "metrics",
     "grid",
     "config",

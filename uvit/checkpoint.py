@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from uvit.config import CONFIG_FILE, UViTConfig, from_dict, read_json
-from uvit.errors import InputError
+from uvit.errors import InputError, did_you_mean
+from uvit.hub import quiet_hub
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "training_state.pt"
@@ -102,10 +103,12 @@ def find_pretrained(name_or_path: str | Path) -> Path:
     if path.exists():
         raise InputError(f"checkpoint must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, got the file {path}")
     name = str(name_or_path)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise InputError(f"checkpoint not found: {name}")
+    if name.count("/") != 1 or path.parent.is_dir():  # what has a folder on disk above it is not meant for the hub
+        near = did_you_mean(name, [str(folder) for folder in path.parent.glob("*") if folder.is_dir()])
+        raise InputError(f"checkpoint not found: {name}{near}")
     try:
-        files = [Path(hf_hub_download(name, file)) for file in (CONFIG_FILE, WEIGHTS_FILE)]
+        with quiet_hub():
+            files = [Path(hf_hub_download(name, file)) for file in (CONFIG_FILE, WEIGHTS_FILE)]
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"checkpoint {name!r} is no folder on disk, and the hub did not give it: {reason}") from None

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from uvit.config import Config, DataConfig, UViTConfig
 from uvit.errors import InputError
+from uvit.hub import quiet_hub
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELD_OUT_SHARE = 0.2
@@ -136,7 +137,8 @@ def _load_hub(config: DataConfig, model: UViTConfig, train: bool) -> HubData:
             saved = datasets.load_from_disk(config.name)
             rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
-            rows = datasets.load_dataset(config.name, split=split)
+            with quiet_hub():
+                rows = datasets.load_dataset(config.name, split=split)
     except Exception as error:  # the library raises a different kind for each way that data can be missing
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"cannot load split {split!r} of data {config.name!r}: {reason:.200}") from None

@@ -31,7 +31,10 @@ def load_run(checkpoint: str, attention: Backend, device: torch.device) -> tuple
         InputError: no run there, files that are not what they should be, or a backend that cannot run there.
     """
     directory = find_pretrained(checkpoint)
-    config = from_dict(Config, read_json(directory / CONFIG_FILE))
+    raw = read_json(directory / CONFIG_FILE)
+    if isinstance(raw, dict) and "process" not in raw:
+        raise InputError(f"{checkpoint} holds a backbone alone, expected a run: how to sample it is not written there")
+    config = from_dict(Config, raw)
     resolve_backend(attention, device.type, config.model.embed_dim // config.model.num_heads)
     return config, UViT.from_pretrained(directory, attention=attention).to(device)
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from golden import ARRAYS, golden_model, rnd
 
 from uvit.config import ProcessConfig, SampleConfig
 from uvit.diffusion import SCHEDULES, TIME_MARGIN, combine
@@ -15,6 +16,7 @@ from uvit.samplers import (
     ImageNoise,
     denoiser,
     euler_maruyama,
+    fast_orders,
     guide,
     num_evaluations,
     sample,
@@ -61,12 +63,66 @@ def errors(solver, schedule, spacing, all_steps, t_end):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("spacing", ["uniform", "log_snr"])
-@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("euler", 1)])
 def test_error_falls_at_the_solvers_order(name, spacing, solver, order):
     coarse, middle, fine = errors(solver, SCHEDULES[name], spacing, (80, 160, 320), T_END)
     for before, after in ((coarse, middle), (middle, fine)):
         assert order - 0.15 < math.log2(before / after) < order + 0.3
     assert fine < 1e-2 / 8**order * 8
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("solver", ["dpm_solver_fast", "dpmpp_fast"])
+def test_fast_solvers_have_order_three(name, solver):
+    """On 3 K + 2 evaluations: steps of order 3 and a last one of order 2, whose own error is of size h³."""
+    schedule = SCHEDULES[name]
+    start = 1 - TIME_MARGIN if schedule.singular_start else 1.0
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    found = []
+    for num_steps in (62, 482):
+        times = time_grid(schedule, num_steps, "log_snr", start, T_END)
+        reached = SOLVERS[solver](gaussian_denoiser(schedule), x, schedule, times)
+        found.append((reached - exact_solution(schedule, x, times[0], times[-1])).abs().max().item())
+    # Over three doublings: ldm's log α has kinks at its steps, which makes a single doubling uneven.
+    assert 2.5 < math.log2(found[0] / found[1]) / 3 < 3.3
+
+
+def test_orders_of_fast_solvers_add_up():
+    assert [fast_orders(n) for n in (1, 2, 3, 4, 10, 50)][:5] == [[1], [2], [2, 1], [3, 1], [3, 3, 3, 1]]
+    assert all(sum(fast_orders(n)) == n for n in range(1, 60))
+
+
+def relative_error(ours, key):
+    theirs = torch.from_numpy(ARRAYS[key])
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+GOLDEN_SAMPLERS = [
+    ("euler_maruyama_ode_10", "tiny_uncond", "vp", SampleConfig(sampler="euler", num_steps=10)),
+    (
+        "dpm_solver_fast_10",
+        "tiny_uncond",
+        "vp",
+        SampleConfig(sampler="dpm_solver_fast", num_steps=10, spacing="log_snr", t_end=1e-4),
+    ),
+    (
+        "dpm_solver_pp_discrete_10_scale0.4",
+        "tiny_class",
+        "ldm",
+        SampleConfig(sampler="dpmpp_fast", num_steps=10, t_end=1e-3, guidance=1.4),
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "case", "name", "config"), GOLDEN_SAMPLERS, ids=[row[0] for row in GOLDEN_SAMPLERS])
+def test_samplers_equal_the_reference(key, case, name, config):
+    labels = torch.tensor([3, 10])
+    cond = {"y": labels} if case == "tiny_class" else {}
+    uncond = {"y": torch.full_like(labels, 10)} if cond else None
+    process = ProcessConfig(schedule=name, prediction="noise")
+    x_init = rnd("x_init", (2, 3, 8, 8))
+    reached = sample(golden_model(case).eval(), process, config, lambda: x_init, cond, uncond)
+    assert relative_error(reached, f"sampler/{key}") < 1e-4
 
 
 @pytest.mark.parametrize("name", ["cosine", "flow"])
@@ -198,9 +254,10 @@ def test_every_combination_draws_gaussian_data(name, prediction, solver, spacing
     assert len(calls) == num_evaluations(process, config)
 
 
+@pytest.mark.parametrize("solver", ["euler_maruyama", "dpm_solver_fast", "dpmpp_fast"])
 @pytest.mark.parametrize("name", ["cosine", "flow"])
-def test_a_grid_that_a_solver_is_not_stable_on(name):
-    config = SampleConfig(sampler="euler_maruyama", spacing="uniform")
+def test_a_grid_that_a_solver_is_not_stable_on(name, solver):
+    config = SampleConfig(sampler=solver, spacing="uniform")
     with pytest.raises(InputError, match=f"'{name}' needs spacing 'log_snr', got 'uniform'"):
         sampling_times(ProcessConfig(schedule=name), config)
 

@@ -20,7 +20,7 @@ from uvit.errors import InputError, did_you_mean
 ScheduleName = Literal["vp", "ldm", "cosine", "flow"]
 Kind = Literal["noise", "data", "v", "flow"]
 Backend = Literal["auto", "xformers", "sdpa", "math"]
-SolverName = Literal["ddim", "heun", "dpmpp_2m", "euler_maruyama"]
+SolverName = Literal["ddim", "heun", "dpmpp_2m", "dpmpp_fast", "dpm_solver_fast", "euler", "euler_maruyama"]
 Spacing = Literal["uniform", "log_snr"]
 
 CONFIG_FILE = "config.json"
@@ -264,9 +264,11 @@ class SampleConfig(Section):
     sampler: SolverName = "dpmpp_2m"
     """Solver."""
     num_steps: int = 20
-    """Steps of the solver; `heun` calls the network twice a step, the others once."""
+    """Steps of the solver, each one evaluation of the network; `heun` alone takes two."""
     spacing: Literal["auto", "uniform", "log_snr"] = "auto"
     """Grid of times: uniform in t, or in log-SNR; `auto` is uniform wherever the solver is stable on it."""
+    t_end: float = 0.0
+    """Last time; solvers that end in log-SNR, which is infinite at 0, take 0.001 for 0."""
     guidance: float = 1.0
     """w in w * cond + (1 - w) * uncond; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -275,6 +277,7 @@ class SampleConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("num_steps", self.num_steps >= 1, "at least 1")
+        self._require("t_end", 0 <= self.t_end < 0.5, "in [0, 0.5)")
         low, high = self.guidance_interval
         self._require("guidance_interval", 0 <= low <= high <= 1, "two times with 0 <= low <= high <= 1")
 

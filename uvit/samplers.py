@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def time_grid(
     if spacing == "uniform":
         t = torch.linspace(t_start, t_end, num_steps + 1, dtype=torch.float64)
         return shift_time(t, shift).tolist()
-    to_zero = t_end < TIME_MARGIN
+    to_zero = schedule.at(t_end)[1] == 0
     first = min(t_start, 1 - TIME_MARGIN) if schedule.singular_start else t_start
     last = TIME_MARGIN if to_zero else t_end
     low, high = schedule.log_snr(torch.tensor([first, last], dtype=torch.float64)).tolist()
@@ -138,6 +139,91 @@ def heun(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float]
     return x
 
 
+def euler(
+    denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
+) -> Tensor:
+    """Euler's method in t on the probability-flow ODE (arXiv 2011.13456, equation 13): order 1."""
+    for t, s in zip(times, times[1:]):
+        d_alpha, d_sigma = schedule.derivative_at(t)
+        x0, eps = denoise(x, t)
+        x = x + (s - t) * (d_alpha * x0 + d_sigma * eps)
+    return x
+
+
+def fast_orders(num_evaluations: int) -> list[int]:
+    """Returns the orders of DPM-Solver-fast's steps, 3 as often as the evaluations allow (arXiv 2206.00927, 3.4)."""
+    threes, rest = divmod(num_evaluations, 3)
+    if rest == 0:
+        return [3] * (threes - 1) + [2, 1]
+    return [3] * threes + [rest]
+
+
+class _Point(NamedTuple):
+    """A time of an exponential step: what it carries on, what it adds, and h, the way from the step's start."""
+
+    t: float
+    carried: float
+    added: float
+    h: float
+
+
+def _exponential_step(estimate: Callable[[Tensor, float], Tensor], x: Tensor, points: Sequence[_Point]) -> Tensor:
+    """One singlestep of order len(points) - 1, at most 3 (arXiv 2206.00927, section 3.3 and appendix B)."""
+    start, *inner, end = points
+    first = estimate(x, start.t)
+
+    def reach(point: _Point, correction: Tensor | float = 0.0) -> Tensor:
+        return (point.carried / start.carried) * x - point.added * (math.expm1(point.h) * first + correction)
+
+    if not inner:
+        return reach(end)
+    r1 = inner[0].h / end.h
+    change = estimate(reach(inner[0]), inner[0].t) - first
+    if len(inner) == 1:
+        return reach(end, math.expm1(end.h) / (2 * r1) * change)
+    r2 = inner[1].h / end.h
+    midway = reach(inner[1], r2 / r1 * (math.expm1(inner[1].h) / inner[1].h - 1) * change)
+    change = estimate(midway, inner[1].t) - first
+    return reach(end, (math.expm1(end.h) / end.h - 1) / r2 * change)
+
+
+def _dpm_solver_fast(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], of_noise: bool) -> Tensor:
+    """Singlesteps whose evaluations are the grid's own times: one of order k goes from times[i] to times[i + k].
+
+    In log-SNR λ the solution is α (x / α) plus an integral of e^{-λ} ε, or σ (x / σ) plus one of e^λ x_0: the same form
+    with α and σ exchanged and the sign of h turned.
+    """
+    amplitudes = [schedule.at(t) for t in times]
+    log_snr = [math.log(alpha / sigma) for alpha, sigma in amplitudes]
+
+    def estimate(x: Tensor, t: float) -> Tensor:
+        return denoise(x, t)[1 if of_noise else 0]
+
+    start = 0
+    for order in fast_orders(len(times) - 1):
+        points = []
+        for i in range(start, start + order + 1):
+            (alpha, sigma), h = amplitudes[i], log_snr[i] - log_snr[start]
+            points.append(_Point(times[i], alpha, sigma, h) if of_noise else _Point(times[i], sigma, alpha, -h))
+        x = _exponential_step(estimate, x, points)
+        start += order
+    return x
+
+
+def dpm_solver_fast(
+    denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
+) -> Tensor:
+    """DPM-Solver-fast (arXiv 2206.00927, section 3.4): singlesteps of order up to 3 in ε. α and σ must not vanish."""
+    return _dpm_solver_fast(denoise, x, schedule, times, of_noise=True)
+
+
+def dpmpp_fast(
+    denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
+) -> Tensor:
+    """DPM-Solver++ in x_0 (arXiv 2211.01095), singlesteps as in DPM-Solver-fast. α and σ must not vanish."""
+    return _dpm_solver_fast(denoise, x, schedule, times, of_noise=False)
+
+
 def dpmpp_2m(
     denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
 ) -> Tensor:
@@ -182,6 +268,9 @@ SOLVERS: dict[SolverName, Callable[..., Tensor]] = {
     "ddim": ddim,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_fast": dpmpp_fast,
+    "dpm_solver_fast": dpm_solver_fast,
+    "euler": euler,
     "euler_maruyama": euler_maruyama,
 }
 
@@ -211,15 +300,28 @@ def sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
     Raises:
         InputError: as time_grid, or a solver that is not stable on the grid.
     """
-    schedule = SCHEDULES[process.schedule]
-    # Where α(1) = 0 the reverse SDE has a drift of 1 / α, which only steps in log-SNR keep up with.
-    stiff = schedule.singular_start and config.sampler == "euler_maruyama"
+    schedule, sampler, shift = SCHEDULES[process.schedule], config.sampler, process.time_shift
+    fast = sampler in ("dpm_solver_fast", "dpmpp_fast")
+    # Where α(1) = 0 the drift of the reverse SDE and the steps in ε divide by α: only a grid in log-SNR keeps up.
+    stiff = schedule.singular_start and (fast or sampler == "euler_maruyama")
     if stiff and config.spacing == "uniform":
-        raise InputError(f"euler_maruyama on schedule {process.schedule!r} needs spacing 'log_snr', got 'uniform'")
+        raise InputError(f"{sampler} on schedule {process.schedule!r} needs spacing 'log_snr', got 'uniform'")
     spacing: Spacing = ("log_snr" if stiff else "uniform") if config.spacing == "auto" else config.spacing
     divides_by_alpha = schedule.singular_start and (stiff or process.prediction == "noise")
     t_start = 1 - TIME_MARGIN if divides_by_alpha else 1.0
-    return time_grid(schedule, config.num_steps, spacing, t_start, shift=process.time_shift)
+
+    if fast:
+        t_end = config.t_end or TIME_MARGIN
+        if spacing == "uniform":
+            return time_grid(schedule, config.num_steps, spacing, t_start, t_end, shift)
+        orders = fast_orders(config.num_steps)
+        outer = time_grid(schedule, len(orders), spacing, t_start, t_end)
+        parts = [time_grid(schedule, k, spacing, t, s) for k, t, s in zip(orders, outer, outer[1:])]
+        return outer[:1] + [t for part in parts for t in part[1:]]
+    if sampler in ("euler", "euler_maruyama") and spacing == "uniform" and not config.t_end and config.num_steps > 1:
+        # σ'(t) grows without bound towards 0 for vp: the last slope is taken at TIME_MARGIN, as in the paper's runs.
+        return [*time_grid(schedule, config.num_steps - 1, spacing, t_start, TIME_MARGIN, shift), 0.0]
+    return time_grid(schedule, config.num_steps, spacing, t_start, config.t_end, shift)
 
 
 @torch.no_grad()

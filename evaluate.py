@@ -14,11 +14,11 @@ from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
-from uvit.checkpoint import write_text
 from uvit.cli import parse, run
 from uvit.config import Backend, DataConfig, SolverName, UViTConfig
 from uvit.data import ImageData, load_data, to_unit_range
 from uvit.errors import InputError
+from uvit.files import write_text
 from uvit.generate import generate, load_run, override_sampling
 from uvit.metrics import Moments, frechet_distance
 from uvit.samplers import num_evaluations

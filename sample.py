@@ -13,10 +13,10 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from uvit.checkpoint import write_aside
 from uvit.cli import parse, run
 from uvit.config import Backend, SolverName
 from uvit.errors import InputError
+from uvit.files import write_aside
 from uvit.generate import class_names, find_classes, generate, load_run, override_sampling
 from uvit.grid import image_grid
 from uvit.samplers import num_evaluations
@@ -27,7 +27,9 @@ UNLABELLED_COLUMNS = 8
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     checkpoint: str
-    """Run folder, such as runs/digits, or hub name of one."""
+    """Run folder, such as runs/digits, or hub name of one; with --config also weights alone."""
+    config: str | None = None
+    """Config of weights that do not come with one, such as configs/imagenet256_uvit_huge.py for a published file."""
     classes: tuple[str, ...] = ()
     """Numbers or names of classes, a row of the grid for each; all of them where none is given."""
     num_per_class: int = 8
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     if output.suffix not in (*Image.registered_extensions(), ".npz"):
         raise InputError(f"output must end in .png, .jpg or .npz, got {given.output!r}")
 
-    config, model = load_run(given.checkpoint, given.attention, PartialState().default_device)
+    config, model = load_run(given.checkpoint, given.attention, PartialState().default_device, given.config)
     config = override_sampling(
         config,
         guidance=given.guidance,

@@ -24,15 +24,17 @@ from tqdm import tqdm
 
 from uvit import UViT
 from uvit.attention import resolve_backend
-from uvit.checkpoint import load_checkpoint, make_directory, save_checkpoint, write_aside, write_text, write_weights
+from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import parse, run
 from uvit.config import CONFIG_FILE, Config, load_config, read_json, to_json
 from uvit.data import ImageData, build_loader, load_data, random_flip, to_unit_range
 from uvit.diffusion import diffusion_loss
 from uvit.errors import InputError
+from uvit.files import make_directory, write_aside, write_text
 from uvit.generate import class_names, generate
 from uvit.grid import image_grid
 from uvit.optim import build_optimizer, build_scheduler
+from uvit.weights import write_weights
 
 USAGE = "train.py CONFIG"
 GRID_ROWS, GRID_COLUMNS = 10, 8

@@ -20,6 +20,7 @@ import train
 from uvit import UViT
 from uvit.checkpoint import load_checkpoint
 from uvit.cli import run
+from uvit.samplers import SOLVERS
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate}
@@ -169,7 +170,16 @@ def test_npz_is_what_adm_reads_and_does_not_depend_on_the_batch(inside):
     assert np.abs(images.astype(int) - read_npz("d.npz")[0]).max() > 1
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m", "euler_maruyama"])
+def test_published_weights_are_sampled_with_a_config(inside, capsys):
+    """The same weights under the reference code's file name draw the same images."""
+    torch.save(UViT.from_pretrained("runs/tiny").state_dict(), "nnet_ema.pth")
+    shared = "--num_per_class 2 --classes 3".split()
+    sample.main(["--checkpoint", "runs/tiny", "--output", "run.npz", *shared])
+    sample.main(["--checkpoint", "nnet_ema.pth", "--config", "tiny.py", "--output", "published.npz", *shared])
+    assert np.array_equal(read_npz("run.npz")[0], read_npz("published.npz")[0])
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
 def test_every_sampler_by_name(sampler, inside, capsys):
     sample.main(f"--checkpoint runs/tiny --sampler {sampler} --steps 3 --output x.png".split())
     assert sampler in capsys.readouterr().out
@@ -215,8 +225,10 @@ BAD_INPUT = [
     ("sample", "--checkpoint nowhere", "checkpoint not found: nowhere"),
     ("sample", "--checkpoint runs/tini", "checkpoint not found: runs/tini, did you mean 'runs/tiny'?"),
     ("sample", "--checkpoint empty", "cannot read empty/config.json"),
-    ("sample", "--checkpoint tiny.py", "must be a folder with config.json and model.safetensors, got the file tiny.py"),
-    ("sample", "--checkpoint bare", "bare holds a backbone alone, expected a run"),
+    ("sample", "--checkpoint tiny.py", "tiny.py holds weights alone, expected a run"),
+    ("sample", "--checkpoint tiny.py --config tiny.py", "tiny.py is not a whole file of weights alone"),
+    ("sample", "--checkpoint bare --config tiny.py", "bare is not the model of tiny.py: "),
+    ("sample", "--checkpoint bare", "bare holds weights alone, expected a run: give the run's config with --config"),
     ("sample", "--checkpoint other", "do not fit their config"),
     ("sample", "--checkpoint runs/tiny --classes 10", "class must be 0 to 9 or a class name, got '10'"),
     ("sample", "--checkpoint runs/tiny --classes thre", "got 'thre', did you mean 'three'?"),

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uvit.attention import attention
-from uvit.checkpoint import read_pretrained, write_text, write_weights
 from uvit.config import CONFIG_FILE, UViTConfig, to_json
-from uvit.errors import InputError
+from uvit.errors import InputError, did_you_mean
+from uvit.files import write_text
+from uvit.weights import read_pretrained, write_weights
 
 MAX_PERIOD = 10_000
 
@@ -142,6 +143,14 @@ class ConvPatchEmbed(nn.Module):
         return rearrange(self.proj(x), "B D h w -> B (h w) D")
 
 
+def _known_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(UViTConfig)}
+    for name in fields:
+        if name not in known:
+            raise InputError(f"UViTConfig has no field {name!r}{did_you_mean(name, known)}")
+    return fields
+
+
 class UViT(nn.Module):
     """The U-ViT backbone.
 
@@ -159,10 +168,7 @@ class UViT(nn.Module):
 
     def __init__(self, config: UViTConfig | None = None, **fields: Any) -> None:
         super().__init__()
-        unknown = fields.keys() - {known.name for known in dataclasses.fields(UViTConfig)}
-        if unknown:
-            raise InputError(f"UViTConfig has no field {', '.join(map(repr, sorted(unknown)))}")
-        self.config = config = dataclasses.replace(config or UViTConfig(), **fields)
+        self.config = config = dataclasses.replace(config or UViTConfig(), **_known_fields(fields))
         dim, patch_size, in_chans = config.embed_dim, config.patch_size, config.in_chans
 
         if config.patch_embed == "linear":
@@ -321,17 +327,19 @@ class UViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **fields: Any) -> UViT:
-        """Loads a backbone in eval mode from a folder with config.json and model.safetensors, a run, or the hub.
+        """Loads a backbone in eval mode from a folder, a run, the hub, or a published `.pth` file.
 
         Args:
-            name_or_path: a folder, or a hub name such as `user/model`.
-            **fields: fields of UViTConfig to override that change no weight, such as `attention`.
+            name_or_path: a folder with config.json and model.safetensors, a hub name such as `user/model`, a file
+                of the reference code such as `imagenet256_uvit_huge.pth`, or its checkpoint folder with nnet_ema.pth.
+            **fields: fields of UViTConfig that change no weight, such as `attention`; and of a published file those
+                that its tensors do not tell, such as `num_heads` of an unpublished width.
 
         Raises:
             InputError: (a ValueError) nothing there, broken files, or weights of another shape.
         """
-        config, state_dict = read_pretrained(name_or_path)
-        model = cls(config, **fields)
+        config, state_dict = read_pretrained(name_or_path, **_known_fields(fields))
+        model = cls(config)
         try:
             model.load_state_dict(state_dict, strict=True)
         except RuntimeError as error:

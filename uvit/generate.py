@@ -12,31 +12,46 @@ from torch import Tensor
 
 from uvit.attention import resolve_backend
 from uvit.backbone import UViT
-from uvit.checkpoint import find_pretrained
-from uvit.config import CONFIG_FILE, Backend, Config, from_dict, read_json
+from uvit.config import CONFIG_FILE, Backend, Config, from_dict, load_config, read_json
 from uvit.data import to_uint8
 from uvit.errors import InputError, did_you_mean
 from uvit.samplers import ImageNoise, sample
+from uvit.weights import find_pretrained
 
 
-def load_run(checkpoint: str, attention: Backend, device: torch.device) -> tuple[Config, UViT]:
+def load_run(
+    checkpoint: str, attention: Backend, device: torch.device, config_file: str | None = None
+) -> tuple[Config, UViT]:
     """Loads a run's config and its averaged weights, ready to sample.
 
     Args:
-        checkpoint: run folder, or hub name of one.
+        checkpoint: run folder, or hub name of one; with `config_file` also a backbone alone or published weights.
         attention: backend to run with.
         device: where to.
+        config_file: the run's config, for weights that do not come with one.
 
     Raises:
         InputError: no run there, files that are not what they should be, or a backend that cannot run there.
     """
-    directory = find_pretrained(checkpoint)
-    raw = read_json(directory / CONFIG_FILE)
-    if isinstance(raw, dict) and "process" not in raw:
-        raise InputError(f"{checkpoint} holds a backbone alone, expected a run: how to sample it is not written there")
-    config = from_dict(Config, raw)
+    path = find_pretrained(checkpoint)
+    if config_file is not None:
+        config = load_config(config_file)
+    else:
+        raw = {} if path.is_file() else read_json(path / CONFIG_FILE)
+        if isinstance(raw, dict) and "process" not in raw:
+            raise InputError(f"{checkpoint} holds weights alone, expected a run: give the run's config with --config")
+        config = from_dict(Config, raw)
     resolve_backend(attention, device.type, config.model.embed_dim // config.model.num_heads)
-    return config, UViT.from_pretrained(directory, attention=attention).to(device)
+    known = dataclasses.asdict(config.model) if path.is_file() else {}  # a published file's tensors do not tell all
+    model = UViT.from_pretrained(path, **{**known, "attention": attention})
+    if dataclasses.replace(model.config, attention=config.model.attention) != config.model:
+        different = [
+            f"{name} {value!r} and {getattr(config.model, name)!r}"
+            for name, value in dataclasses.asdict(model.config).items()
+            if name != "attention" and value != getattr(config.model, name)
+        ]
+        raise InputError(f"{checkpoint} is not the model of {config_file}: {', '.join(different)}")
+    return config, model.to(device)
 
 
 def class_names(config: Config) -> tuple[str, ...]:

@@ -1,0 +1,112 @@
+"""Weights of a backbone, on disk and on the hub.
+
+A folder of weights holds `config.json` and `model.safetensors`. A run folder is one (its config.json holds the whole
+run, the backbone under "model"), so it loads like any other. Published `.pth` files load as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from uvit.config import CONFIG_FILE, UViTConfig, from_dict, read_json
+from uvit.errors import InputError, did_you_mean
+from uvit.files import write_aside
+from uvit.hub import quiet_hub
+from uvit.published import infer_config
+
+WEIGHTS_FILE = "model.safetensors"
+PUBLISHED_FILE = "nnet_ema.pth"
+"""Name of the averaged weights in a checkpoint folder of the reference code."""
+
+
+def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
+    """Writes a state dict as DIRECTORY/model.safetensors."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    with write_aside(directory / WEIGHTS_FILE) as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        InputError: no such file, an empty one, or one that is not safetensors.
+    """
+    if not path.is_file():
+        raise InputError(f"no weights at {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict of the reference code, a `.pth` file, without running what a pickle may hold.
+
+    Raises:
+        InputError: a file that is not whole, or that holds anything but tensors by name.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the broken bytes lead to
+        raise InputError(f"{path} is not a whole file of weights alone ({type(error).__name__})") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"{path} must hold tensors by name, got {type(weights).__name__}")
+    return weights
+
+
+def find_pretrained(name_or_path: str | Path) -> Path:
+    """Returns what holds the weights: a published `.pth` file, or a folder with config.json and model.safetensors.
+
+    What is not on disk is fetched from the hub.
+
+    Raises:
+        InputError: nothing on disk by that name, and no hub model that can be had.
+    """
+    path, name = Path(name_or_path), str(name_or_path)
+    if path.is_dir():
+        published = path / PUBLISHED_FILE
+        return published if published.is_file() and not (path / WEIGHTS_FILE).is_file() else path
+    if path.is_file():
+        return path
+    if name.count("/") != 1 or path.parent.is_dir():  # what has a folder on disk above it is not meant for the hub
+        near = did_you_mean(name, [str(folder) for folder in path.parent.glob("*") if folder.is_dir()])
+        raise InputError(f"checkpoint not found: {name}{near}")
+    try:
+        with quiet_hub():
+            files = [Path(hf_hub_download(name, file)) for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"checkpoint {name!r} is no folder on disk, and the hub did not give it: {reason}") from None
+    return files[0].parent
+
+
+def read_pretrained(name_or_path: str | Path, **known: Any) -> tuple[UViTConfig, dict[str, Tensor]]:
+    """Reads a backbone's config and weights from a folder, a run, the hub, or a published `.pth` file.
+
+    Args:
+        name_or_path: which.
+        **known: fields of UViTConfig; those of a published file that its tensors do not tell.
+
+    Raises:
+        InputError: nothing there, or files that are not what they should be.
+    """
+    path = find_pretrained(name_or_path)
+    if path.is_file():
+        weights = read_published(path)
+        try:
+            return infer_config(weights, **known), weights
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    raw = read_json(path / CONFIG_FILE)
+    config = from_dict(UViTConfig, raw.get("model", raw) if isinstance(raw, dict) else raw)
+    return dataclasses.replace(config, **known), read_weights(path / WEIGHTS_FILE)

@@ -19,7 +19,7 @@ from uvit.config import Backend, DataConfig, SolverName, UViTConfig
 from uvit.data import ImageData, load_data, to_unit_range
 from uvit.errors import InputError
 from uvit.files import write_text
-from uvit.generate import generate, load_run, override_sampling
+from uvit.generate import describe_guidance, generate, load_run, override_sampling
 from uvit.metrics import Moments, frechet_distance
 from uvit.samplers import num_evaluations
 
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"recognised {recognised:.1%} (real held-out images: {recognised_real:.1%})")
     print(f"Fréchet distance {distance / distance_real:.2f} x real ({distance:.3f} against {distance_real:.3f})")
     protocol = (
-        f"{len(images)} images, {len(images) // num_classes} a class, EMA weights, guidance w = {sampling.guidance:g}, "
+        f"{len(images)} images, {len(images) // num_classes} a class, EMA weights, {describe_guidance(sampling.guidance)}, "
         f"{sampling.sampler} {sampling.num_steps} steps ({sampling.spacing}), seed {given.seed}, rounded to uint8; "
         f"pixels against the {held_out.count} held-out images of {config.data.name}, SVM (rbf, C = {SVM_C:g}) "
         f"fitted to the {train_part.count} training images"

@@ -17,7 +17,7 @@ from uvit.cli import parse, run
 from uvit.config import Backend, SolverName
 from uvit.errors import InputError
 from uvit.files import write_aside
-from uvit.generate import class_names, find_classes, generate, load_run, override_sampling
+from uvit.generate import class_names, describe_guidance, find_classes, generate, load_run, override_sampling
 from uvit.grid import image_grid
 from uvit.samplers import num_evaluations
 
@@ -36,6 +36,8 @@ class Arguments:
     """Images of each class; for a model without classes, images in all."""
     guidance: float | None = None
     """w in w * cond + (1 - w) * uncond, 1 is none; the run's own where not given."""
+    paper_scale: float | None = None
+    """The paper's s in cond + s * (cond - uncond), instead of --guidance: w = 1 + s."""
     guidance_interval: tuple[float, float] | None = None
     """Times in [0, 1] between which guidance acts."""
     steps: int | None = None
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str]) -> None:
             raise InputError(f"{name} must be at least 1, got {getattr(given, name)}")
     if given.seed < 0:
         raise InputError(f"seed must be at least 0, got {given.seed}")
+    if given.guidance is not None and given.paper_scale is not None:
+        raise InputError(f"give --guidance or --paper_scale, got both: {given.guidance:g} and {given.paper_scale:g}")
     output = Path(given.output)
     if output.suffix not in (*Image.registered_extensions(), ".npz"):
         raise InputError(f"output must end in .png, .jpg or .npz, got {given.output!r}")
@@ -75,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     config, model = load_run(given.checkpoint, given.attention, PartialState().default_device, given.config)
     config = override_sampling(
         config,
-        guidance=given.guidance,
+        guidance=given.guidance if given.paper_scale is None else 1 + given.paper_scale,
         guidance_interval=given.guidance_interval,
         num_steps=given.steps,
         sampler=given.sampler,
@@ -97,7 +101,7 @@ def main(arguments: Sequence[str]) -> None:
             image_grid(images, columns, [class_names(config)[label] for label in classes]).save(aside)
     sampling = config.sample
     print(
-        f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, guidance w = {sampling.guidance:g}, "
+        f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, {describe_guidance(sampling.guidance)}, "
         f"{sampling.sampler}, {sampling.num_steps} steps ({sampling.spacing}), seed {given.seed}"
     )
 

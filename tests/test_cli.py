@@ -170,6 +170,14 @@ def test_npz_is_what_adm_reads_and_does_not_depend_on_the_batch(inside):
     assert np.abs(images.astype(int) - read_npz("d.npz")[0]).max() > 1
 
 
+def test_the_papers_scale_is_w_minus_one(inside, capsys):
+    shared = "--checkpoint runs/tiny --num_per_class 2 --classes 3".split()
+    sample.main([*shared, "--guidance", "1.4", "--output", "w.npz"])
+    sample.main([*shared, "--paper_scale", "0.4", "--output", "s.npz"])
+    assert capsys.readouterr().out.count("guidance w = 1.4 (the paper's s = 0.4)") == 2
+    assert np.array_equal(read_npz("w.npz")[0], read_npz("s.npz")[0])
+
+
 def test_published_weights_are_sampled_with_a_config(inside, capsys):
     """The same weights under the reference code's file name draw the same images."""
     torch.save(UViT.from_pretrained("runs/tiny").state_dict(), "nnet_ema.pth")
@@ -190,7 +198,7 @@ def test_evaluate_prints_two_figures_and_the_protocol(inside, capsys):
     recognised, frechet, protocol = capsys.readouterr().out.splitlines()
     assert recognised.startswith("recognised ") and "real held-out images: 99" in recognised
     assert frechet.startswith("Fréchet distance ")
-    assert "50 images, 5 a class, EMA weights, guidance w = 1, dpmpp_2m 2 steps" in protocol
+    assert "50 images, 5 a class, EMA weights, guidance w = 1 (the paper's s = 0), dpmpp_2m 2 steps" in protocol
     saved = json.loads(Path("runs/tiny/evaluation.json").read_text())
     assert 0 <= saved["recognised"] <= 1 and saved["frechet"] > saved["frechet_real"] > 0
 
@@ -236,6 +244,7 @@ BAD_INPUT = [
     ("sample", "--checkpoint runs/tiny --steps 0", "num_steps must be at least 1, got 0"),
     ("sample", "--checkpoint runs/tiny --steps many", "'many'"),
     ("sample", "--checkpoint runs/tiny --num_per_class 0", "num_per_class must be at least 1, got 0"),
+    ("sample", "--checkpoint runs/tiny --guidance 1.4 --paper_scale 0.4", "got both: 1.4 and 0.4"),
     ("sample", "--checkpoint runs/tiny --seed -1", "seed must be at least 0, got -1"),
     ("sample", "--checkpoint runs/tiny --guidance_interval 0.7 0.2", "guidance_interval must be two times"),
     ("sample", "--checkpoint runs/tiny --output tiny.py/grid.png", "cannot write to tiny.py: File exists"),

@@ -297,7 +297,7 @@ class TrainConfig(Section):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of matrix products; weights, loss and EMA stay in fp32."""
     label_dropout: float = 0.0
-    """Share of labels replaced by the null class, for guidance."""
+    """Share of labels (or captions) replaced by the null class (or the empty caption), for guidance."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights; the average starts as a copy."""
     seed: int = 0
@@ -340,10 +340,12 @@ class Config(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.train.label_dropout > 0 and not self.model.null_class:
-            raise InputError(f"train.label_dropout {self.train.label_dropout} needs model.null_class, got False")
-        if self.sample.guidance != 1 and not self.model.null_class:
-            raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
+        # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
+        if not self.model.null_class and not self.model.context_dim:
+            if self.train.label_dropout > 0:
+                raise InputError(f"train.label_dropout {self.train.label_dropout} needs model.null_class, got False")
+            if self.sample.guidance != 1:
+                raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
 
 
 SectionT = TypeVar("SectionT", bound=Section)

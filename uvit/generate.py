@@ -125,6 +125,11 @@ def generate(
     return torch.cat(images)
 
 
+def describe_guidance(scale: float) -> str:
+    """Names a guidance scale in both conventions, ours and the paper's."""
+    return f"guidance w = {scale:g} (the paper's s = {scale - 1:g})"
+
+
 def override_sampling(config: Config, **overrides: Any) -> Config:
     """Returns a run's config with those fields of its sampling replaced that are not None.
 

@@ -1,0 +1,50 @@
+"""The ten published runs, against the paper's tables and the reference's parameter counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from golden import FACTS
+
+from uvit import UViT
+from uvit.config import load_config
+from uvit.samplers import num_evaluations
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# steps (thousands), batch, lr, betas, warm-up, label dropout, schedule, sampler, evaluations, w
+TABLE = {
+    "cifar10_uvit_small": (500, 128, 2e-4, (0.99, 0.999), 2500, 0, "vp", "euler_maruyama", 1000, 1),
+    "celeba64_uvit_small": (500, 128, 2e-4, (0.99, 0.99), 5000, 0, "vp", "euler_maruyama", 1000, 1),
+    "imagenet64_uvit_mid": (300, 1024, 3e-4, (0.99, 0.99), 5000, 0, "vp", "dpm_solver_fast", 50, 1),
+    "imagenet64_uvit_large": (300, 1024, 3e-4, (0.99, 0.99), 5000, 0, "vp", "dpm_solver_fast", 50, 1),
+    "imagenet256_uvit_large": (300, 1024, 2e-4, (0.99, 0.99), 5000, 0.15, "vp", "dpm_solver_fast", 50, 1.4),
+    "imagenet256_uvit_huge": (500, 1024, 2e-4, (0.99, 0.99), 5000, 0.1, "ldm", "dpmpp_fast", 50, 1.4),
+    "imagenet512_uvit_large": (500, 1024, 2e-4, (0.99, 0.99), 5000, 0.15, "vp", "dpm_solver_fast", 50, 1.7),
+    "imagenet512_uvit_huge": (500, 1024, 2e-4, (0.99, 0.99), 5000, 0.1, "ldm", "dpmpp_fast", 50, 1.7),
+    "mscoco_uvit_small": (1000, 256, 2e-4, (0.9, 0.9), 5000, 0.1, "ldm", "dpmpp_fast", 50, 2),
+    "mscoco_uvit_small_deep": (1000, 256, 2e-4, (0.9, 0.9), 5000, 0.1, "ldm", "dpmpp_fast", 50, 2),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_recipes_are_the_papers(name):
+    config = load_config(CONFIGS / f"{name}.py")
+    optim, train = config.optim, config.train
+    found = (train.num_steps / 1000, train.batch_size, optim.lr, optim.betas, optim.warmup_steps, train.label_dropout)
+    sampling = (config.sample.sampler, num_evaluations(config.process, config.sample), config.sample.guidance)
+    assert (*found, config.process.schedule, *sampling) == TABLE[name]
+    assert (optim.name, optim.weight_decay, optim.decay, optim.grad_clip) == ("adamw", 0.03, "constant", 0)
+    assert (train.ema_decay, config.process.prediction) == (0.9999, "noise")
+    assert (config.process.time_distribution, config.process.weighting) == ("uniform", "none")
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_models_have_the_published_parameters(name):
+    with torch.device("meta"):
+        model = UViT(load_config(CONFIGS / f"{name}.py").model)
+    facts = FACTS["parameter_counts"][name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == facts["parameters"]
+    assert len(model.state_dict()) == facts["state_dict_entries"]

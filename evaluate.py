@@ -102,9 +102,9 @@ def main(arguments: Sequence[str]) -> None:
     print(f"Fréchet distance {distance / distance_real:.2f} x real ({distance:.3f} against {distance_real:.3f})")
     protocol = (
         f"{len(images)} images, {len(images) // num_classes} a class, EMA weights, "
-        f"{describe_guidance(sampling.guidance)}, {sampling.sampler} {sampling.num_steps} steps ({sampling.spacing}), seed {given.seed}, rounded to uint8; "
-        f"pixels against the {held_out.count} held-out images of {config.data.name}, SVM (rbf, C = {SVM_C:g}) "
-        f"fitted to the {train_part.count} training images"
+        f"{describe_guidance(sampling.guidance)}, {sampling.sampler} {sampling.num_steps} steps ({sampling.spacing}), "
+        f"seed {given.seed}, rounded to uint8; pixels against the {held_out.count} held-out images of "
+        f"{config.data.name}, SVM (rbf, C = {SVM_C:g}) fitted to the {train_part.count} training images"
     )
     print(f"protocol: {protocol}")
     if Path(given.checkpoint).is_dir():

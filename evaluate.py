@@ -19,7 +19,7 @@ from uvit.config import Backend, DataConfig, SolverName, UViTConfig
 from uvit.data import ImageData, load_data, to_unit_range
 from uvit.errors import InputError
 from uvit.files import write_text
-from uvit.generate import describe_guidance, generate, load_run, override_sampling
+from uvit.generate import describe_guidance, generate, load_run, override_sampling, set_threads
 from uvit.metrics import Moments, frechet_distance
 from uvit.samplers import num_evaluations
 
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
             f"num_images must be a multiple of {num_classes} classes and batch_size at least 1, "
             f"got {given.num_images} and {given.batch_size}"
         )
+    set_threads(config)
     config = override_sampling(
         config, guidance=given.guidance, num_steps=given.steps, sampler=given.sampler, spacing=given.spacing
     )

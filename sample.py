@@ -17,7 +17,15 @@ from uvit.cli import parse, run
 from uvit.config import Backend, SolverName
 from uvit.errors import InputError
 from uvit.files import write_aside
-from uvit.generate import class_names, describe_guidance, find_classes, generate, load_run, override_sampling
+from uvit.generate import (
+    class_names,
+    describe_guidance,
+    find_classes,
+    generate,
+    load_run,
+    override_sampling,
+    set_threads,
+)
 from uvit.grid import image_grid
 from uvit.samplers import num_evaluations
 
@@ -77,6 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"output must end in .png, .jpg or .npz, got {given.output!r}")
 
     config, model = load_run(given.checkpoint, given.attention, PartialState().default_device, given.config)
+    set_threads(config)
     config = override_sampling(
         config,
         guidance=given.guidance if given.paper_scale is None else 1 + given.paper_scale,

@@ -31,7 +31,7 @@ from uvit.data import ImageData, build_loader, load_data, random_flip, to_unit_r
 from uvit.diffusion import diffusion_loss
 from uvit.errors import InputError
 from uvit.files import make_directory, write_aside, write_text
-from uvit.generate import class_names, generate
+from uvit.generate import class_names, generate, set_threads
 from uvit.grid import image_grid
 from uvit.optim import build_optimizer, build_scheduler
 from uvit.weights import write_weights
@@ -108,6 +108,7 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
     """Trains to config.train.num_steps, from the newest checkpoint in the run folder where there is one."""
     settings = config.train
     torch.set_float32_matmul_precision("high")
+    set_threads(config)
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         log_with=None if settings.tracker == "none" else settings.tracker,

@@ -28,6 +28,7 @@ config = Config(
     train=TrainConfig(
         num_steps=1_500,
         batch_size=64,
+        num_threads=1,
         label_dropout=0.1,
         ema_decay=0.99,
         log_every=50,

@@ -294,6 +294,8 @@ class TrainConfig(Section):
     """Images of one optimizer step, over all processes and accumulated parts."""
     accumulation_steps: int = 1
     """Parts that a batch is split into, to fit in memory."""
+    num_threads: int = 0
+    """CPU threads; 0 is PyTorch's choice. A tiny network is as fast on one, and other programs do not slow it."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of matrix products; weights, loss and EMA stay in fp32."""
     label_dropout: float = 0.0
@@ -317,7 +319,7 @@ class TrainConfig(Section):
         super().__post_init__()
         for name in ("num_steps", "batch_size", "accumulation_steps", "log_every", "save_every", "keep"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("sample_every", "seed"):
+        for name in ("sample_every", "seed", "num_threads"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")

@@ -125,6 +125,12 @@ def generate(
     return torch.cat(images)
 
 
+def set_threads(config: Config) -> None:
+    """Gives PyTorch the CPU threads that a run asks for."""
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+
+
 def describe_guidance(scale: float) -> str:
     """Names a guidance scale in both conventions, ours and the paper's."""
     return f"guidance w = {scale:g} (the paper's s = {scale - 1:g})"

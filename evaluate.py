@@ -6,20 +6,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from accelerate import PartialState
 from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
 from uvit.cli import parse, run
-from uvit.config import Backend, DataConfig, SolverName, UViTConfig
+from uvit.config import DataConfig, UViTConfig
 from uvit.data import ImageData, load_data, to_unit_range
 from uvit.errors import InputError
 from uvit.files import write_text
-from uvit.generate import describe_guidance, generate, load_run, override_sampling, set_threads
+from uvit.generate import DrawArguments, describe_guidance, generate
 from uvit.metrics import Moments, frechet_distance
 from uvit.samplers import num_evaluations
 
@@ -29,25 +27,11 @@ SVM_C = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    checkpoint: str
-    """Run folder, such as runs/digits."""
+class Arguments(DrawArguments):
     num_images: int = 2000
     """Images to draw, the same number of each class."""
     guidance: float = 1.0
     """w in w * cond + (1 - w) * uncond; 1 is none."""
-    steps: int | None = None
-    """Steps of the sampler; the run's own where not given."""
-    sampler: SolverName | None = None
-    """Solver."""
-    spacing: Literal["auto", "uniform", "log_snr"] | None = None
-    """Grid of times."""
-    seed: int = 0
-    """Seed of the images."""
-    batch_size: int = 200
-    """Images at a time."""
-    attention: Backend = "auto"
-    """Attention backend."""
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -73,19 +57,11 @@ def real_images(data: DataConfig, model: UViTConfig) -> tuple[tuple[Tensor, Tens
 def main(arguments: Sequence[str]) -> None:
     """Draws images, measures them and prints the figures with their protocol."""
     given = parse(Arguments, arguments, "evaluate.py", __doc__ or "")
-    config, model = load_run(given.checkpoint, given.attention, PartialState().default_device)
+    config, model = given.load(given.guidance)
     (train_images, train_labels), (held_out_images, held_out_labels) = real_images(config.data, config.model)
     num_classes = config.model.num_classes
-    if given.batch_size < 1 or given.num_images < num_classes or given.num_images % num_classes:
-        raise InputError(
-            f"num_images must be a multiple of {num_classes} classes and batch_size at least 1, "
-            f"got {given.num_images} and {given.batch_size}"
-        )
-    set_threads(config)
-    config = override_sampling(
-        config, guidance=given.guidance, num_steps=given.steps, sampler=given.sampler, spacing=given.spacing
-    )
-
+    if given.num_images < num_classes or given.num_images % num_classes:
+        raise InputError(f"num_images must be a multiple of {num_classes} classes, got {given.num_images}")
     labels = torch.arange(num_classes).repeat_interleave(given.num_images // num_classes)
     with tqdm(total=len(labels) * num_evaluations(config.process, config.sample), unit="eval") as progress:
         images = generate(model, config, labels.tolist(), given.seed, given.batch_size, progress.update)

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
@@ -26,8 +26,8 @@ from uvit import UViT
 from uvit.attention import resolve_backend
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import parse, run
-from uvit.config import CONFIG_FILE, Config, load_config, read_json, to_json
-from uvit.data import ImageData, build_loader, load_data, random_flip, to_unit_range
+from uvit.config import CONFIG_FILE, Config, from_dict, load_config, read_json, to_json
+from uvit.data import ImageData, build_loader, check_batch, load_data, random_flip, to_unit_range
 from uvit.diffusion import diffusion_loss
 from uvit.errors import InputError
 from uvit.files import make_directory, write_aside, write_text
@@ -47,27 +47,38 @@ def read_arguments(arguments: Sequence[str]) -> Config:
             parse(Config, ["--help"], USAGE, __doc__ or "")
         raise InputError("the first argument must be a config file, such as configs/digits.py")
     config = parse(Config, arguments[1:], USAGE, __doc__ or "", default=load_config(arguments[0]))
-    accelerator = None if os.environ.get("ACCELERATE_USE_CPU") == "true" else torch.accelerator.current_accelerator()
+    accelerator = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
     device_type = accelerator.type if accelerator is not None and torch.accelerator.is_available() else "cpu"
     resolve_backend(config.model.attention, device_type, config.model.embed_dim // config.model.num_heads)
     if config.train.mixed_precision == "fp16" and device_type != "cuda":
         raise InputError(f"train.mixed_precision 'fp16' needs a CUDA device, got {device_type!r}: use 'bf16' or 'no'")
+    check_batch(config.train, int(os.environ.get("WORLD_SIZE", 1)))
     if config.train.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("train.tracker 'wandb' needs the package wandb, which is not installed: pip install wandb")
     run_dir = config.train.run_dir or str(Path("runs", Path(arguments[0]).stem))
     return dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=run_dir))
 
 
-def check_same_model(config: Config, run_dir: Path) -> None:
-    """Stops where the run folder holds a run of another model or process, whose checkpoint would not fit."""
+# What may change when a run goes on; anything else would make it another run.
+HARMLESS = {
+    "model": {"attention", "gradient_checkpointing"},
+    "process": set(),
+    "data": {"num_workers", "test_split", "class_names"},
+    "optim": set(),
+    "train": {"run_dir", "num_steps", "num_threads", "log_every", "sample_every", "save_every", "keep", "tracker"},
+}
+
+
+def check_same_run(config: Config, run_dir: Path) -> None:
+    """Stops where the run folder holds a run that this config cannot go on with."""
     if not (run_dir / "checkpoints").is_dir() or not (run_dir / CONFIG_FILE).is_file():
         return
-    before, now = read_json(run_dir / CONFIG_FILE), json.loads(to_json(config))
-    for section in ("model", "process"):
-        for field, value in now[section].items():
-            was = before[section].get(field)
-            if was != value:
-                held = f"{run_dir} holds a run with {section}.{field} {was!r}"
+    before, now = from_dict(Config, read_json(run_dir / CONFIG_FILE)), config
+    for section, harmless in HARMLESS.items():
+        for field in dataclasses.fields(getattr(now, section)):
+            was, value = (getattr(getattr(each, section), field.name) for each in (before, now))
+            if was != value and field.name not in harmless:
+                held = f"{run_dir} holds a run with {section}.{field.name} {was!r}"
                 raise InputError(f"{held}, got {value!r}: use another --train.run_dir")
 
 
@@ -93,13 +104,47 @@ def save_grid(model: UViT, config: Config, path: Path) -> np.ndarray:
     return np.asarray(picture)
 
 
+def keep_metrics(path: Path, step: int) -> None:
+    """Drops the lines after a step, which a run that goes on from there will write again."""
+    if path.is_file():
+        lines = path.read_text().splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def training_loss(
+    network: Callable[..., torch.Tensor],
+    config: Config,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Returns the loss of a batch: images flipped, labels dropped, times and noise drawn, all on the device.
+
+    Args:
+        network: network(x, timesteps, **condition).
+        config: the run.
+        images: (B, C, H, W) uint8.
+        labels: (B,) integers.
+        generator: source of all randomness, on the device of the images.
+    """
+    images = to_unit_range(images)
+    if config.data.flip:
+        images = random_flip(images, generator)
+    condition = {}
+    if config.model.num_classes:
+        # Dropped labels become the null class, which guidance needs.
+        dropped = torch.rand(len(labels), device=labels.device, generator=generator) < config.train.label_dropout
+        condition["y"] = torch.where(dropped, config.model.num_classes, labels)
+    return diffusion_loss(partial(network, **condition), images, config.process, generator)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Reads the command line, opens the run folder and trains."""
     config = read_arguments(arguments)
     data = load_data(config.data, config.model)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=data.class_names))
     run_dir = Path(config.train.run_dir or "")
-    check_same_model(config, run_dir)
+    check_same_run(config, run_dir)
     make_directory(run_dir)
     train(config, data, run_dir)
 
@@ -111,6 +156,7 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
     set_threads(config)
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop below does it itself
         log_with=None if settings.tracker == "none" else settings.tracker,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
     )
@@ -129,8 +175,11 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
     start = 0
     if (state := load_checkpoint(run_dir)) is not None:
         start = state["step"]
-        for name, part in stateful.items():
-            part.load_state_dict(state[name])
+        try:
+            for name, part in stateful.items():
+                part.load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise InputError(f"the checkpoint in {run_dir} does not fit the config: {error!s:.200}") from None
         accelerator.print(f"going on from step {start} of {settings.num_steps} in {run_dir}")
     if start >= settings.num_steps:
         accelerator.print(f"nothing to do: {run_dir} has {start} steps (train.num_steps is {settings.num_steps})")
@@ -138,6 +187,7 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
 
     if is_main:
         write_text(run_dir / CONFIG_FILE, to_json(config))
+        keep_metrics(run_dir / "metrics.jsonl", start)
     generator = torch.Generator(device)
     loader = build_loader(
         data, config, start, accelerator.process_index, accelerator.num_processes, pin_memory=device.type == "cuda"
@@ -154,17 +204,9 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
         for part in range(settings.accumulation_steps):
             images, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
             generator.manual_seed(step_seed(settings.seed, step, part, accelerator.process_index))
-            images = to_unit_range(images)
-            if config.data.flip:
-                images = random_flip(images, generator)
-            cond = {}
-            if config.model.num_classes:
-                # Labels dropped for guidance become the null class.
-                dropped = torch.rand(len(labels), device=device, generator=generator) < settings.label_dropout
-                cond["y"] = torch.where(dropped, config.model.num_classes, labels)
             is_last = part == settings.accumulation_steps - 1
             with nullcontext() if is_last else accelerator.no_sync(model):
-                loss = diffusion_loss(partial(model, **cond), images, config.process, generator)
+                loss = training_loss(model, config, images, labels, generator)
                 accelerator.backward(loss / settings.accumulation_steps)
             running_loss += loss.detach() / settings.accumulation_steps
 
@@ -197,8 +239,8 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": picture[None]}, step=done, **layout)
         if is_main and (done % settings.save_every == 0 or is_end):
-            save_checkpoint(run_dir, done, {name: part.state_dict() for name, part in stateful.items()}, settings.keep)
             write_weights(run_dir, ema.module.state_dict())
+            save_checkpoint(run_dir, done, {name: part.state_dict() for name, part in stateful.items()}, settings.keep)
         logged_at += time.perf_counter() - paused_at  # grids and checkpoints do not count in images/s
 
     progress.close()

@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -37,7 +38,7 @@ ARMS = {"ours": [], "paper": PAPER.split()}
 class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of training; evaluation always draws with seed 0."""
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[Literal["ours", "paper"], ...] = ("ours", "paper")
     """Recipes to train."""
 
 

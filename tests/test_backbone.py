@@ -6,8 +6,10 @@ import pytest
 import torch
 from golden import ARRAYS, FACTS, config_of, golden_inputs, golden_model, rnd
 
+import uvit.backbone
 from uvit import UViT, UViTConfig
 from uvit.backbone import timestep_embedding
+from uvit.config import Config, to_json
 from uvit.errors import InputError
 
 RELATIVE = 1e-5
@@ -99,13 +101,17 @@ def test_every_option_reaches_every_parameter(tiny, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"time_conditioning": "adaln"}, {"skip": "add"}], ids=str)
-def test_gradient_checkpointing_changes_nothing(tiny, options):
+def test_gradient_checkpointing_changes_nothing(tiny, options, monkeypatch):
+    recomputed = []
+    original = uvit.backbone.checkpoint
+    monkeypatch.setattr("uvit.backbone.checkpoint", lambda *a, **k: recomputed.append(1) or original(*a, **k))
     config = dataclasses.replace(tiny, **options)
     plain, inputs = UViT(config), random_inputs(config)
     thrifty = UViT(config, gradient_checkpointing=True)
     thrifty.load_state_dict(plain.state_dict())
     for model in (plain, thrifty):
         model(**inputs).square().sum().backward()
+    assert len(recomputed) == config.depth + 1
     for ours, theirs in zip(plain.parameters(), thrifty.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
 
@@ -183,8 +189,11 @@ def test_saved_and_loaded_is_the_same(tiny, tmp_path):
 
 def test_half_precision_and_autocast(tiny):
     model, inputs = UViT(tiny, qk_norm=True), random_inputs(tiny)
+    exact = model(**inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(**inputs).float().sum().backward()
+        rounded = model(**inputs)
+    assert rounded.dtype == torch.bfloat16
+    assert relative_error(rounded.float(), exact) < 0.05
     half = UViT(tiny).bfloat16()
     assert half(inputs["x"].bfloat16(), inputs["timesteps"]).dtype == torch.bfloat16
 
@@ -213,6 +222,23 @@ def test_condition_for_a_model_without_one(tiny):
         UViT(tiny)(**inputs, y=torch.zeros(2, dtype=torch.long))
     with pytest.raises(InputError, match="context_dim 0 takes no context, got context"):
         UViT(tiny)(**inputs, context=torch.zeros(2, 3, 4))
+
+
+def test_resize_to_the_same_size_keeps_the_parameter(tiny):
+    model = UViT(tiny)
+    before = model.pos_embed
+    assert model.resize(8).pos_embed is before
+
+
+def test_a_config_of_another_kind():
+    with pytest.raises(InputError, match="config must be a UViTConfig, got 32"):
+        UViT(32)
+
+
+def test_a_run_is_not_overwritten(tiny, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(Config(model=tiny)))
+    with pytest.raises(InputError, match="holds a run"):
+        UViT(tiny).save_pretrained(tmp_path)
 
 
 def test_unknown_field(tiny):

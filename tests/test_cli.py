@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from test_data import save_folder
 
 import evaluate
 import sample
 import train
 from uvit import UViT
-from uvit.checkpoint import load_checkpoint
+from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import run
 from uvit.samplers import SOLVERS
 
@@ -92,6 +94,91 @@ def test_resumed_equals_uninterrupted(tmp_path, finished):
         assert all(torch.equal(parts[part][name], tensor) for name, tensor in whole[part].items())
 
 
+def losses_of(run_dir):
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_average_follows_the_weights(tmp_path, finished):
+    """EMA of decay 0.5 over the weights after each step, each from a run that ends there."""
+    after = []
+    for steps in ("1", "2", "3", "4"):
+        train.main([str(finished / "tiny.py"), "--train.run_dir", str(tmp_path / "run"), "--train.num_steps", steps])
+        after.append(load_checkpoint(tmp_path / "run"))
+    name = "mid_block.attn.qkv.weight"
+    expected = after[0]["ema"][name]
+    for state in after[1:]:
+        expected = 0.5 * expected + 0.5 * state["model"][name]
+        torch.testing.assert_close(state["ema"][name], expected, rtol=1e-6, atol=1e-8)
+    assert not torch.equal(after[-1]["ema"][name], after[-1]["model"][name])
+
+
+def train_with(monkeypatch, finished, run_dir, loss, *overrides):
+    """Trains the tiny config with a loss of the test's own, one AdamW step; returns the gradient's norms by step."""
+    norms = []
+    original = torch.optim.AdamW.step
+
+    def spy(self, *arguments, **named):
+        grads = [p.grad.flatten() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.cat(grads).norm().item())
+        return original(self, *arguments, **named)
+
+    shared = "--optim.name adamw --train.num_steps 2 --train.sample_every 0 --train.tracker none".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spy)
+        patch.setattr(train, "training_loss", loss)
+        train.main([str(finished / "tiny.py"), "--train.run_dir", str(run_dir), *shared, *overrides])
+    return norms
+
+
+def deterministic_loss(network, config, images, labels, generator):
+    """A mean over the batch without randomness, so that parts of a batch add up to the whole."""
+    x = images.float() / 127.5 - 1
+    return (network(x, torch.full((len(x),), 500.0), y=labels) - x).square().mean()
+
+
+def test_accumulated_parts_equal_one_batch(monkeypatch, tmp_path, finished):
+    whole = train_with(monkeypatch, finished, tmp_path / "whole", deterministic_loss, "--optim.grad_clip", "0")
+    split = "--optim.grad_clip 0 --train.accumulation_steps 4".split()
+    parts = train_with(monkeypatch, finished, tmp_path / "parts", deterministic_loss, *split)
+    assert parts == pytest.approx(whole, rel=1e-4)
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-4)
+
+
+def test_gradients_are_clipped(monkeypatch, tmp_path, finished):
+    free = train_with(monkeypatch, finished, tmp_path / "free", deterministic_loss, "--optim.grad_clip", "0")
+    clipped = train_with(monkeypatch, finished, tmp_path / "clipped", deterministic_loss, "--optim.grad_clip", "0.01")
+    assert min(free) > 0.02
+    assert clipped == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_every_step_has_its_own_randomness(monkeypatch, tmp_path, finished):
+    drawn = []
+
+    def loss(network, config, images, labels, generator):
+        drawn.append(torch.rand(1, generator=generator).item())
+        return deterministic_loss(network, config, images, labels, generator)
+
+    train_with(monkeypatch, finished, tmp_path / "run", loss, "--train.accumulation_steps", "2")
+    assert len(set(drawn)) == 4
+
+
+def test_metrics_are_not_repeated_after_a_lost_checkpoint(tmp_path, finished):
+    arguments = [str(finished / "tiny.py"), "--train.run_dir", str(tmp_path / "run")]
+    train.main(arguments)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000004")
+    train.main(arguments)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+def test_harmless_options_may_change(tmp_path, finished):
+    arguments = [str(finished / "tiny.py"), "--train.run_dir", str(tmp_path / "run")]
+    train.main(arguments)
+    harmless = "--model.attention math --model.gradient_checkpointing True --train.num_steps 6 --train.log_every 3"
+    train.main([*arguments, *harmless.split()])
+    assert load_checkpoint(tmp_path / "run")["step"] == 6
+
+
 def test_a_finished_run_says_so_and_changes_nothing(inside, capsys):
     before = files_of(inside / "runs")
     train.main(["tiny.py"])
@@ -140,7 +227,7 @@ def test_training_learns(tmp_path, finished):
     """The loss of a few dozen steps falls well below that of predicting zero."""
     arguments = ["--train.run_dir", str(tmp_path / "run"), "--train.num_steps", "60", "--train.batch_size", "32"]
     train.main([str(finished / "tiny.py"), *arguments, "--train.sample_every", "0", "--train.tracker", "none"])
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = losses_of(tmp_path / "run")
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -228,6 +315,14 @@ BAD_INPUT = [
     ("train", "tiny.py --data.name no/such", "cannot load split 'train' of data 'no/such'"),
     ("train", "tiny.py --train.tracker wandb", "train.tracker 'wandb' needs the package wandb"),
     ("train", "tiny.py --train.run_dir tiny.py/run", "cannot write to tiny.py/run: Not a directory"),
+    ("train", "tiny.py --train.seed 99999999999999999999999", "seed must be below 9223372036854775808"),
+    ("train", "tiny.py --model.context_dim 8 --model.num_context_tokens 4", "data 'digits' has no captions"),
+    ("train", "tiny.py --data.class_names a b", "data.class_names must have model.num_classes 10 names, got 2"),
+    ("train", "tiny.py --train.num_steps 8 --optim.lr 1e-5", "holds a run with optim.lr 0.01, got 1e-05"),
+    ("train", "tiny.py --train.num_steps 8 --optim.name adamw", "holds a run with optim.name 'muon', got 'adamw'"),
+    ("train", "tiny.py --train.num_steps 8 --data.name folder.png", "holds a run with data.name"),
+    ("train", "tiny.py --train.run_dir foreign", "the checkpoint in foreign does not fit the config: 'model'"),
+    ("train", "tiny.py --train.run_dir emptied", "Config must be a JSON object, got []"),
     ("train", "tiny.py --model.embed_dim 32", "runs/tiny holds a run with model.embed_dim 16, got 32"),
     ("sample", "", "--checkpoint"),
     ("sample", "--checkpoint nowhere", "checkpoint not found: nowhere"),
@@ -248,32 +343,49 @@ BAD_INPUT = [
     ("sample", "--checkpoint runs/tiny --seed -1", "seed must be at least 0, got -1"),
     ("sample", "--checkpoint runs/tiny --guidance_interval 0.7 0.2", "guidance_interval must be two times"),
     ("sample", "--checkpoint runs/tiny --output tiny.py/grid.png", "cannot write to tiny.py: File exists"),
-    ("sample", "--checkpoint runs/tiny --output grid.gifx", "output must end in .png, .jpg or .npz, got 'grid.gifx'"),
+    (
+        "sample",
+        "--checkpoint runs/tiny --output grid.gifx",
+        ".png, .jpg or .npz, got 'grid.gifx'",
+    ),
+    ("sample", "--checkpoint runs/tiny --output folder.png", "folder.png: it is a folder"),
+    ("sample", "--checkpoint runs/tiny --output grid.psd", "output must be a path ending in .png, .jpg or .npz"),
+    ("sample", "--checkpoint runs/tiny --batch_size 0", "batch_size must be at least 1, got 0"),
     ("sample", "--checkpoint runs/tiny --attention xformers", "needs a CUDA device, got 'cpu'"),
     ("sample", "--checkpoint runs/tiny --sampler euler_maruyama --spacing uniform", "needs spacing 'log_snr'"),
     ("evaluate", "--checkpoint nowhere", "checkpoint not found: nowhere"),
+    ("evaluate", "--checkpoint runs/tiny --seed -1", "seed must be at least 0, got -1"),
     ("evaluate", "--checkpoint runs/tiny --num_images 7", "num_images must be a multiple of 10 classes"),
     ("evaluate", "--checkpoint runs/tiny --steps 0", "num_steps must be at least 1, got 0"),
 ]
 
 
+@pytest.fixture(scope="session")
+def scenery(finished) -> None:
+    """What the bad inputs stumble over, beside the finished run."""
+    config = (finished / "runs/tiny/config.json").read_text()
+    for name in ("empty", "other"):
+        (finished / name).mkdir()
+    (finished / "other" / "config.json").write_text(config.replace('"embed_dim": 16', '"embed_dim": 32'))
+    (finished / "other" / "model.safetensors").write_bytes((finished / "runs/tiny/model.safetensors").read_bytes())
+    UViT(depth=2, embed_dim=8, num_heads=1).save_pretrained(finished / "bare")
+    save_folder(finished / "folder.png", classes=[str(digit) for digit in range(10)], count=1)
+    for name, text in (("foreign", config), ("emptied", "[]")):
+        save_checkpoint(finished / name, 2, {}, keep=1)
+        (finished / name / "config.json").write_text(text)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="some of these are fine with CUDA")
 @pytest.mark.parametrize(("script", "arguments", "message"), BAD_INPUT)
+@pytest.mark.usefixtures("scenery")
 def test_bad_input_is_one_line_and_exit_2(script, arguments, message, inside, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    (inside / "empty").mkdir(exist_ok=True)
-    (inside / "other").mkdir(exist_ok=True)
-    UViT(depth=2, embed_dim=8, num_heads=1).save_pretrained("bare")
-    config = (inside / "runs/tiny/config.json").read_text()
-    (inside / "other" / "config.json").write_text(config.replace('"embed_dim": 16', '"embed_dim": 32'))
-    weights = (inside / "runs/tiny/model.safetensors").read_bytes()
-    (inside / "other" / "model.safetensors").write_bytes(weights)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments.split()])
     before = files_of(inside)
     with pytest.raises(SystemExit) as exit:
         run(SCRIPTS[script].main)
-    errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "eval" not in line]
+    errors = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors
     assert files_of(inside) == before
@@ -314,9 +426,9 @@ def test_a_shell_sees_one_line_and_exit_2(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_run(tmp_path):
+def test_two_processes_share_a_run(tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(TINY)
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py"), "tiny.py"]
     result = command(*launch, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from uvit import Config, UViTConfig
-from uvit.config import DataConfig, OptimConfig, SampleConfig, TrainConfig, from_dict, load_config, to_json
+from uvit.config import (
+    DataConfig,
+    OptimConfig,
+    ProcessConfig,
+    SampleConfig,
+    TrainConfig,
+    from_dict,
+    load_config,
+    to_json,
+)
 from uvit.errors import InputError
 
 CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.py"))
@@ -27,7 +36,7 @@ def test_json_keeps_pairs_and_none():
 
 def test_every_field_is_documented():
     """The command line's help is made of the strings under the fields."""
-    for section in (UViTConfig, DataConfig, OptimConfig, SampleConfig, TrainConfig):
+    for section in (UViTConfig, ProcessConfig, DataConfig, OptimConfig, SampleConfig, TrainConfig):
         source = Path(__file__).parent.parent.joinpath("uvit/config.py").read_text()
         for field in dataclasses.fields(section):
             after = source.partition(f"class {section.__name__}")[2].partition(f"    {field.name}: ")[2]
@@ -48,6 +57,7 @@ BAD_MODELS = [
     ({"embed_dim": "512"}, "embed_dim must be int, got '512'"),
     ({"embed_dim": 511, "num_heads": 7}, "embed_dim must be even"),
     ({"qk_norm": 1}, "qk_norm must be bool, got 1"),
+    ({"mlp_ratio": 0.001}, "mlp_ratio must be at least 1 / embed_dim, got 0.001"),
     ({"mlp_ratio": float("nan")}, "mlp_ratio must be float, got nan"),
     ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
     ({"null_class": True}, "null_class must be False where num_classes is 0"),
@@ -85,6 +95,7 @@ BAD_FILES = [
     ("list.json", "[1, 2]", "must be a JSON object"),
     ("extra.json", '{"modle": {}}', "has no field 'modle', did you mean 'model'?"),
     ("nested.json", '{"model": {"dept": 4}}', "has no field 'dept', did you mean 'depth'?"),
+    ("huge.json", '{"optim": {"lr": 1' + "0" * 400 + "}}", "lr must be float, got 1000"),
     ("type.json", '{"optim": {"lr": "fast"}}', "lr must be float, got 'fast'"),
     ("empty.py", "", r"must define `config = Config\(...\)`, got NoneType"),
     ("wrong.py", "config = {}", "must define"),

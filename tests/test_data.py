@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import datasets
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from uvit import Config, UViTConfig
+from uvit.cli import run
 from uvit.config import DataConfig, TrainConfig
 from uvit.data import StepSampler, build_loader, load_data, random_flip, to_uint8, to_unit_range
 from uvit.errors import InputError
@@ -35,7 +37,7 @@ def test_digits_are_split_once_and_for_all():
 
 def save_folder(root, classes=("cat", "dog"), count=3):
     for number, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
+        (root / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             Image.new("RGB", (24, 16), (number * 200, index, 7)).save(root / name / f"{index}.png")
 
@@ -76,6 +78,33 @@ def test_bad_data(tmp_path):
     (tmp_path / "text" / "a.csv").write_text("x,y\n1,2\n")
     with pytest.raises(InputError, match="must have a column of images, got columns x, y"):
         load_data(DataConfig(name=str(tmp_path / "text")), RGB)
+
+
+def test_broken_rows_name_themselves(tmp_path):
+    save_folder(tmp_path / "broken")
+    (tmp_path / "broken" / "cat" / "1.png").write_bytes(b"not an image")
+    data = load_data(DataConfig(name=str(tmp_path / "broken")), RGB)
+    with pytest.raises(InputError, match=r"image 1 of the data \(.*cat/1.png\) cannot be read"):
+        data.__getitems__([0, 1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_row_is_one_line_from_a_worker_too(num_workers, tmp_path, monkeypatch, capsys):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict({"img": [Image.new("L", (8, 8))] * 2, "label": [0, -1]}, features)
+    rows.save_to_disk(tmp_path / "saved")
+    model = UViTConfig(img_size=8, in_chans=1, num_classes=2)
+    config = Config(model=model, data=DataConfig(name=str(tmp_path / "saved"), num_workers=num_workers))
+
+    def read(arguments):
+        next(iter(build_loader(load_data(config.data, model), config, 0, 0, 1, False)))
+
+    monkeypatch.setattr(sys, "argv", ["read"])
+    with pytest.raises(SystemExit):
+        run(read)
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "error: image 1 of the data must have a label of at least 0, got -1"
+    )
 
 
 def take(sampler, count):

@@ -9,7 +9,7 @@ import torch
 from golden import ARRAYS, golden_model, rnd
 
 from uvit.config import ProcessConfig, SampleConfig
-from uvit.diffusion import SCHEDULES, TIME_MARGIN, combine
+from uvit.diffusion import SCHEDULES, TIME_MARGIN, combine, shift_time
 from uvit.errors import InputError
 from uvit.samplers import (
     SOLVERS,
@@ -279,6 +279,26 @@ def test_noise_belongs_to_the_image_not_to_the_batch():
     for _ in range(3):
         assert torch.equal(whole(), torch.cat([part() for part in parts]))
     assert not torch.equal(whole()[0], whole()[0])
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.3, 3.0, 20.0])
+def test_shifted_grids_keep_their_ends(shift):
+    """Beyond 1 the guidance interval would end; nearer to 1 than the margin, α would hardly be there to divide by."""
+    times = time_grid(SCHEDULES["flow"], 8, t_start=1 - TIME_MARGIN, shift=shift)
+    assert (times[0], times[-1]) == (1 - TIME_MARGIN, 0)
+    assert all(t > s for t, s in zip(times, times[1:]))
+    process = ProcessConfig(time_shift=shift)
+    network, config = CountingNetwork(), SampleConfig(num_steps=3, guidance=2.0)
+    sample(network, process, config, lambda: torch.randn(2, 4), {"y": torch.ones(2)}, {"y": torch.zeros(2)})
+    assert network.batches == [4, 4, 4]
+    assert sampling_times(process, config)[1] == pytest.approx(shift_time(torch.tensor(2 / 3), shift).item(), rel=1e-4)
+
+
+def test_sampling_heeds_the_guidance_interval():
+    network = CountingNetwork()
+    config = SampleConfig(num_steps=4, guidance=2.0, guidance_interval=(0.3, 0.8))
+    sample(network, ProcessConfig(), config, lambda: torch.randn(2, 4), {"y": torch.ones(2)}, {"y": torch.zeros(2)})
+    assert network.batches == [2, 4, 4, 2]  # at times 1, 0.75, 0.5 and 0.25
 
 
 def test_sampling_keeps_clear_of_singular_ends():

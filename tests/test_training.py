@@ -10,7 +10,9 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 
-from uvit import UViT
+from train import training_loss
+from uvit import Config, UViT
+from uvit.config import DataConfig, ProcessConfig, TrainConfig, UViTConfig
 from uvit.diffusion import diffusion_loss
 from uvit.optim import build_optimizer, build_scheduler
 from uvit.published import ADAMW, LDM_NOISE, VP_NOISE
@@ -84,3 +86,48 @@ def test_five_steps_equal_a_plain_reimplementation(tiny, process, schedule):
     for ours, theirs in zip(ema.module.parameters(), average):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
     assert not torch.equal(model.mid_block.attn.proj.weight, before.mid_block.attn.proj.weight)
+
+
+class Recorder(torch.nn.Module):
+    """A network that keeps what it was called with."""
+
+    def forward(self, x, timesteps, y=None):
+        self.x, self.timesteps, self.y = x, timesteps, y
+        return torch.zeros_like(x)
+
+
+def call_of(config, seed, batch=400):
+    recorder, generator = Recorder(), torch.Generator().manual_seed(seed)
+    ramp = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8).expand(batch, -1, -1, -1)
+    loss = training_loss(recorder, config, ramp, torch.arange(batch) % 10, generator)
+    return recorder, loss
+
+
+DIGITS = UViTConfig(img_size=8, in_chans=1, num_classes=10, null_class=True)
+
+
+def test_labels_are_dropped_at_the_asked_rate_and_only_to_the_null_class():
+    config = Config(model=DIGITS, train=TrainConfig(label_dropout=0.25))
+    recorder, _ = call_of(config, 0)
+    dropped = recorder.y != torch.arange(400) % 10
+    assert set(recorder.y[dropped].tolist()) == {10}
+    assert 70 < dropped.sum() < 130
+    recorder, _ = call_of(Config(model=DIGITS), 0)
+    assert torch.equal(recorder.y, torch.arange(400) % 10)
+
+
+def test_randomness_is_the_generators():
+    config = Config(model=DIGITS, train=TrainConfig(label_dropout=0.5))
+    (first, loss), (again, same), (other, _) = (call_of(config, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.x, again.x) and torch.equal(first.y, again.y) and loss == same
+    for name in ("x", "timesteps", "y"):
+        assert not torch.equal(getattr(first, name), getattr(other, name)), name
+
+
+def test_flips_reach_the_network():
+    """At times near 0 the noisy image is the image, so its left and right halves tell which way it lies."""
+    process = ProcessConfig(time_distribution="logit_normal", logit_mean=-20.0)
+    for flip in (False, True):
+        recorder, _ = call_of(Config(model=DIGITS, process=process, data=DataConfig(flip=flip)), 0)
+        mirrored = (recorder.x[..., 0] > recorder.x[..., -1]).all(dim=(1, 2))
+        assert (150 < mirrored.sum() < 250) if flip else not mirrored.any()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uvit.attention import attention
-from uvit.config import CONFIG_FILE, UViTConfig, to_json
+from uvit.config import CONFIG_FILE, UViTConfig, read_json, to_json
 from uvit.errors import InputError, did_you_mean
 from uvit.files import write_text
 from uvit.weights import read_pretrained, write_weights
@@ -168,6 +168,8 @@ class UViT(nn.Module):
 
     def __init__(self, config: UViTConfig | None = None, **fields: Any) -> None:
         super().__init__()
+        if not isinstance(config, UViTConfig | None):
+            raise InputError(f"config must be a UViTConfig, got {config!r:.80}: give sizes by name, as in img_size=32")
         self.config = config = dataclasses.replace(config or UViTConfig(), **_known_fields(fields))
         dim, patch_size, in_chans = config.embed_dim, config.patch_size, config.in_chans
 
@@ -312,6 +314,8 @@ class UViT(nn.Module):
         """
         old_grid = self.config.grid_shape
         self.config = dataclasses.replace(self.config, img_size=img_size)
+        if self.config.grid_shape == old_grid:
+            return self
         if self.config.pos_embed == "learned":
             self.pos_embed = nn.Parameter(
                 resample_abs_pos_embed(
@@ -348,6 +352,13 @@ class UViT(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors to a folder that `from_pretrained` loads."""
+        """Writes config.json and model.safetensors to a folder that `from_pretrained` loads.
+
+        Raises:
+            InputError: (a ValueError) a folder that cannot be written to, or that holds a run, whose config would go.
+        """
+        before = Path(directory) / CONFIG_FILE
+        if before.is_file() and "model" in read_json(before):
+            raise InputError(f"{directory} holds a run, whose {CONFIG_FILE} would be overwritten: use another folder")
         write_text(Path(directory) / CONFIG_FILE, to_json(self.config))
         write_weights(Path(directory), self.state_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -60,9 +61,19 @@ def _one_line(box: str) -> str:
 
 
 def run(main: Callable[[Sequence[str]], object]) -> None:
-    """Runs a script's main on the command line; a user's error is one line on standard error and exit status 2."""
+    """Runs a script's main on the command line.
+
+    A user's error is one line on standard error and exit status 2. Ctrl-C and SIGTERM end with 130 and 143, after the
+    files being written have been put away.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main(sys.argv[1:])
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # A loader's worker hands its error on with the traceback as text; the message is what follows the name.
+        message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2]
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

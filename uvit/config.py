@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import runpy
+import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ SolverName = Literal["ddim", "heun", "dpmpp_2m", "dpmpp_fast", "dpm_solver_fast"
 Spacing = Literal["uniform", "log_snr"]
 
 CONFIG_FILE = "config.json"
+SEED_LIMIT = 2**63
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -40,7 +41,7 @@ def _fits(value: Any, hint: Any) -> bool:
             return all(_fits(item, args[0]) for item in value)
         return len(value) == len(args) and all(map(_fits, value, args))
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -126,7 +127,7 @@ class UViTConfig(Section):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("num_classes", "context_dim", "num_context_tokens"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
-        self._require("mlp_ratio", self.mlp_ratio > 0, "above 0")
+        self._require("mlp_ratio", self.embed_dim * self.mlp_ratio >= 1, "at least 1 / embed_dim")
         self._require("depth", self.depth >= 2 and self.depth % 2 == 0, "even and at least 2")
         for side in self.image_shape:
             if side < 1 or side % self.patch_size:
@@ -189,7 +190,7 @@ class ProcessConfig(Section):
     logit_std: float = 1.0
     """Standard deviation of logit(t) for `logit_normal`."""
     time_shift: float = 1.0
-    """s in t -> s t / (1 + (s - 1) t): above 1 moves training and sampling towards noise, as large images want."""
+    """s in t -> s t / (1 + (s - 1) t): above 1 moves training, and sampling on a grid uniform in t, towards noise."""
     weighting: Literal["none", "min_snr"] = "none"
     """Weight of a training time: none, or min(SNR, gamma) on the error of x_0."""
     min_snr_gamma: float = 5.0
@@ -321,6 +322,7 @@ class TrainConfig(Section):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("sample_every", "seed", "num_threads"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("seed", self.seed < SEED_LIMIT, f"below {SEED_LIMIT}")
         self._require("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         if self.batch_size % self.accumulation_steps:
@@ -342,6 +344,9 @@ class Config(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names, count = self.data.class_names, self.model.num_classes
+        if names and count and len(names) != count:
+            raise InputError(f"data.class_names must have model.num_classes {count} names, got {len(names)}")
         # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
         if not self.model.null_class and not self.model.context_dim:
             if self.train.label_dropout > 0:

@@ -6,6 +6,8 @@ uninterrupted one would, whatever the number of workers.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from einops import rearrange
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from uvit.config import Config, DataConfig, UViTConfig
+from uvit.config import Config, DataConfig, TrainConfig, UViTConfig
 from uvit.errors import InputError
 from uvit.hub import quiet_hub
 
@@ -70,19 +74,24 @@ class HubData:
 
     def __getitems__(self, indices: list[int]) -> Batch:
         rows = self.rows[indices]
-        images = np.stack([self._pixels(image) for image in rows[self.image_column]])
-        labels = rows[self.label_column] if self.label_column else [0] * len(indices)
+        images = np.stack([self._pixels(*pair) for pair in zip(indices, rows[self.image_column])])
+        labels = rows[self.label_column] if self.model.num_classes else [0] * len(indices)
+        for index, label in zip(indices, labels):
+            if label is None or label < 0:
+                raise InputError(f"image {index} of the data must have a label of at least 0, got {label}")
         return torch.from_numpy(images), torch.tensor(labels)
 
-    def _pixels(self, image: Any) -> np.ndarray:
-        """(C, H, W) uint8 of a PIL image: upright, scaled to cover the model's shape, and centre-cropped."""
-        from PIL import Image, ImageOps
-
+    def _pixels(self, index: int, stored: Any) -> np.ndarray:
+        """(C, H, W) uint8 of a stored image: upright, scaled to cover the model's shape, and centre-cropped."""
         height, width = self.model.image_shape
-        image = ImageOps.exif_transpose(image).convert("L" if self.model.in_chans == 1 else "RGB")
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image)
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
+        try:
+            file = Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
+            image = ImageOps.exif_transpose(file).convert("L" if self.model.in_chans == 1 else "RGB")
+        except Exception as error:  # broken files make a decoder raise anything
+            name = stored["path"] if stored else None
+            raise InputError(f"image {index} of the data ({name}) cannot be read: {error}") from None
+        pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+        return rearrange(pixels, "H W -> 1 H W" if pixels.ndim == 2 else "H W C -> C H W")
 
 
 def load_data(config: DataConfig, model: UViTConfig, train: bool = True) -> ImageData:
@@ -101,6 +110,8 @@ def load_data(config: DataConfig, model: UViTConfig, train: bool = True) -> Imag
         raise InputError(
             f"digits are 1x8x8 images, got a model for {model.in_chans}x{'x'.join(map(str, model.image_shape))}"
         )
+    if model.context_dim:
+        raise InputError(f"data {config.name!r} has no captions, got a model with context_dim {model.context_dim}")
     num_classes = len(data.class_names)
     if model.num_classes and model.num_classes != num_classes:
         raise InputError(f"model.num_classes must be {num_classes} for data {config.name!r}, got {model.num_classes}")
@@ -121,6 +132,20 @@ def _load_digits(train: bool) -> TensorData:
     return TensorData(torch.from_numpy(images), torch.from_numpy(digits.target[chosen]), DIGIT_NAMES)
 
 
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps `datasets` from drawing bars; a download may keep its own."""
+    import datasets
+
+    were_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            datasets.enable_progress_bars()
+
+
 def _load_hub(config: DataConfig, model: UViTConfig, train: bool) -> HubData:
     import datasets
 
@@ -137,7 +162,7 @@ def _load_hub(config: DataConfig, model: UViTConfig, train: bool) -> HubData:
             saved = datasets.load_from_disk(config.name)
             rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
-            with quiet_hub():
+            with quiet_hub(), _without_bars() if path.is_dir() else contextlib.nullcontext():
                 rows = datasets.load_dataset(config.name, split=split)
     except Exception as error:  # the library raises a different kind for each way that data can be missing
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -152,6 +177,9 @@ def _load_hub(config: DataConfig, model: UViTConfig, train: bool) -> HubData:
             f"data {config.name!r} must have a column of class labels, got columns {', '.join(rows.features)}"
         )
     class_names = tuple(rows.features[label_column].names) if label_column else ()
+    if not len(rows):
+        raise InputError(f"split {split!r} of data {config.name!r} must have images, got none")
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))  # decoded by us, who can name a broken one
     return HubData(rows, image_column, label_column, class_names, model)
 
 
@@ -200,6 +228,20 @@ class _BatchedItems(Dataset[Batch]):
         return self.data.__getitems__(indices)
 
 
+def check_batch(config: TrainConfig, world_size: int) -> int:
+    """Returns the images of one part of a batch over all processes.
+
+    Raises:
+        InputError: a part that the processes do not divide.
+    """
+    part_size = config.batch_size // config.accumulation_steps
+    if part_size % world_size:
+        raise InputError(
+            f"train.batch_size / train.accumulation_steps must be divisible by {world_size} processes, got {part_size}"
+        )
+    return part_size
+
+
 def build_loader(
     data: ImageData, config: Config, start_step: int, rank: int, world_size: int, pin_memory: bool
 ) -> DataLoader[Batch]:
@@ -209,11 +251,7 @@ def build_loader(
         InputError: a batch that the processes do not divide.
     """
     accumulation = config.train.accumulation_steps
-    part_size = config.train.batch_size // accumulation
-    if part_size % world_size:
-        raise InputError(
-            f"train.batch_size / train.accumulation_steps must be divisible by {world_size} processes, got {part_size}"
-        )
+    part_size = check_batch(config.train, world_size)
     sampler = StepSampler(len(data), part_size, config.train.seed, start_step * accumulation, rank, world_size)
     workers = config.data.num_workers
     return DataLoader(

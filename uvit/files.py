@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,22 +27,23 @@ def write_aside(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; it takes its place once the block has ended without an error.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the file cannot be made, written or put in its place.
     """
     make_directory(path.parent)
+    if path.is_dir():
+        raise InputError(f"cannot write to {path}: it is a folder")
+    target = path.resolve()  # a link stays a link
+    # The suffix stays last: savers such as Pillow's choose the format by it.
+    aside = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
     try:
-        # The suffix stays last: savers such as Pillow's choose the format by it.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(handle)
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror}") from None
-    aside = Path(name)
-    try:
+        aside.touch()
         yield aside
-        aside.chmod(0o644)
-        aside.replace(path)
+        aside.replace(target)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,18 +5,70 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from uvit.attention import resolve_backend
 from uvit.backbone import UViT
-from uvit.config import CONFIG_FILE, Backend, Config, from_dict, load_config, read_json
+from uvit.config import CONFIG_FILE, Backend, Config, Section, SolverName, from_dict, load_config, read_json
 from uvit.data import to_uint8
 from uvit.errors import InputError, did_you_mean
 from uvit.samplers import ImageNoise, sample
 from uvit.weights import find_pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawArguments(Section):
+    """What every command that draws images from a run takes."""
+
+    checkpoint: str
+    """Run folder, such as runs/digits, or hub name of one; with --config also weights alone."""
+    config: str | None = None
+    """Config of weights that do not come with one, such as configs/imagenet256_uvit_huge.py for a published file."""
+    guidance_interval: tuple[float, float] | None = None
+    """Times in [0, 1] between which guidance acts; the run's own where not given, as all below."""
+    steps: int | None = None
+    """Steps of the sampler."""
+    sampler: SolverName | None = None
+    """Solver."""
+    spacing: Literal["auto", "uniform", "log_snr"] | None = None
+    """Grid of times."""
+    t_end: float | None = None
+    """Last time of the grid."""
+    seed: int = 0
+    """The same seed draws the same images at any batch size."""
+    batch_size: int = 200
+    """Images at a time."""
+    attention: Backend = "auto"
+    """Attention backend."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("seed", self.seed >= 0, "at least 0")
+        self._require("batch_size", self.batch_size >= 1, "at least 1")
+
+    def load(self, guidance: float | None) -> tuple[Config, UViT]:
+        """Loads the run, its config with these settings and this guidance, ready to draw from.
+
+        Raises:
+            InputError: as load_run, or settings that do not fit the run.
+        """
+        config, model = load_run(self.checkpoint, self.attention, PartialState().default_device, self.config)
+        given: dict[str, Any] = {
+            "guidance": guidance,
+            "guidance_interval": self.guidance_interval,
+            "num_steps": self.steps,
+            "sampler": self.sampler,
+            "spacing": self.spacing,
+            "t_end": self.t_end,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        set_threads(config)
+        return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given)), model
 
 
 def load_run(
@@ -134,13 +186,3 @@ def set_threads(config: Config) -> None:
 def describe_guidance(scale: float) -> str:
     """Names a guidance scale in both conventions, ours and the paper's."""
     return f"guidance w = {scale:g} (the paper's s = {scale - 1:g})"
-
-
-def override_sampling(config: Config, **overrides: Any) -> Config:
-    """Returns a run's config with those fields of its sampling replaced that are not None.
-
-    Raises:
-        InputError: a value that does not fit, such as guidance for a model without a null class.
-    """
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))

@@ -53,8 +53,10 @@ def time_grid(
     if not 1 >= t_start > t_end >= 0:
         raise InputError(f"times must satisfy 1 >= t_start > t_end >= 0, got {t_start} and {t_end}")
     if spacing == "uniform":
-        t = torch.linspace(t_start, t_end, num_steps + 1, dtype=torch.float64)
-        return shift_time(t, shift).tolist()
+        # Unshifted ends, so that the shifted ones are t_start and t_end; set, so that rounding does not move them.
+        first, last = (shift_time(torch.tensor(t, dtype=torch.float64), 1 / shift).item() for t in (t_start, t_end))
+        t = shift_time(torch.linspace(first, last, num_steps + 1, dtype=torch.float64), shift)
+        return [t_start, *t[1:-1].tolist(), t_end]
     to_zero = schedule.at(t_end)[1] == 0
     first = min(t_start, 1 - TIME_MARGIN) if schedule.singular_start else t_start
     last = TIME_MARGIN if to_zero else t_end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ import train
 from uvit import UViT
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import run
+from uvit.files import write_aside
 from uvit.samplers import SOLVERS
 
 ROOT = Path(__file__).parent.parent
@@ -434,3 +436,21 @@ def test_two_processes_share_a_run(tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert load_checkpoint(tmp_path / "runs/tiny")["step"] == 4
     assert len((tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_leaves_nothing_half_written(signum, status, tmp_path, monkeypatch, capsys):
+    def stopped(arguments):
+        with write_aside(tmp_path / "file.txt") as aside:
+            aside.write_text("half")
+            os.kill(os.getpid(), signum)
+            signal.pause()
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["stopped"])
+    with pytest.raises(SystemExit) as exit:
+        run(stopped)
+    signal.signal(signal.SIGTERM, before)
+    assert exit.value.code == status
+    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in capsys.readouterr().err

@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
                 runs.append(train_and_measure(ARMS[arm], seed, f"{folder}/{arm}"))
         results[arm] = runs
     machine = {"device": f"{processor()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
-    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps({**machine, "runs": results}, indent=2) + "\n")
     print("| recipe | training, s | recognised | Fréchet / real |\n|---|---|---|---|")
     for arm, runs in results.items():

@@ -91,7 +91,7 @@ class LDM(Schedule):
         """Log α at n = 0 … 1000, where n = 0 is clean data: (1001,)."""
         roots = torch.linspace(LDM.beta_first**0.5, LDM.beta_last**0.5, LDM.num_steps, dtype=torch.float64)
         table = torch.cat([roots.new_zeros(1), 0.5 * torch.log1p(-(roots**2)).cumsum(0)])
-        return table.to(device, dtype)
+        return table.to(dtype).to(device)  # in this order: not every device has float64
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         table = self._log_alphas(t.device, t.dtype)

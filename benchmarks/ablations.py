@@ -1,0 +1,151 @@
+"""The paper's ablations on digits: `python benchmarks/ablations.py --study skip`.
+
+Trains each choice of one option from scratch, for each seed, by the recipe of configs/digits.py, and measures the
+Fréchet distance to the held-out images along the way. Writes a table (JSON) and a picture to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from uvit import Config, UViT
+from uvit.checkpoint import STATE_FILE, checkpoint_dirs
+from uvit.cli import parse, run
+from uvit.config import CONFIG_FILE, load_config
+from uvit.data import load_data, to_unit_range
+from uvit.generate import generate
+from uvit.metrics import Moments, frechet_distance
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+NUM_IMAGES = 1000
+
+# The option of each study in figure 2 of the paper, and its choices in the paper's order.
+STUDIES = {
+    "skip": ("model.skip", ("concat", "add", "linear_add", "add_linear", "none")),
+    "time": ("model.time_conditioning", ("token", "adaln")),
+    "conv": ("model.conv", ("image", "tokens", "none")),
+    "patch_embed": ("model.patch_embed", ("linear", "conv")),
+    "pos_embed": ("model.pos_embed", ("learned", "sincos2d")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    study: Literal["skip", "time", "conv", "patch_embed", "pos_embed"] = "skip"
+    """Which of the paper's five studies."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of training."""
+    num_steps: int = 1000
+    """Steps of each run."""
+    measure_every: int = 250
+    """Steps between measurements."""
+    jobs: int = 1
+    """Runs at the same time, one CPU thread each."""
+
+
+def pixel_moments(images: torch.Tensor) -> Moments:
+    """Returns the moments of (N, C, H, W) uint8 images as vectors in [-1, 1]."""
+    vectors = to_unit_range(images).flatten(1)
+    return Moments(vectors.shape[1]).update(vectors)
+
+
+def distances(run_dir: Path, config: Config) -> dict[int, float]:
+    """Returns the Fréchet distance of every checkpoint's averaged weights, over that of the real training part."""
+    train_part, held_out = (
+        pixel_moments(data.__getitems__(list(range(len(data))))[0])
+        for data in (load_data(config.data, config.model, train=part) for part in (True, False))
+    )
+    labels = [label for label in range(config.model.num_classes) for _ in range(NUM_IMAGES // config.model.num_classes)]
+    found = {}
+    for folder in checkpoint_dirs(run_dir):
+        state = torch.load(folder / STATE_FILE, weights_only=True)
+        model = UViT(config.model).eval()
+        model.load_state_dict(state["ema"])
+        drawn = pixel_moments(generate(model, config, labels, seed=0, batch_size=200))
+        found[state["step"]] = frechet_distance(drawn, held_out) / frechet_distance(train_part, held_out)
+    return found
+
+
+def train_and_measure(given: Arguments, choice: str, seed: int) -> dict:
+    """Trains one choice with one seed; returns its losses and distances by step."""
+    option = STUDIES[given.study][0]
+    overrides = {
+        option: choice,
+        "train.seed": seed,
+        "train.num_steps": given.num_steps,
+        "train.save_every": given.measure_every,
+        "train.keep": given.num_steps,
+        "train.sample_every": 0,
+        "train.tracker": "none",
+        "sample.guidance": 1,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+        command = [sys.executable, "train.py", "configs/digits.py", "--train.run_dir", folder, *flags]
+        subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+        lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        found = distances(Path(folder), load_config(Path(folder, CONFIG_FILE)))
+    print(f"{choice}, seed {seed}: {found}", flush=True)
+    return {"choice": choice, "seed": seed, "loss": {x["step"]: x["loss"] for x in lines}, "frechet_ratio": found}
+
+
+def draw(given: Arguments, runs: list[dict], path: Path) -> None:
+    """Draws distance and loss over steps, the median of the seeds with their range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, name, label in zip(
+        figure.subplots(1, 2), ("frechet_ratio", "loss"), ("Fréchet distance / real", "training loss")
+    ):
+        for choice in STUDIES[given.study][1]:
+            curves = [entry[name] for entry in runs if entry["choice"] == choice]
+            steps = list(curves[0])
+            values = [[curve[step] for curve in curves] for step in steps]
+            (line,) = axes.plot(steps, [statistics.median(each) for each in values], label=choice, marker=".")
+            low, high = [min(each) for each in values], [max(each) for each in values]
+            axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+        axes.set(xlabel="steps", ylabel=label, yscale="log")
+        axes.legend()
+    figure.suptitle(f"{STUDIES[given.study][0]} on digits, median and range of {len(given.seeds)} seeds")
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the study and writes its table and picture."""
+    given = parse(Arguments, arguments, "benchmarks/ablations.py", __doc__ or "")
+    torch.set_num_threads(1)
+    wanted = [(choice, seed) for seed in given.seeds for choice in STUDIES[given.study][1]]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        runs = list(pool.map(lambda pair: train_and_measure(given, *pair), wanted))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    name = f"ablation_{given.study}"
+    protocol = f"configs/digits.py, {given.num_steps} steps, {NUM_IMAGES} images, unguided, against the held-out fifth"
+    table = {"protocol": protocol, "torch": torch.__version__, "runs": runs}
+    (RESULTS / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n")
+    draw(given, runs, RESULTS / f"{name}.png")
+
+    print(f"{protocol}\n\n| {STUDIES[given.study][0]} | Fréchet / real | loss |\n|---|---|---|")
+    for choice in STUDIES[given.study][1]:
+        ends = [
+            (list(entry["frechet_ratio"].values())[-1], list(entry["loss"].values())[-1])
+            for entry in runs
+            if entry["choice"] == choice
+        ]
+        cells = [f"{statistics.median(v):.3g} ({min(v):.3g} to {max(v):.3g})" for v in zip(*ends)]
+        print(f"| {choice} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -7,6 +7,7 @@ Writes benchmarks/results/digits.json and prints the table.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import statistics
@@ -45,7 +46,7 @@ class Arguments:
 
 
 def train_and_measure(overrides: list[str], seed: int, folder: str) -> dict[str, float]:
-    """Trains one arm with one seed; returns its training seconds and the two figures."""
+    """Trains one arm with one seed; returns the seconds of the whole training command and the two figures."""
     common = ["--train.seed", str(seed), "--train.run_dir", folder, "--train.sample_every", "0"]
     started = time.perf_counter()
     subprocess.run([sys.executable, "train.py", "configs/digits.py", *common, *overrides], cwd=ROOT, check=True)
@@ -78,10 +79,10 @@ def main(arguments: list[str]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 runs.append(train_and_measure(ARMS[arm], seed, f"{folder}/{arm}"))
         results[arm] = runs
-    machine = {"device": f"{processor()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+    machine = {"device": f"{processor()}, {os.cpu_count()} cores", "torch": torch.__version__}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps({**machine, "runs": results}, indent=2) + "\n")
-    print("| recipe | training, s | recognised | Fréchet / real |\n|---|---|---|---|")
+    print("| recipe | train.py, s | recognised | Fréchet / real |\n|---|---|---|---|")
     for arm, runs in results.items():
         seconds, recognised, ratio = (
             spread([entry[name] for entry in runs], form)

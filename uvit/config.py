@@ -266,7 +266,7 @@ class SampleConfig(Section):
     """Solver."""
     num_steps: int = 20
     """Steps of the solver, each one evaluation of the network; `heun` alone takes two."""
-    spacing: Literal["auto", "uniform", "log_snr"] = "auto"
+    spacing: Literal["auto", Spacing] = "auto"
     """Grid of times: uniform in t, or in log-SNR; `auto` is uniform wherever the solver is stable on it."""
     t_end: float = 0.0
     """Last time; solvers that end in log-SNR, which is infinite at 0, take 0.001 for 0."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uvit.attention import resolve_backend
 from uvit.backbone import UViT
-from uvit.config import CONFIG_FILE, Backend, Config, Section, SolverName, from_dict, load_config, read_json
+from uvit.config import CONFIG_FILE, Backend, Config, Section, SolverName, Spacing, from_dict, load_config, read_json
 from uvit.data import to_uint8
 from uvit.errors import InputError, did_you_mean
 from uvit.samplers import ImageNoise, sample
@@ -35,7 +35,7 @@ class DrawArguments(Section):
     """Steps of the sampler."""
     sampler: SolverName | None = None
     """Solver."""
-    spacing: Literal["auto", "uniform", "log_snr"] | None = None
+    spacing: Literal["auto", Spacing] | None = None
     """Grid of times."""
     t_end: float | None = None
     """Last time of the grid."""

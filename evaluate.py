@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +16,10 @@ from tqdm import tqdm
 
 from uvit.cli import parse, run
 from uvit.config import DataConfig, UViTConfig
-from uvit.data import ImageData, load_data, to_unit_range
+from uvit.data import Batch, load_data, read_all, to_unit_range
 from uvit.errors import InputError
 from uvit.files import write_text
-from uvit.generate import DrawArguments, describe_guidance, generate
+from uvit.generate import Condition, DrawArguments, describe_guidance, generate
 from uvit.metrics import Moments, frechet_distance
 from uvit.samplers import num_evaluations
 
@@ -39,41 +41,51 @@ def pixels(images: Tensor) -> Tensor:
     return to_unit_range(images).flatten(1)
 
 
-def read_all(data: ImageData) -> tuple[Tensor, Tensor]:
-    """Reads a whole data set."""
-    return data.__getitems__(list(range(len(data))))
-
-
-def real_images(data: DataConfig, model: UViTConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns the real training part and the held-out part, images and labels each."""
-    if model.in_chans * model.image_shape[0] * model.image_shape[1] > MAX_PIXELS or not model.num_classes:
+def real_images(data: DataConfig, model: UViTConfig) -> tuple[Batch, Batch, int]:
+    """Returns the real training part, the held-out part, and the number of classes."""
+    shape = (model.in_chans, *model.image_shape)
+    if math.prod(shape) > MAX_PIXELS:
+        raise InputError(f"evaluate.py measures images of at most {MAX_PIXELS} values, got {'x'.join(map(str, shape))}")
+    train_part, held_out = (load_data(data, model, train=part) for part in (True, False))
+    num_classes = len(train_part.class_names)
+    if not (model.num_classes or model.context_dim) or not num_classes:
         raise InputError(
-            f"evaluate.py measures class-conditional images of at most {MAX_PIXELS} values, got "
-            f"{model.in_chans}x{model.image_shape[0]}x{model.image_shape[1]} with {model.num_classes} classes"
+            "evaluate.py measures a model with labels or captions by the classes of its data, got num_classes "
+            f"{model.num_classes}, context_dim {model.context_dim} and {num_classes} classes in data {data.name!r}"
         )
-    return read_all(load_data(data, model, train=True)), read_all(load_data(data, model, train=False))
+    return read_all(train_part), read_all(held_out), num_classes
+
+
+def choose_conditions(part: Batch, labels: list[int], by_caption: bool) -> Sequence[Condition]:
+    """Returns what to draw to get images of the given labels: the labels, or captions of images that have them."""
+    if not by_caption:
+        return labels
+    having = list(zip(part.captions, part.labels.tolist()))
+    captions = {each: itertools.cycle([caption for caption, label in having if label == each]) for each in set(labels)}
+    return [next(captions[label]) for label in labels]
 
 
 def main(arguments: Sequence[str]) -> None:
     """Draws images, measures them and prints the figures with their protocol."""
     given = parse(Arguments, arguments, "evaluate.py", __doc__ or "")
-    config, model = given.load(given.guidance)
-    (train_images, train_labels), (held_out_images, held_out_labels) = real_images(config.data, config.model)
-    num_classes = config.model.num_classes
+    config, model, encoders = given.load(given.guidance)
+    train_part, held_out_part, num_classes = real_images(config.data, config.model)
     if given.num_images < num_classes or given.num_images % num_classes:
         raise InputError(f"num_images must be a multiple of {num_classes} classes, got {given.num_images}")
     labels = torch.arange(num_classes).repeat_interleave(given.num_images // num_classes)
+    conditions = choose_conditions(train_part, labels.tolist(), by_caption=config.model.context_dim > 0)
     with tqdm(total=len(labels) * num_evaluations(config.process, config.sample), unit="eval") as progress:
-        images = generate(model, config, labels.tolist(), given.seed, given.batch_size, progress.update)
+        images = generate(model, config, conditions, given.seed, given.batch_size, encoders, progress.update)
 
     sampling = config.sample
-    classifier = SVC(C=SVM_C).fit(pixels(train_images), train_labels)
+    classifier = SVC(C=SVM_C).fit(pixels(train_part.images), train_part.labels)
     recognised = classifier.score(pixels(images), labels)
-    recognised_real = classifier.score(pixels(held_out_images), held_out_labels)
-    train_part, held_out, drawn = (
-        Moments(pixels(part).shape[1]).update(pixels(part)) for part in (train_images, held_out_images, images)
+    recognised_real = classifier.score(pixels(held_out_part.images), held_out_part.labels)
+    real, held_out, drawn = (
+        Moments(pixels(part).shape[1]).update(pixels(part))
+        for part in (train_part.images, held_out_part.images, images)
     )
-    distance, distance_real = frechet_distance(drawn, held_out), frechet_distance(train_part, held_out)
+    distance, distance_real = frechet_distance(drawn, held_out), frechet_distance(real, held_out)
 
     print(f"recognised {recognised:.1%} (real held-out images: {recognised_real:.1%})")
     print(f"Fréchet distance {distance / distance_real:.2f} x real ({distance:.3f} against {distance_real:.3f})")
@@ -81,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
         f"{len(images)} images, {len(images) // num_classes} a class, EMA weights, "
         f"{describe_guidance(sampling.guidance)}, {sampling.sampler} {sampling.num_steps} steps ({sampling.spacing}), "
         f"seed {given.seed}, rounded to uint8; pixels against the {held_out.count} held-out images of "
-        f"{config.data.name}, SVM (rbf, C = {SVM_C:g}) fitted to the {train_part.count} training images"
+        f"{config.data.name}, SVM (rbf, C = {SVM_C:g}) fitted to the {real.count} training images"
     )
     print(f"protocol: {protocol}")
     if Path(given.checkpoint).is_dir():

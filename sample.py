@@ -13,7 +13,7 @@ from tqdm import tqdm
 from uvit.cli import parse, run
 from uvit.errors import InputError
 from uvit.files import write_aside
-from uvit.generate import DrawArguments, class_names, describe_guidance, find_classes, generate
+from uvit.generate import Condition, DrawArguments, condition_names, describe_guidance, find_conditions, generate
 from uvit.grid import image_grid
 from uvit.samplers import num_evaluations
 
@@ -25,8 +25,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".npz")
 class Arguments(DrawArguments):
     classes: tuple[str, ...] = ()
     """Numbers or names of classes, a row of the grid for each; all of them where none is given."""
+    prompt: tuple[str, ...] = ()
+    """Prompts for a text model, a row of the grid for each; those of its training grids where none is given."""
     num_per_class: int = 8
-    """Images of each class; for a model without classes, images in all."""
+    """Images of each class or prompt; for a model without either, images in all."""
     guidance: float | None = None
     """w in w * cond + (1 - w) * uncond, 1 is none; the run's own where not given."""
     paper_scale: float | None = None
@@ -42,9 +44,9 @@ class Arguments(DrawArguments):
             raise InputError(f"give --guidance or --paper_scale, got both: {self.guidance:g} and {self.paper_scale:g}")
 
 
-def write_npz(path: Path, images: torch.Tensor, labels: Sequence[int] | None) -> None:
-    """Writes arr_0, images (N, H, W, C) uint8, and arr_1, labels (N,), as ADM's evaluator reads them."""
-    arrays = [images.permute(0, 2, 3, 1).numpy()] + ([] if labels is None else [np.asarray(labels)])
+def write_npz(path: Path, images: torch.Tensor, conditions: Sequence[Condition] | None) -> None:
+    """Writes arr_0, images (N, H, W, C) uint8, and arr_1, labels or prompts (N,), as ADM's evaluator reads them."""
+    arrays = [images.permute(0, 2, 3, 1).numpy()] + ([] if conditions is None else [np.asarray(conditions)])
     np.savez(path, *arrays)
 
 
@@ -52,21 +54,21 @@ def main(arguments: Sequence[str]) -> None:
     """Draws the images and writes them."""
     given = parse(Arguments, arguments, "sample.py", __doc__ or "")
     output = Path(given.output)
-    config, model = given.load(given.guidance if given.paper_scale is None else 1 + given.paper_scale)
-    classes = find_classes(given.classes, config)
-    labels = [label for label in classes or [0] for _ in range(given.num_per_class)]
+    config, model, encoders = given.load(given.guidance if given.paper_scale is None else 1 + given.paper_scale)
+    rows = find_conditions(config, given.classes, given.prompt)
+    conditions = [row for row in rows for _ in range(given.num_per_class)]
 
     # The output is opened first: a path that cannot be written is found before the work, not after it.
     with (
         write_aside(output) as aside,
-        tqdm(total=len(labels) * num_evaluations(config.process, config.sample), unit="eval") as progress,
+        tqdm(total=len(conditions) * num_evaluations(config.process, config.sample), unit="eval") as progress,
     ):
-        images = generate(model, config, labels, given.seed, given.batch_size, progress.update)
+        images = generate(model, config, conditions, given.seed, given.batch_size, encoders, progress.update)
         if output.suffix.lower() == ".npz":
-            write_npz(aside, images, labels if classes else None)
+            write_npz(aside, images, None if rows == [None] else conditions)
         else:
-            columns = given.num_per_class if classes else UNLABELLED_COLUMNS
-            image_grid(images, columns, [class_names(config)[label] for label in classes]).save(aside)
+            columns = UNLABELLED_COLUMNS if rows == [None] else given.num_per_class
+            image_grid(images, columns, condition_names(rows, config)).save(aside)
     sampling = config.sample
     print(
         f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, {describe_guidance(sampling.guidance)}, "

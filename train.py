@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
+from einops import rearrange
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
@@ -27,17 +28,19 @@ from uvit.attention import resolve_backend
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import parse, run
 from uvit.config import CONFIG_FILE, Config, from_dict, load_config, read_json, to_json
-from uvit.data import ImageData, build_loader, check_batch, load_data, random_flip, to_unit_range
+from uvit.data import Batch, ImageData, build_loader, check_batch, load_data, random_flip, to_unit_range
 from uvit.diffusion import diffusion_loss
 from uvit.errors import InputError
 from uvit.files import make_directory, write_aside, write_text
-from uvit.generate import class_names, generate, set_threads
+from uvit.generate import condition_names, find_conditions, generate, set_threads
 from uvit.grid import image_grid
+from uvit.latents import EMPTY_CAPTION, Encoders, load_encoders
 from uvit.optim import build_optimizer, build_scheduler
 from uvit.weights import write_weights
 
 USAGE = "train.py CONFIG"
 GRID_ROWS, GRID_COLUMNS = 10, 8
+CAPTIONS_READ = 100  # to find enough different ones for the rows
 
 
 def read_arguments(arguments: Sequence[str]) -> Config:
@@ -93,15 +96,22 @@ def step_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def save_grid(model: UViT, config: Config, path: Path) -> np.ndarray:
+def save_grid(model: UViT, config: Config, encoders: Encoders, path: Path) -> np.ndarray:
     """Draws the run's grid of samples, writes it as a picture and returns it as (H, W, 3)."""
-    num_rows = min(config.model.num_classes, GRID_ROWS)
-    labels = [label for label in range(num_rows or GRID_COLUMNS) for _ in range(GRID_COLUMNS)]
-    images = generate(model, config, labels, config.train.seed, batch_size=len(labels))
-    picture = image_grid(images, GRID_COLUMNS, class_names(config)[:num_rows])
+    rows = find_conditions(config)[:GRID_ROWS]
+    num_images = GRID_COLUMNS * (GRID_COLUMNS if rows == [None] else len(rows))
+    conditions = [row for row in rows for _ in range(num_images // len(rows))]
+    images = generate(model, config, conditions, config.train.seed, num_images, encoders)
+    picture = image_grid(images, GRID_COLUMNS, condition_names(rows, config))
     with write_aside(path) as aside:
         picture.save(aside)
     return np.asarray(picture)
+
+
+def first_captions(data: ImageData) -> tuple[str, ...]:
+    """Returns the data's first captions, each once, for the rows of a grid."""
+    some = data.read(range(min(len(data), CAPTIONS_READ)), np.random.default_rng(0)).captions
+    return tuple(dict.fromkeys(some))[:GRID_ROWS]
 
 
 def keep_metrics(path: Path, step: int) -> None:
@@ -114,27 +124,30 @@ def keep_metrics(path: Path, step: int) -> None:
 def training_loss(
     network: Callable[..., torch.Tensor],
     config: Config,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    encoders: Encoders,
+    batch: Batch,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Returns the loss of a batch: images flipped, labels dropped, times and noise drawn, all on the device.
+    """Returns the loss of a batch: images flipped, conditions dropped, times and noise drawn, all on the device.
 
     Args:
         network: network(x, timesteps, **condition).
         config: the run.
-        images: (B, C, H, W) uint8.
-        labels: (B,) integers.
-        generator: source of all randomness, on the device of the images.
+        encoders: its text encoder, for a model with context.
+        batch: on the device.
+        generator: source of all randomness, on the device.
     """
-    images = to_unit_range(images)
+    images = to_unit_range(batch.images)
     if config.data.flip:
         images = random_flip(images, generator)
+    # Guidance needs dropped labels to become the null class, and dropped captions the empty one.
+    dropped = torch.rand(len(images), device=images.device, generator=generator) < config.train.label_dropout
     condition = {}
     if config.model.num_classes:
-        # Dropped labels become the null class, which guidance needs.
-        dropped = torch.rand(len(labels), device=labels.device, generator=generator) < config.train.label_dropout
-        condition["y"] = torch.where(dropped, config.model.num_classes, labels)
+        condition["y"] = torch.where(dropped, config.model.num_classes, batch.labels)
+    if encoders.text is not None:
+        context, empty = encoders.text(batch.captions), encoders.text([EMPTY_CAPTION])
+        condition["context"] = torch.where(rearrange(dropped, "B -> B 1 1"), empty, context)
     return diffusion_loss(partial(network, **condition), images, config.process, generator)
 
 
@@ -143,13 +156,17 @@ def main(arguments: Sequence[str]) -> None:
     config = read_arguments(arguments)
     data = load_data(config.data, config.model)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=data.class_names))
+    if config.model.context_dim and not config.sample.prompts:
+        prompts = first_captions(data)
+        config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompts=prompts))
     run_dir = Path(config.train.run_dir or "")
     check_same_run(config, run_dir)
+    encoders = load_encoders(config.data, config.model)
     make_directory(run_dir)
-    train(config, data, run_dir)
+    train(config, data, encoders, run_dir)
 
 
-def train(config: Config, data: ImageData, run_dir: Path) -> None:
+def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path) -> None:
     """Trains to config.train.num_steps, from the newest checkpoint in the run folder where there is one."""
     settings = config.train
     torch.set_float32_matmul_precision("high")
@@ -164,7 +181,7 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
 
     # Everything that changes over the run.
     torch.manual_seed(settings.seed)
-    plain_model = UViT(config.model).to(device)
+    plain_model, encoders = UViT(config.model).to(device), encoders.to(device)
     ema = ModelEmaV3(plain_model, decay=settings.ema_decay)
     model, optimizer = accelerator.prepare(plain_model, build_optimizer(plain_model, config.optim))
     scheduler = build_scheduler(optimizer, config.optim, settings.num_steps)
@@ -202,11 +219,11 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
     for step in range(start, settings.num_steps):
         # One optimizer step on a global batch, in parts that fit in memory.
         for part in range(settings.accumulation_steps):
-            images, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            batch = next(batches).to(device)
             generator.manual_seed(step_seed(settings.seed, step, part, accelerator.process_index))
             is_last = part == settings.accumulation_steps - 1
             with nullcontext() if is_last else accelerator.no_sync(model):
-                loss = training_loss(model, config, images, labels, generator)
+                loss = training_loss(model, config, encoders, batch, generator)
                 accelerator.backward(loss / settings.accumulation_steps)
             running_loss += loss.detach() / settings.accumulation_steps
 
@@ -234,7 +251,7 @@ def train(config: Config, data: ImageData, run_dir: Path) -> None:
 
         is_end, paused_at = done == settings.num_steps, time.perf_counter()
         if is_main and settings.sample_every and (done % settings.sample_every == 0 or is_end):
-            picture = save_grid(ema.module, config, run_dir / "samples" / f"step_{done:08d}.png")
+            picture = save_grid(ema.module, config, encoders, run_dir / "samples" / f"step_{done:08d}.png")
             for tracker in accelerator.trackers:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": picture[None]}, step=done, **layout)

@@ -12,6 +12,12 @@ ROOT = Path(__file__).parent.parent
 SHORTENED = [
     (r"^make demo$", "make demo TRAIN_ARGS='--train.num_steps 20' EVALUATE_ARGS='--num_images 20'"),
     (r"(train\.py configs/digits\.py.*)$", r"\1 --train.num_steps 20"),
+    (
+        r"^python (train\.py configs/digits_text\.py)$",
+        "python -c \"from benchmarks.text_digits import *; make_text_encoder(Path('runs/clip'))\"\n"
+        r"python \1 --data.text_encoder runs/clip --model.num_context_tokens 24 --model.context_dim 32 "
+        "--train.num_steps 20",
+    ),
     (r"(evaluate\.py .*)$", r"\1 --num_images 20"),
 ]
 # What is not run here, and why.

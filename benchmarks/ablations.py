@@ -23,7 +23,7 @@ from uvit import Config, UViT
 from uvit.checkpoint import STATE_FILE, checkpoint_dirs
 from uvit.cli import parse, run
 from uvit.config import CONFIG_FILE, load_config
-from uvit.data import load_data, to_unit_range
+from uvit.data import load_data, read_all, to_unit_range
 from uvit.generate import generate
 from uvit.metrics import Moments, frechet_distance
 
@@ -64,7 +64,7 @@ def pixel_moments(images: torch.Tensor) -> Moments:
 def distances(run_dir: Path, config: Config) -> dict[int, float]:
     """Returns the Fréchet distance of every checkpoint's averaged weights, over that of the real training part."""
     train_part, held_out = (
-        pixel_moments(data.__getitems__(list(range(len(data))))[0])
+        pixel_moments(read_all(data).images)
         for data in (load_data(config.data, config.model, train=part) for part in (True, False))
     )
     labels = [label for label in range(config.model.num_classes) for _ in range(NUM_IMAGES // config.model.num_classes)]

@@ -1,7 +1,7 @@
 """ImageNet 256x256 in latents, class-conditional, U-ViT-H/2: the published run (FID 2.29, guided)."""
 
 from uvit.config import Config, DataConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import ADAMW, IMAGENET_CLASSES, LDM_NOISE, SIZES
+from uvit.published import ADAMW, IMAGENET_CLASSES, LDM_NOISE, SD_AUTOENCODER_EMA, SIZES
 
 config = Config(
     model=UViTConfig(
@@ -14,7 +14,7 @@ config = Config(
         conv="none",
     ),
     process=LDM_NOISE,
-    data=DataConfig(name="data/imagenet256_latents", num_workers=8),
+    data=DataConfig(name="data/imagenet256_latents", num_workers=8, autoencoder=SD_AUTOENCODER_EMA),
     optim=ADAMW,
     train=TrainConfig(num_steps=500_000, batch_size=1024, label_dropout=0.1),
     sample=SampleConfig(sampler="dpmpp_fast", num_steps=50, t_end=1e-3, guidance=1.4),

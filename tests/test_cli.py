@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from encoders import make_autoencoder, make_text_encoder
 from PIL import Image
 from test_data import save_folder
 
@@ -23,6 +24,7 @@ import train
 from uvit import UViT
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import run
+from uvit.errors import InputError
 from uvit.files import write_aside
 from uvit.samplers import SOLVERS
 
@@ -62,6 +64,21 @@ def finished(tmp_path_factory) -> Path:
         patch.chdir(folder)
         train.main(["tiny.py"])
     return folder
+
+
+TEXT = "--model.num_classes 0 --model.null_class False --model.context_dim 8 --model.num_context_tokens 24".split()
+
+
+@pytest.fixture(scope="session")
+def told(finished) -> Path:
+    """The same folder, with a finished run of a text model, runs/told, and its encoder, clip."""
+    make_text_encoder(finished / "clip", num_tokens=24, width=8)
+    arguments = ["--train.run_dir", "runs/told", "--data.text_encoder", "clip", "--train.tracker", "none"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished)
+        train.main(["tiny.py", *TEXT, *arguments])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return finished
 
 
 @pytest.fixture
@@ -132,10 +149,10 @@ def train_with(monkeypatch, finished, run_dir, loss, *overrides):
     return norms
 
 
-def deterministic_loss(network, config, images, labels, generator):
+def deterministic_loss(network, config, encoders, batch, generator):
     """A mean over the batch without randomness, so that parts of a batch add up to the whole."""
-    x = images.float() / 127.5 - 1
-    return (network(x, torch.full((len(x),), 500.0), y=labels) - x).square().mean()
+    x = batch.images.float() / 127.5 - 1
+    return (network(x, torch.full((len(x),), 500.0), y=batch.labels) - x).square().mean()
 
 
 def test_accumulated_parts_equal_one_batch(monkeypatch, tmp_path, finished):
@@ -156,9 +173,9 @@ def test_gradients_are_clipped(monkeypatch, tmp_path, finished):
 def test_every_step_has_its_own_randomness(monkeypatch, tmp_path, finished):
     drawn = []
 
-    def loss(network, config, images, labels, generator):
+    def loss(network, config, encoders, batch, generator):
         drawn.append(torch.rand(1, generator=generator).item())
-        return deterministic_loss(network, config, images, labels, generator)
+        return deterministic_loss(network, config, encoders, batch, generator)
 
     train_with(monkeypatch, finished, tmp_path / "run", loss, "--train.accumulation_steps", "2")
     assert len(set(drawn)) == 4
@@ -267,6 +284,60 @@ def test_the_papers_scale_is_w_minus_one(inside, capsys):
     assert np.array_equal(read_npz("w.npz")[0], read_npz("s.npz")[0])
 
 
+@pytest.mark.usefixtures("told")
+def test_a_text_run_draws_prompts(inside, capsys):
+    config = json.loads((inside / "runs/told/config.json").read_text())
+    assert len(config["sample"]["prompts"]) == 10  # the data's ten captions, for the rows of its grids
+    assert "a handwritten three" in config["sample"]["prompts"]
+    shared = "--checkpoint runs/told --num_per_class 2".split()
+    sample.main([*shared, "--prompt", "a handwritten three", "two cats", "--output", "two.npz"])
+    sample.main([*shared, "--prompt", "two cats", "--output", "one.npz", "--batch_size", "1"])
+    (images, prompts), (alone, _) = read_npz("two.npz"), read_npz("one.npz")
+    assert prompts.tolist() == ["a handwritten three"] * 2 + ["two cats"] * 2
+    assert np.abs(images[2:].astype(int) - alone).max() <= 1 and (images[2] != images[3]).any()
+    sample.main([*shared, "--prompt", "two cats", "--output", "guided.npz", "--guidance", "3"])
+    assert (read_npz("guided.npz")[0] != alone).any()
+    sample.main([*shared, "--output", "rows.png"])
+    assert Image.open("rows.png").size[1] > 10 * 64
+
+
+@pytest.mark.usefixtures("told")
+def test_a_moved_text_encoder_is_given_by_name(inside, monkeypatch):
+    shutil.copytree("clip", "moved")
+    shared = "--checkpoint runs/told --prompt x --num_per_class 1".split()
+    sample.main([*shared, "--output", "before.npz"])
+    config = Path("runs/told/config.json")
+    kept = config.read_text()
+    config.write_text(kept.replace('"clip"', '"gone"'))
+    try:
+        sample.main([*shared, "--text_encoder", "moved", "--output", "after.npz"])
+    finally:
+        config.write_text(kept)
+    assert np.array_equal(read_npz("before.npz")[0], read_npz("after.npz")[0])
+
+
+@pytest.mark.usefixtures("told")
+def test_evaluate_draws_captions_of_every_class(inside, capsys):
+    evaluate.main("--checkpoint runs/told --num_images 20 --steps 2".split())
+    assert "20 images, 2 a class" in capsys.readouterr().out
+
+
+def test_latents_are_drawn_as_images(tmp_path, monkeypatch):
+    """Weights under the reference code's file name, a config, and an autoencoder give decoded pictures."""
+    monkeypatch.chdir(tmp_path)
+    make_autoencoder(tmp_path / "vae")
+    fields = "img_size=8, in_chans=4, embed_dim=16, depth=2, num_heads=2"
+    text = f"config = Config(model=UViTConfig({fields}), sample=SampleConfig(num_steps=2))\n"
+    Path("latent.py").write_text("from uvit.config import *\n" + text)
+    torch.save(UViT(img_size=8, in_chans=4, embed_dim=16, depth=2, num_heads=2).state_dict(), "nnet_ema.pth")
+    shared = "--checkpoint nnet_ema.pth --config latent.py --num_per_class 3 --output".split()
+    sample.main([*shared, "images.npz", "--autoencoder", "vae"])
+    with np.load("images.npz") as arrays:
+        assert arrays["arr_0"].shape == (3, 16, 16, 3) and arrays["arr_0"].std() > 0
+    with pytest.raises(InputError, match=r"in_chans 4 needs data.autoencoder to make images, got None"):
+        sample.main([*shared, "images.png"])
+
+
 def test_published_weights_are_sampled_with_a_config(inside, capsys):
     """The same weights under the reference code's file name draw the same images."""
     torch.save(UViT.from_pretrained("runs/tiny").state_dict(), "nnet_ema.pth")
@@ -318,7 +389,33 @@ BAD_INPUT = [
     ("train", "tiny.py --train.tracker wandb", "train.tracker 'wandb' needs the package wandb"),
     ("train", "tiny.py --train.run_dir tiny.py/run", "cannot write to tiny.py/run: Not a directory"),
     ("train", "tiny.py --train.seed 99999999999999999999999", "seed must be below 9223372036854775808"),
-    ("train", "tiny.py --model.context_dim 8 --model.num_context_tokens 4", "data 'digits' has no captions"),
+    ("train", "tiny.py --model.context_dim 8 --model.num_context_tokens 4", "got both model.num_classes 10 and"),
+    (
+        "train",
+        f"tiny.py {' '.join(TEXT)} --data.text_encoder nowhere --train.run_dir new",
+        "text encoder not found: nowhere",
+    ),
+    (
+        "train",
+        f"tiny.py {' '.join(TEXT)} --data.text_encoder no/such --train.run_dir new",
+        "text encoder 'no/such' is no folder on disk",
+    ),
+    (
+        "train",
+        f"tiny.py {' '.join(TEXT)} --data.text_encoder clip --model.context_dim 9 --train.run_dir new",
+        "gives 24 tokens of width 8, expected model.num_context_tokens 24 and model.context_dim 9",
+    ),
+    (
+        "train",
+        f"tiny.py {' '.join(TEXT)} --data.text_encoder clip --model.num_context_tokens 77 --train.run_dir new",
+        "gives 24 tokens of width 8, expected model.num_context_tokens 77 and model.context_dim 8",
+    ),
+    (
+        "train",
+        "tiny.py --data.autoencoder vae --train.run_dir new",
+        "data 'digits' has images, got a model of latents (autoencoder 'vae')",
+    ),
+    ("train", "tiny.py --data.scale_factor 0", "scale_factor must be above 0, got 0"),
     ("train", "tiny.py --data.class_names a b", "data.class_names must have model.num_classes 10 names, got 2"),
     ("train", "tiny.py --train.num_steps 8 --optim.lr 1e-5", "holds a run with optim.lr 0.01, got 1e-05"),
     ("train", "tiny.py --train.num_steps 8 --optim.name adamw", "holds a run with optim.name 'muon', got 'adamw'"),
@@ -337,6 +434,13 @@ BAD_INPUT = [
     ("sample", "--checkpoint other", "do not fit their config"),
     ("sample", "--checkpoint runs/tiny --classes 10", "class must be 0 to 9 or a class name, got '10'"),
     ("sample", "--checkpoint runs/tiny --classes thre", "got 'thre', did you mean 'three'?"),
+    ("sample", "--checkpoint runs/tiny --prompt cat", "a model with context_dim 0 takes no prompt, got 'cat'"),
+    ("sample", "--checkpoint runs/told --classes 3", "a model with num_classes 0 takes no class, got '3'"),
+    ("sample", "--checkpoint runs/told --text_encoder empty", "text encoder 'empty' has no config.json"),
+    ("sample", "--checkpoint untold", "a model with context_dim 8 draws from prompts, got none"),
+    ("sample", "--checkpoint discrete --t_end 1e-4", "schedule 'ldm' begins at time 0.001, got a grid with 0.0001"),
+    ("sample", "--checkpoint discrete --steps 2000", "schedule 'ldm' begins at time 0.001, got a grid with 0.0005"),
+    ("sample", "--checkpoint runs/tiny --t_end 0.6", "t_end must be in [0, 0.5), got 0.6"),
     ("sample", "--checkpoint runs/tiny --sampler dpm", "'dpm'"),
     ("sample", "--checkpoint runs/tiny --steps 0", "num_steps must be at least 1, got 0"),
     ("sample", "--checkpoint runs/tiny --steps many", "'many'"),
@@ -363,9 +467,16 @@ BAD_INPUT = [
 
 
 @pytest.fixture(scope="session")
-def scenery(finished) -> None:
+def scenery(told) -> None:
     """What the bad inputs stumble over, beside the finished run."""
+    finished = told
+    shutil.copytree(finished / "runs/told", finished / "untold")
+    config = json.loads((finished / "untold/config.json").read_text())
+    config["sample"]["prompts"] = []
+    (finished / "untold/config.json").write_text(json.dumps(config))
+    shutil.copytree(finished / "runs/tiny", finished / "discrete")
     config = (finished / "runs/tiny/config.json").read_text()
+    (finished / "discrete/config.json").write_text(config.replace('"schedule": "flow"', '"schedule": "ldm"'))
     for name in ("empty", "other"):
         (finished / name).mkdir()
     (finished / "other" / "config.json").write_text(config.replace('"embed_dim": 16', '"embed_dim": 32'))

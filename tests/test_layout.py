@@ -18,6 +18,7 @@ ORDER = [
     "metrics",
     "grid",
     "config",
+    "latents",
     "cli",
     "published",
     "weights",

@@ -13,7 +13,9 @@ from timm.utils import ModelEmaV3
 from train import training_loss
 from uvit import Config, UViT
 from uvit.config import DataConfig, ProcessConfig, TrainConfig, UViTConfig
+from uvit.data import Batch
 from uvit.diffusion import diffusion_loss
+from uvit.latents import NO_ENCODERS, Encoders
 from uvit.optim import build_optimizer, build_scheduler
 from uvit.published import ADAMW, LDM_NOISE, VP_NOISE
 
@@ -91,15 +93,16 @@ def test_five_steps_equal_a_plain_reimplementation(tiny, process, schedule):
 class Recorder(torch.nn.Module):
     """A network that keeps what it was called with."""
 
-    def forward(self, x, timesteps, y=None):
-        self.x, self.timesteps, self.y = x, timesteps, y
+    def forward(self, x, timesteps, y=None, context=None):
+        self.x, self.timesteps, self.y, self.context = x, timesteps, y, context
         return torch.zeros_like(x)
 
 
 def call_of(config, seed, batch=400):
     recorder, generator = Recorder(), torch.Generator().manual_seed(seed)
     ramp = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8).expand(batch, -1, -1, -1)
-    loss = training_loss(recorder, config, ramp, torch.arange(batch) % 10, generator)
+    items = Batch(ramp, torch.arange(batch) % 10, [])
+    loss = training_loss(recorder, config, NO_ENCODERS, items, generator)
     return recorder, loss
 
 
@@ -114,6 +117,20 @@ def test_labels_are_dropped_at_the_asked_rate_and_only_to_the_null_class():
     assert 70 < dropped.sum() < 130
     recorder, _ = call_of(Config(model=DIGITS), 0)
     assert torch.equal(recorder.y, torch.arange(400) % 10)
+
+
+def test_dropped_captions_become_the_empty_one():
+    def encode(captions):  # in the place of CLIP: one token that tells the caption's length
+        return torch.tensor([[[float(len(caption))]] for caption in captions])
+
+    model = UViTConfig(img_size=8, in_chans=1, context_dim=1, num_context_tokens=1)
+    config = Config(model=model, train=TrainConfig(label_dropout=0.25))
+    batch = Batch(torch.zeros(400, 1, 8, 8, dtype=torch.uint8), torch.zeros(400), ["ab", "abcd"] * 200)
+    recorder = Recorder()
+    training_loss(recorder, config, Encoders(encode), batch, torch.Generator().manual_seed(0))
+    dropped = recorder.context[:, 0, 0] == 0
+    assert 70 < dropped.sum() < 130 and recorder.context.shape == (400, 1, 1)
+    assert torch.equal(recorder.context[~dropped], encode(batch.captions)[~dropped])
 
 
 def test_randomness_is_the_generators():

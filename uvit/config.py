@@ -218,10 +218,20 @@ class DataConfig(Section):
     """Loader processes; 0 loads in the training process."""
     class_names: tuple[str, ...] = ()
     """Names of the labels; read from the data where empty."""
+    caption_column: str | None = None
+    """Column of captions for a text model, of texts or lists of texts; None is the first such column."""
+    text_encoder: str = "openai/clip-vit-large-patch14"
+    """Frozen CLIP text encoder between captions and the context of a model that takes one: a folder or a hub name."""
+    autoencoder: str | None = None
+    """Frozen AutoencoderKL between images and the latents that the model sees: a folder or a hub name, which may go
+    on to a folder inside (`user/model/vae`); None is a model of pixels."""
+    scale_factor: float = 0.18215
+    """The model sees the autoencoder's latents times this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("name", bool(self.name.strip()), "the name of a data set or a folder")
+        self._require("scale_factor", self.scale_factor > 0, "above 0")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
 
 
@@ -274,6 +284,8 @@ class SampleConfig(Section):
     """w in w * cond + (1 - w) * uncond; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance acts; outside, only cond is computed."""
+    prompts: tuple[str, ...] = ()
+    """Captions to draw from a text model where none are given; the data's first where empty."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -347,6 +359,11 @@ class Config(Section):
         names, count = self.data.class_names, self.model.num_classes
         if names and count and len(names) != count:
             raise InputError(f"data.class_names must have model.num_classes {count} names, got {len(names)}")
+        if count and self.model.context_dim:
+            raise InputError(
+                "a run has labels or captions, got both model.num_classes "
+                f"{count} and model.context_dim {self.model.context_dim}"
+            )
         # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
         if not self.model.null_class and not self.model.context_dim:
             if self.train.label_dropout > 0:

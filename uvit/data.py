@@ -1,4 +1,4 @@
-"""Data sets to batches of uint8 images and labels.
+"""Data sets to batches of uint8 images, labels and captions.
 
 Which images form the batch of a step is a function of (seed, step) alone, so a resumed run sees the data that an
 uninterrupted one would, whatever the number of workers.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +29,22 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 HELD_OUT_SHARE = 0.2
 HELD_OUT_SEED = 0
 
-Batch = tuple[Tensor, Tensor]
+
+class Batch(NamedTuple):
+    """Items of a data set."""
+
+    images: Tensor
+    """(B, C, H, W) uint8."""
+    labels: Tensor
+    """(B,) int64; zeros where the data has none."""
+    captions: list[str]
+    """B texts; none where the data has none."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Moves the tensors to a device, without waiting for them."""
+        return self._replace(
+            images=self.images.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
+        )
 
 
 class ImageData(Protocol):
@@ -39,9 +55,14 @@ class ImageData(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """Returns images (B, C, H, W) uint8 and labels (B,) int64."""
+    def read(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
+        """Reads items; what is left to chance, such as which of an image's captions, is drawn from `rng`."""
         ...
+
+
+def read_all(data: ImageData) -> Batch:
+    """Reads a whole data set."""
+    return data.read(range(len(data)), np.random.default_rng(0))
 
 
 @dataclass(frozen=True)
@@ -50,13 +71,15 @@ class TensorData:
 
     images: Tensor
     labels: Tensor
+    captions: Sequence[str]
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        return self.images[indices], self.labels[indices]
+    def read(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
+        chosen = list(indices)
+        return Batch(self.images[chosen], self.labels[chosen], [self.captions[index] for index in chosen])
 
 
 @dataclass(frozen=True)
@@ -66,20 +89,30 @@ class HubData:
     rows: Any
     image_column: str
     label_column: str | None
+    caption_column: str | None
     class_names: tuple[str, ...]
     model: UViTConfig
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        rows = self.rows[indices]
+    def read(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
+        rows = self.rows[list(indices)]
         images = np.stack([self._pixels(*pair) for pair in zip(indices, rows[self.image_column])])
-        labels = rows[self.label_column] if self.model.num_classes else [0] * len(indices)
+        labels = [0] * len(indices) if self.label_column is None else rows[self.label_column]
         for index, label in zip(indices, labels):
             if label is None or label < 0:
                 raise InputError(f"image {index} of the data must have a label of at least 0, got {label}")
-        return torch.from_numpy(images), torch.tensor(labels)
+        stored = [] if self.caption_column is None else rows[self.caption_column]
+        captions = [self._caption(index, texts, rng) for index, texts in zip(indices, stored)]
+        return Batch(torch.from_numpy(images), torch.tensor(labels), captions)
+
+    def _caption(self, index: int, stored: str | Sequence[str] | None, rng: np.random.Generator) -> str:
+        """The caption of an image, or any one of several."""
+        texts = [stored] if isinstance(stored, str) else stored
+        if not texts or None in texts:
+            raise InputError(f"image {index} of the data must have a caption, got {stored!r}")
+        return texts[int(rng.integers(len(texts)))]
 
     def _pixels(self, index: int, stored: Any) -> np.ndarray:
         """(C, H, W) uint8 of a stored image: upright, scaled to cover the model's shape, and centre-cropped."""
@@ -110,8 +143,10 @@ def load_data(config: DataConfig, model: UViTConfig, train: bool = True) -> Imag
         raise InputError(
             f"digits are 1x8x8 images, got a model for {model.in_chans}x{'x'.join(map(str, model.image_shape))}"
         )
-    if model.context_dim:
-        raise InputError(f"data {config.name!r} has no captions, got a model with context_dim {model.context_dim}")
+    if config.autoencoder is not None:
+        raise InputError(
+            f"data {config.name!r} has images, got a model of latents (autoencoder {config.autoencoder!r})"
+        )
     num_classes = len(data.class_names)
     if model.num_classes and model.num_classes != num_classes:
         raise InputError(f"model.num_classes must be {num_classes} for data {config.name!r}, got {model.num_classes}")
@@ -129,7 +164,9 @@ def _load_digits(train: bool) -> TensorData:
     )
     chosen = np.sort(kept if train else held_out)
     images = np.rint(digits.images[chosen, None] * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 … 16
-    return TensorData(torch.from_numpy(images), torch.from_numpy(digits.target[chosen]), DIGIT_NAMES)
+    labels = digits.target[chosen]
+    captions = [f"a handwritten {DIGIT_NAMES[label]}" for label in labels]
+    return TensorData(torch.from_numpy(images), torch.from_numpy(labels), captions, DIGIT_NAMES)
 
 
 @contextlib.contextmanager
@@ -168,23 +205,46 @@ def _load_hub(config: DataConfig, model: UViTConfig, train: bool) -> HubData:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"cannot load split {split!r} of data {config.name!r}: {reason:.200}") from None
 
-    image_column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-    if image_column is None:
-        raise InputError(f"data {config.name!r} must have a column of images, got columns {', '.join(rows.features)}")
-    label_column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)), None)
-    if model.num_classes and label_column is None:
-        raise InputError(
-            f"data {config.name!r} must have a column of class labels, got columns {', '.join(rows.features)}"
-        )
+    image_column = _find_column(rows.features, config, "images", lambda kind: isinstance(kind, datasets.Image))
+    label_column = caption_column = None
+    if model.num_classes:
+        label_column = _find_column(rows.features, config, "labels", lambda kind: isinstance(kind, datasets.ClassLabel))
+    if model.context_dim:
+        caption_column = _find_column(rows.features, config, "captions", _is_text, config.caption_column)
     class_names = tuple(rows.features[label_column].names) if label_column else ()
     if not len(rows):
         raise InputError(f"split {split!r} of data {config.name!r} must have images, got none")
     rows = rows.cast_column(image_column, datasets.Image(decode=False))  # decoded by us, who can name a broken one
-    return HubData(rows, image_column, label_column, class_names, model)
+    return HubData(rows, image_column, label_column, caption_column, class_names, model)
+
+
+def _find_column(
+    features: Mapping[str, Any], config: DataConfig, what: str, fits: Callable[[Any], bool], name: str | None = None
+) -> str:
+    """Returns the column of a kind: the first, or the one named."""
+    found = [column for column, kind in features.items() if fits(kind) and name in (None, column)]
+    if not found:
+        named = "" if name is None else f" {name!r}"
+        columns = ", ".join(features)
+        raise InputError(f"data {config.name!r} must have a column{named} of {what}, got columns {columns}")
+    return found[0]
+
+
+def _is_text(kind: Any) -> bool:
+    """Tells whether a column of `datasets` holds a string, or a list of strings, for each row."""
+    return getattr(getattr(kind, "feature", kind), "dtype", None) == "string"
+
+
+class Draw(NamedTuple):
+    """What a process reads for a batch."""
+
+    indices: list[int]
+    key: tuple[int, ...]
+    """Seeds what is left to chance."""
 
 
 class StepSampler:
-    """Endless batches of indices: epoch after epoch of a shuffled data set, each process its own slice of a batch.
+    """Endless draws: epoch after epoch of a shuffled data set, each process its own slice of a batch.
 
     Args:
         num_items: length of the data set.
@@ -203,10 +263,10 @@ class StepSampler:
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_items)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Draw]:
         epoch, position = divmod(self.start * self.batch_size, self.num_items)
         order = self._order(epoch)
-        while True:
+        for number in itertools.count(self.start):
             batch: list[int] = []
             while len(batch) < self.batch_size:  # the end of one epoch and the start of the next share a batch
                 part = order[position : position + self.batch_size - len(batch)]
@@ -215,17 +275,17 @@ class StepSampler:
                 if position == self.num_items:
                     epoch, position = epoch + 1, 0
                     order = self._order(epoch)
-            yield batch[self.rank :: self.world_size]
+            yield Draw(batch[self.rank :: self.world_size], (self.seed, number, self.rank))
 
 
-class _BatchedItems(Dataset[Batch]):
-    """Hands whole batches to a DataLoader, which calls `__getitems__` where a data set has it."""
+class _Batches(Dataset[Batch]):
+    """Whole batches as the items of a DataLoader."""
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
 
-    def __getitem__(self, indices: list[int]) -> Batch:
-        return self.data.__getitems__(indices)
+    def __getitem__(self, draw: Draw) -> Batch:
+        return self.data.read(draw.indices, np.random.default_rng(draw.key))
 
 
 def check_batch(config: TrainConfig, world_size: int) -> int:
@@ -255,7 +315,7 @@ def build_loader(
     sampler = StepSampler(len(data), part_size, config.train.seed, start_step * accumulation, rank, world_size)
     workers = config.data.num_workers
     return DataLoader(
-        _BatchedItems(data),
+        _Batches(data),
         sampler=sampler,
         batch_size=None,  # the sampler yields whole batches
         num_workers=workers,

@@ -29,6 +29,8 @@ class Schedule:
     """Network time is this times t."""
     singular_start = False
     """Whether α(1) = 0."""
+    first_time = 0.0
+    """Smallest time above 0 that the network is trained at."""
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (α(t), σ(t)), of the shape and dtype of t."""
@@ -83,6 +85,7 @@ class LDM(Schedule):
     """The 1000 discrete steps of latent diffusion, n = 1000 t, with log α linear between them (arXiv 2112.10752)."""
 
     num_steps = 1000
+    first_time = 1 / num_steps
     beta_first, beta_last = 0.00085, 0.012
 
     @staticmethod

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,11 +15,27 @@ from torch import Tensor
 
 from uvit.attention import resolve_backend
 from uvit.backbone import UViT
-from uvit.config import CONFIG_FILE, Backend, Config, Section, SolverName, Spacing, from_dict, load_config, read_json
+from uvit.config import (
+    CONFIG_FILE,
+    Backend,
+    Config,
+    Section,
+    SectionT,
+    SolverName,
+    Spacing,
+    UViTConfig,
+    from_dict,
+    load_config,
+    read_json,
+)
 from uvit.data import to_uint8
 from uvit.errors import InputError, did_you_mean
+from uvit.latents import EMPTY_CAPTION, NO_ENCODERS, Encoders, load_encoders
 from uvit.samplers import ImageNoise, sample
 from uvit.weights import find_pretrained
+
+Condition = int | str | None
+"""What an image is drawn for: a label, a prompt, or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,30 +62,42 @@ class DrawArguments(Section):
     """Images at a time."""
     attention: Backend = "auto"
     """Attention backend."""
+    text_encoder: str | None = None
+    """Folder or hub name of a text model's CLIP; the run's own where not given."""
+    autoencoder: str | None = None
+    """Folder or hub name of a latent model's AutoencoderKL; the run's own where not given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("seed", self.seed >= 0, "at least 0")
         self._require("batch_size", self.batch_size >= 1, "at least 1")
 
-    def load(self, guidance: float | None) -> tuple[Config, UViT]:
+    def load(self, guidance: float | None) -> tuple[Config, UViT, Encoders]:
         """Loads the run, its config with these settings and this guidance, ready to draw from.
 
         Raises:
-            InputError: as load_run, or settings that do not fit the run.
+            InputError: as load_run and load_encoders, or settings that do not fit the run.
         """
-        config, model = load_run(self.checkpoint, self.attention, PartialState().default_device, self.config)
-        given: dict[str, Any] = {
-            "guidance": guidance,
-            "guidance_interval": self.guidance_interval,
-            "num_steps": self.steps,
-            "sampler": self.sampler,
-            "spacing": self.spacing,
-            "t_end": self.t_end,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
+        device = PartialState().default_device
+        config, model = load_run(self.checkpoint, self.attention, device, self.config)
+        sampling = _replace_given(
+            config.sample,
+            guidance=guidance,
+            guidance_interval=self.guidance_interval,
+            num_steps=self.steps,
+            sampler=self.sampler,
+            spacing=self.spacing,
+            t_end=self.t_end,
+        )
+        data = _replace_given(config.data, text_encoder=self.text_encoder, autoencoder=self.autoencoder)
+        config = dataclasses.replace(config, sample=sampling, data=data)
         set_threads(config)
-        return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given)), model
+        return config, model, load_encoders(config.data, config.model).to(device)
+
+
+def _replace_given(section: SectionT, **values: Any) -> SectionT:
+    """Replaces the fields whose value is not None."""
+    return dataclasses.replace(section, **{name: value for name, value in values.items() if value is not None})
 
 
 def load_run(
@@ -112,14 +141,12 @@ def class_names(config: Config) -> tuple[str, ...]:
 
 
 def find_classes(given: Sequence[str], config: Config) -> list[int]:
-    """Returns the labels that a user's numbers or names mean; none given is all of them.
+    """Returns the labels that a user's numbers or names mean.
 
     Raises:
         InputError: a label that the model does not have.
     """
     names, count = class_names(config), config.model.num_classes
-    if given and not count:
-        raise InputError(f"the model has no classes, got class {given[0]}")
     labels = []
     for text in given:
         if text in names:
@@ -128,27 +155,72 @@ def find_classes(given: Sequence[str], config: Config) -> list[int]:
             labels.append(int(text))
         else:
             raise InputError(f"class must be 0 to {count - 1} or a class name, got {text!r}{did_you_mean(text, names)}")
-    return labels or list(range(count))
+    return labels
+
+
+def find_conditions(config: Config, classes: Sequence[str] = (), prompts: Sequence[str] = ()) -> list[Condition]:
+    """Returns what to draw: the classes or prompts given, or else all classes, the run's own prompts, or [None].
+
+    Raises:
+        InputError: classes for a model without labels, prompts for one without context, or no prompt at all.
+    """
+    model = config.model
+    if classes and not model.num_classes:
+        raise InputError(f"a model with num_classes {model.num_classes} takes no class, got {classes[0]!r}")
+    if prompts and not model.context_dim:
+        raise InputError(f"a model with context_dim {model.context_dim} takes no prompt, got {prompts[0]!r}")
+    if model.num_classes:
+        return [*find_classes(classes, config)] or [*range(model.num_classes)]
+    if model.context_dim:
+        if not prompts and not config.sample.prompts:
+            raise InputError(f"a model with context_dim {model.context_dim} draws from prompts, got none")
+        return [*prompts] or [*config.sample.prompts]
+    return [None]
+
+
+def condition_names(conditions: Sequence[Condition], config: Config) -> list[str]:
+    """Names conditions for people; without labels and prompts there is nothing to name."""
+    names = class_names(config)
+    return [names[each] if isinstance(each, int) else each for each in conditions if each is not None]
+
+
+def _batch_conditions(
+    conditions: Sequence[Any], config: UViTConfig, encoders: Encoders, device: torch.device
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]:
+    """The network's arguments for conditions of one kind, and for the empty condition where the model knows one."""
+    if config.num_classes:
+        y = torch.tensor(conditions, device=device)
+        null = None if config.null_label is None else {"y": torch.full_like(y, config.null_label)}
+        return {"y": y}, null
+    if config.context_dim:
+        if encoders.text is None:
+            raise InputError(f"a model with context_dim {config.context_dim} needs a text encoder, got none")
+        context = encoders.text(conditions)
+        return {"context": context}, {"context": encoders.text([EMPTY_CAPTION]).expand_as(context)}
+    return {}, None
 
 
 def generate(
     model: UViT,
     config: Config,
-    labels: Sequence[int],
+    conditions: Sequence[Condition],
     seed: int,
     batch_size: int,
+    encoders: Encoders = NO_ENCODERS,
     on_evaluation: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Draws one image for each label.
+    """Draws one image for each condition.
 
-    The k-th image of a label depends on (seed, label, k) alone: not on the batch size, the device or the other labels.
+    The k-th image of a condition depends on (seed, condition, k) alone: not on the batch size, the device or the other
+    conditions.
 
     Args:
         model: the network, in eval mode.
         config: what it was trained on, and the solver, steps and guidance to draw with.
-        labels: a label for each image; for a model without labels, any number for each.
+        conditions: a label, a prompt or None for each image, as the model takes.
         seed: seed of the set.
         batch_size: images at a time.
+        encoders: the run's text encoder, where the model takes a context, and its autoencoder, where it draws latents.
         on_evaluation: called with the number of images after each evaluation of the network, for a progress bar.
 
     Returns:
@@ -156,24 +228,20 @@ def generate(
     """
     device = next(model.parameters()).device
     shape = (config.model.in_chans, *config.model.image_shape)
-    drawn: dict[int, int] = {}
+    drawn: dict[Condition, int] = {}
     keys = []
-    for label in labels:
-        keys.append((seed, label, drawn.setdefault(label, 0)))
-        drawn[label] += 1
+    for condition in conditions:
+        number = zlib.crc32(condition.encode()) if isinstance(condition, str) else condition or 0
+        keys.append((seed, number, drawn.setdefault(condition, 0)))
+        drawn[condition] += 1
 
-    images = [torch.empty(0, *shape, dtype=torch.uint8)]
+    images = []
     for start in range(0, len(keys), batch_size):
         part = keys[start : start + batch_size]
-        cond, uncond = {}, None
-        if config.model.num_classes:
-            y = torch.tensor([label for _, label, _ in part], device=device)
-            cond = {"y": y}
-            if config.model.null_label is not None:
-                uncond = {"y": torch.full_like(y, config.model.null_label)}
+        cond, uncond = _batch_conditions(conditions[start : start + batch_size], config.model, encoders, device)
         tick = None if on_evaluation is None else functools.partial(on_evaluation, len(part))
-        noise = ImageNoise(part, shape, device)
-        images.append(to_uint8(sample(model, config.process, config.sample, noise, cond, uncond, tick)).cpu())
+        x = sample(model, config.process, config.sample, ImageNoise(part, shape, device), cond, uncond, tick)
+        images.append(to_uint8(x if encoders.image is None else encoders.image.decode(x)).cpu())
     return torch.cat(images)
 
 

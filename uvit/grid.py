@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 CELL = 64
 """Small images are enlarged by a whole factor until their shorter side has about this many pixels."""
 GAP = 2
+NAME_WIDTH, NAME_LINES = 28, 3
+"""Letters of a line, and lines, of a row's name; what is longer is cut."""
 
 
 def image_grid(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
@@ -29,8 +32,10 @@ def image_grid(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> I
     cells = rearrange(images.cpu().expand(-1, 3, -1, -1), "N C H W -> N H W C").numpy()
     cells = cells.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = cells.shape[1] + GAP, cells.shape[2] + GAP
-    font = ImageFont.load_default(size=max(12, min(height // 3, 24)))
-    margin = round(max((font.getlength(name) for name in row_names), default=0))
+    wrapped = [textwrap.wrap(name, NAME_WIDTH, max_lines=NAME_LINES, placeholder=" …") for name in row_names]
+    most_lines = max(map(len, wrapped), default=1)
+    font = ImageFont.load_default(size=max(12, min(height // (most_lines + 2), 24)))
+    margin = round(max((font.getlength(line) for lines in wrapped for line in lines), default=0))
     margin += 2 * GAP + 8 if margin else GAP
 
     rows = -(-len(cells) // columns)
@@ -39,6 +44,7 @@ def image_grid(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> I
         row, column = divmod(number, columns)
         picture.paste(Image.fromarray(np.ascontiguousarray(cell)), (margin + column * width, GAP + row * height))
     draw = ImageDraw.Draw(picture)
-    for row, name in enumerate(row_names):
-        draw.text((margin - 8, GAP + (row + 0.5) * height), name, fill="black", font=font, anchor="rm")
+    for row, lines in enumerate(wrapped):
+        place = (margin - 8, GAP + (row + 0.5) * height)
+        draw.text(place, "\n".join(lines), fill="black", font=font, anchor="rm", align="right")
     return picture

@@ -1,11 +1,16 @@
-"""What talks to the Hugging Face Hub."""
+"""What comes from the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import logging
+
+from uvit.errors import InputError, did_you_mean
 
 
 @contextlib.contextmanager
@@ -17,3 +22,30 @@ def quiet_hub() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
+    """Returns a folder on disk, or one of the hub's, which is fetched once.
+
+    Args:
+        name: the folder, or on the hub `user/model`, or `user/model/folder` for a folder inside it.
+        what: what it is to the user, for the error.
+        patterns: names of the files wanted from the hub, `*` for any letters.
+
+    Raises:
+        InputError: nothing by that name that can be had.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or path.parent.is_dir():  # what has a folder on disk above it is not meant for the hub
+        near = did_you_mean(name, [str(folder) for folder in path.parent.glob("*") if folder.is_dir()])
+        raise InputError(f"{what} not found: {name}{near}")
+    repository, folder = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
+    try:
+        with quiet_hub():
+            return Path(snapshot_download(repository, allow_patterns=wanted)) / folder
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{what} {name!r} is no folder on disk, and the hub did not give it: {reason}") from None

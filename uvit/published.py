@@ -23,6 +23,9 @@ SIZES: dict[str, dict[str, int]] = {
 }
 CLIP_CONTEXT = {"context_dim": 768, "num_context_tokens": 77}
 IMAGENET_CLASSES = 1000
+# Stable Diffusion's autoencoder, and the one whose decoder alone was tuned further: both encode alike.
+SD_AUTOENCODER = "CompVis/stable-diffusion-v1-4/vae"
+SD_AUTOENCODER_EMA = "stabilityai/sd-vae-ft-ema"
 
 VP_NOISE = ProcessConfig(schedule="vp", prediction="noise")
 LDM_NOISE = ProcessConfig(schedule="ldm", prediction="noise")

@@ -300,8 +300,17 @@ def sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
     """Returns the time grid of a process and a sampler's settings, clear of ends where a formula is singular.
 
     Raises:
-        InputError: as time_grid, or a solver that is not stable on the grid.
+        InputError: as time_grid, a solver that is not stable on the grid, or a grid finer than a discrete schedule.
     """
+    times = _sampling_times(process, config)
+    smallest, first = min(t for t in times if t > 0), SCHEDULES[process.schedule].first_time
+    if smallest < first * (1 - 1e-6):
+        begins = f"schedule {process.schedule!r} begins at time {first:g}"
+        raise InputError(f"{begins}, got a grid with {smallest:g}: take fewer steps, or another t_end")
+    return times
+
+
+def _sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
     schedule, sampler, shift = SCHEDULES[process.schedule], config.sampler, process.time_shift
     fast = sampler in ("dpm_solver_fast", "dpmpp_fast")
     # Where α(1) = 0 the drift of the reverse SDE and the steps in ε divide by α: only a grid in log-SNR keeps up.

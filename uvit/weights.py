@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from uvit.config import CONFIG_FILE, UViTConfig, from_dict, read_json
-from uvit.errors import InputError, did_you_mean
+from uvit.errors import InputError
 from uvit.files import write_aside
-from uvit.hub import quiet_hub
+from uvit.hub import find_folder
 from uvit.published import infer_config
 
 WEIGHTS_FILE = "model.safetensors"
@@ -78,16 +76,7 @@ def find_pretrained(name_or_path: str | Path) -> Path:
         return published if published.is_file() and not (path / WEIGHTS_FILE).is_file() else path
     if path.is_file():
         return path
-    if name.count("/") != 1 or path.parent.is_dir():  # what has a folder on disk above it is not meant for the hub
-        near = did_you_mean(name, [str(folder) for folder in path.parent.glob("*") if folder.is_dir()])
-        raise InputError(f"checkpoint not found: {name}{near}")
-    try:
-        with quiet_hub():
-            files = [Path(hf_hub_download(name, file)) for file in (CONFIG_FILE, WEIGHTS_FILE)]
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"checkpoint {name!r} is no folder on disk, and the hub did not give it: {reason}") from None
-    return files[0].parent
+    return find_folder(name, "checkpoint", (CONFIG_FILE, WEIGHTS_FILE))
 
 
 def read_pretrained(name_or_path: str | Path, **known: Any) -> tuple[UViTConfig, dict[str, Tensor]]:

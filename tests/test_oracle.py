@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from uvit.diffusion import SCHEDULES, shift_time
-from uvit.samplers import ddim, denoiser, dpmpp_2m
+from uvit.samplers import ddim, denoiser, dpmpp_2m, unipc
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 X_INIT = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -51,8 +56,9 @@ def time_of_ldm(step):
                 **STABLE_DIFFUSION, timestep_spacing="trailing", final_sigmas_type="zero", lower_order_final=False
             ),
         ),
+        (unipc, UniPCMultistepScheduler(**STABLE_DIFFUSION, timestep_spacing="trailing", final_sigmas_type="zero")),
     ],
-    ids=["ddim", "dpmpp_2m"],
+    ids=["ddim", "dpmpp_2m", "unipc"],
 )
 @pytest.mark.parametrize("num_steps", [5, 20])
 def test_discrete_solvers(solver, scheduler, num_steps):

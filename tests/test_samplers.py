@@ -72,6 +72,12 @@ def test_error_falls_at_the_solvers_order(name, spacing, solver, order):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
+def test_unipc_has_order_three(name):
+    coarse, middle, fine = errors("unipc", SCHEDULES[name], "log_snr", (40, 80, 160), T_END)
+    assert 2.8 < math.log2(coarse / middle) < 3.1 and 2.9 < math.log2(middle / fine) < 3.1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("solver", ["dpm_solver_fast", "dpmpp_fast"])
 def test_fast_solvers_have_order_three(name, solver):
     """On 3 K + 2 evaluations: steps of order 3 and a last one of order 2, whose own error is of size h³."""

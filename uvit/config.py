@@ -20,7 +20,7 @@ from uvit.errors import InputError, did_you_mean
 ScheduleName = Literal["vp", "ldm", "cosine", "flow"]
 Kind = Literal["noise", "data", "v", "flow"]
 Backend = Literal["auto", "xformers", "sdpa", "math"]
-SolverName = Literal["ddim", "heun", "dpmpp_2m", "dpmpp_fast", "dpm_solver_fast", "euler", "euler_maruyama"]
+SolverName = Literal["ddim", "heun", "dpmpp_2m", "unipc", "dpmpp_fast", "dpm_solver_fast", "euler", "euler_maruyama"]
 Spacing = Literal["uniform", "log_snr"]
 
 CONFIG_FILE = "config.json"

@@ -246,6 +246,55 @@ def dpmpp_2m(
     return x
 
 
+def unipc(
+    denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
+) -> Tensor:
+    """UniPC in x_0 with B(h) = e^h - 1 (arXiv 2302.04867, algorithms 1 and 2): multistep, one evaluation a step.
+
+    It predicts as DPM-Solver++(2M) does, and corrects each step by the evaluation that the next one begins with: order
+    3. A step that is infinite in log-SNR, from α = 0 or to σ = 0, is of order 1 and not corrected.
+    """
+    amplitudes = [schedule.at(t) for t in times]
+    log_snr = [
+        -math.inf if alpha == 0 else math.inf if sigma == 0 else math.log(alpha / sigma) for alpha, sigma in amplitudes
+    ]
+    steps = [after - before for before, after in zip(log_snr, log_snr[1:])]
+    estimates: dict[int, Tensor] = {}  # of x_0, at the last three times
+
+    def advance(x: Tensor, i: int, correction: Tensor | float) -> Tensor:
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = amplitudes[i], amplitudes[i + 1]
+        carried = sigma_s / sigma_t
+        return carried * x + (alpha_s - alpha_t * carried) * (estimates[i] + correction)
+
+    def has_past(i: int) -> bool:
+        return i > 0 and math.isfinite(steps[i - 1]) and math.isfinite(steps[i])
+
+    def past_change(i: int) -> Tensor:
+        """The change of x_0 over step i if it goes on as in the step before."""
+        return (estimates[i] - estimates[i - 1]) * (steps[i] / steps[i - 1])
+
+    def correction(i: int) -> Tensor:
+        """What step i should have added to its estimate of x_0, now that the one at its end is known."""
+        change, h = estimates[i + 1] - estimates[i], steps[i]
+        if not has_past(i):
+            return change / 2
+        # x_0 over the step is the parabola through three estimates; the exact step averages it with weight e^λ.
+        curvature = (change - past_change(i)) / (1 + steps[i - 1] / h)
+        mean = -1 / math.expm1(-h) - 1 / h
+        mean_square = -1 / math.expm1(-h) - 2 / h * mean
+        return change * mean + curvature * (mean_square - mean)
+
+    start = x
+    for i, t in enumerate(times[:-1]):
+        estimates[i] = denoise(x, t)[0]
+        estimates.pop(i - 3, None)
+        if i > 0 and math.isfinite(steps[i - 1]):
+            x = advance(start, i - 1, correction(i - 1))
+        start = x
+        x = advance(x, i, past_change(i) / 2 if has_past(i) else 0.0)
+    return x
+
+
 def euler_maruyama(
     denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
 ) -> Tensor:
@@ -270,6 +319,7 @@ SOLVERS: dict[SolverName, Callable[..., Tensor]] = {
     "ddim": ddim,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
+    "unipc": unipc,
     "dpmpp_fast": dpmpp_fast,
     "dpm_solver_fast": dpm_solver_fast,
     "euler": euler,

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from uvit.cli import parse, run
 from uvit.config import DataConfig, UViTConfig
-from uvit.data import Batch, load_data, read_all, to_unit_range
+from uvit.data import Batch, load_data, read_all
 from uvit.errors import InputError
 from uvit.files import write_text
 from uvit.generate import Condition, DrawArguments, describe_guidance, generate
+from uvit.images import to_unit_range
 from uvit.metrics import Moments, frechet_distance
 from uvit.samplers import num_evaluations
 

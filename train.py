@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,13 +29,15 @@ from uvit.attention import resolve_backend
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import parse, run
 from uvit.config import CONFIG_FILE, Config, from_dict, load_config, read_json, to_json
-from uvit.data import Batch, ImageData, build_loader, check_batch, load_data, random_flip, to_unit_range
+from uvit.data import Batch, ImageData, load_data
 from uvit.diffusion import diffusion_loss
 from uvit.errors import InputError
 from uvit.files import make_directory, write_aside, write_text
 from uvit.generate import condition_names, find_conditions, generate, set_threads
 from uvit.grid import image_grid
+from uvit.images import random_flip, to_unit_range
 from uvit.latents import EMPTY_CAPTION, Encoders, load_encoders
+from uvit.loader import build_loader, check_batch
 from uvit.optim import build_optimizer, build_scheduler
 from uvit.weights import write_weights
 
@@ -112,6 +115,19 @@ def first_captions(data: ImageData) -> tuple[str, ...]:
     """Returns the data's first captions, each once, for the rows of a grid."""
     some = data.read(range(min(len(data), CAPTIONS_READ)), np.random.default_rng(0)).captions
     return tuple(dict.fromkeys(some))[:GRID_ROWS]
+
+
+def list_skipped(run_dir: Path, skipped: Sequence[str], progress: tqdm) -> None:
+    """Adds images that others stood in for to the run's list, each once, and says how many it has."""
+    if not skipped:
+        return
+    path = run_dir / "skipped.txt"
+    known = set(path.read_text().splitlines()) if path.is_file() else set()
+    new = sorted({" ".join(line.split()) for line in skipped} - known)
+    with open(path, "a") as lines:
+        lines.writelines(f"{line}\n" for line in new)
+    if new:
+        progress.write(f"skipped: {new[-1]} ({len(known) + len(new)} so far, listed in {path})", file=sys.stderr)
 
 
 def keep_metrics(path: Path, step: int) -> None:
@@ -220,6 +236,7 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path) ->
         # One optimizer step on a global batch, in parts that fit in memory.
         for part in range(settings.accumulation_steps):
             batch = next(batches).to(device)
+            list_skipped(run_dir, batch.skipped, progress)
             generator.manual_seed(step_seed(settings.seed, step, part, accelerator.process_index))
             is_last = part == settings.accumulation_steps - 1
             with nullcontext() if is_last else accelerator.no_sync(model):

@@ -190,6 +190,19 @@ def test_metrics_are_not_repeated_after_a_lost_checkpoint(tmp_path, finished):
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
 
 
+def test_skipped_images_are_listed_once(tmp_path, finished, capsys):
+    save_folder(tmp_path / "photos", classes=[str(digit) for digit in range(10)], count=2)
+    (tmp_path / "photos/3/0.png").write_bytes(b"not an image")
+    shared = [str(finished / "tiny.py"), "--train.run_dir", str(tmp_path / "run"), "--train.sample_every", "0"]
+    overrides = ["--data.name", str(tmp_path / "photos"), "--model.img_size", "8", "--data.crop", "random"]
+    train.main([*shared, *overrides, "--data.on_error", "skip", "--train.num_steps", "6"])
+    (line,) = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+    assert "3/0.png) cannot be read" in line
+    assert "(1 so far, listed in" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"3/0.png\) cannot be read"):
+        train.main([*shared, *overrides, "--train.run_dir", str(tmp_path / "stops")])
+
+
 def test_harmless_options_may_change(tmp_path, finished):
     arguments = [str(finished / "tiny.py"), "--train.run_dir", str(tmp_path / "run")]
     train.main(arguments)
@@ -415,6 +428,7 @@ BAD_INPUT = [
         "tiny.py --data.autoencoder vae --train.run_dir new",
         "data 'digits' has images, got a model of latents (autoencoder 'vae')",
     ),
+    ("train", "tiny.py --data.name one --model.img_size 8 --train.run_dir new", "must have 2 images or more, got 1"),
     ("train", "tiny.py --data.scale_factor 0", "scale_factor must be above 0, got 0"),
     ("train", "tiny.py --data.class_names a b", "data.class_names must have model.num_classes 10 names, got 2"),
     ("train", "tiny.py --train.num_steps 8 --optim.lr 1e-5", "holds a run with optim.lr 0.01, got 1e-05"),
@@ -483,6 +497,7 @@ def scenery(told) -> None:
     (finished / "other" / "model.safetensors").write_bytes((finished / "runs/tiny/model.safetensors").read_bytes())
     UViT(depth=2, embed_dim=8, num_heads=1).save_pretrained(finished / "bare")
     save_folder(finished / "folder.png", classes=[str(digit) for digit in range(10)], count=1)
+    save_folder(finished / "one", classes="a", count=1)
     for name, text in (("foreign", config), ("emptied", "[]")):
         save_checkpoint(finished / name, 2, {}, keep=1)
         (finished / name / "config.json").write_text(text)

@@ -207,13 +207,18 @@ class DataConfig(Section):
     """The images."""
 
     name: str = "digits"
-    """`digits` (embedded), a folder on disk (images in a folder a class, or a saved data set), or a hub name."""
+    """`digits` or `photos` (embedded), a folder on disk (images, in a folder a class where they have labels, or a saved
+    data set), or a hub name."""
     train_split: str = "train"
-    """Split to train on; not used by `digits`."""
+    """Split to train on; the embedded data sets have their own."""
     test_split: str = "test"
-    """Split held out for evaluation; not used by `digits`."""
+    """Split held out for evaluation."""
     flip: bool = False
     """Mirror every image with probability 1/2."""
+    crop: Literal["center", "random"] = "center"
+    """What images are cut to the model's shape: their centre, or any part of at least 0.8 of their shorter side."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At an image that cannot be read: stop, or take another one and list it in the run's skipped.txt."""
     num_workers: int = 0
     """Loader processes; 0 loads in the training process."""
     class_names: tuple[str, ...] = ()

@@ -28,8 +28,8 @@ from uvit.config import (
     load_config,
     read_json,
 )
-from uvit.data import to_uint8
 from uvit.errors import InputError, did_you_mean
+from uvit.images import to_uint8
 from uvit.latents import EMPTY_CAPTION, NO_ENCODERS, Encoders, load_encoders
 from uvit.samplers import ImageNoise, sample
 from uvit.weights import find_pretrained

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from uvit.cli import parse, run
 from uvit.config import DataConfig, UViTConfig
-from uvit.data import Batch, load_data, read_all
+from uvit.data import Batch, read_all
 from uvit.errors import InputError
 from uvit.files import write_text
 from uvit.generate import Condition, DrawArguments, describe_guidance, generate
 from uvit.images import to_unit_range
+from uvit.loader import load_data
 from uvit.metrics import Moments, frechet_distance
 from uvit.samplers import num_evaluations
 
@@ -62,7 +63,7 @@ def choose_conditions(part: Batch, labels: list[int], by_caption: bool) -> Seque
     if not by_caption:
         return labels
     having = list(zip(part.captions, part.labels.tolist()))
-    captions = {each: itertools.cycle([caption for caption, label in having if label == each]) for each in set(labels)}
+    captions = {each: itertools.cycle([texts[0] for texts, label in having if label == each]) for each in set(labels)}
     return [next(captions[label]) for label in labels]
 
 

@@ -29,15 +29,16 @@ from uvit.attention import resolve_backend
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import parse, run
 from uvit.config import CONFIG_FILE, Config, from_dict, load_config, read_json, to_json
-from uvit.data import Batch, ImageData, load_data
+from uvit.data import SKIPPED_FILE, Batch, ImageData, describe_skipped
 from uvit.diffusion import diffusion_loss
 from uvit.errors import InputError
-from uvit.files import make_directory, write_aside, write_text
+from uvit.files import add_lines, make_directory, write_aside, write_text
 from uvit.generate import condition_names, find_conditions, generate, set_threads
 from uvit.grid import image_grid
 from uvit.images import random_flip, to_unit_range
-from uvit.latents import EMPTY_CAPTION, Encoders, load_encoders
-from uvit.loader import build_loader, check_batch
+from uvit.latent_data import check_encoders
+from uvit.latents import EMPTY_CAPTION, Encoders, load_encoders, sample_latents
+from uvit.loader import build_loader, check_batch, load_data
 from uvit.optim import build_optimizer, build_scheduler
 from uvit.weights import write_weights
 
@@ -114,20 +115,7 @@ def save_grid(model: UViT, config: Config, encoders: Encoders, path: Path) -> np
 def first_captions(data: ImageData) -> tuple[str, ...]:
     """Returns the data's first captions, each once, for the rows of a grid."""
     some = data.read(range(min(len(data), CAPTIONS_READ)), np.random.default_rng(0)).captions
-    return tuple(dict.fromkeys(some))[:GRID_ROWS]
-
-
-def list_skipped(run_dir: Path, skipped: Sequence[str], progress: tqdm) -> None:
-    """Adds images that others stood in for to the run's list, each once, and says how many it has."""
-    if not skipped:
-        return
-    path = run_dir / "skipped.txt"
-    known = set(path.read_text().splitlines()) if path.is_file() else set()
-    new = sorted({" ".join(line.split()) for line in skipped} - known)
-    with open(path, "a") as lines:
-        lines.writelines(f"{line}\n" for line in new)
-    if new:
-        progress.write(f"skipped: {new[-1]} ({len(known) + len(new)} so far, listed in {path})", file=sys.stderr)
+    return tuple(dict.fromkeys(texts[0] for texts in some))[:GRID_ROWS]
 
 
 def keep_metrics(path: Path, step: int) -> None:
@@ -144,7 +132,7 @@ def training_loss(
     batch: Batch,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Returns the loss of a batch: images flipped, conditions dropped, times and noise drawn, all on the device.
+    """Returns the loss of a batch; flips, latents, dropped conditions, times and noise are drawn on the device.
 
     Args:
         network: network(x, timesteps, **condition).
@@ -153,16 +141,22 @@ def training_loss(
         batch: on the device.
         generator: source of all randomness, on the device.
     """
-    images = to_unit_range(batch.images)
-    if config.data.flip:
-        images = random_flip(images, generator)
+    if config.data.autoencoder is not None:
+        images = sample_latents(batch.images, config.data.scale_factor, generator)
+    else:
+        images = to_unit_range(batch.images)
+        if config.data.flip:
+            images = random_flip(images, generator)
     # Guidance needs dropped labels to become the null class, and dropped captions the empty one.
     dropped = torch.rand(len(images), device=images.device, generator=generator) < config.train.label_dropout
     condition = {}
     if config.model.num_classes:
         condition["y"] = torch.where(dropped, config.model.num_classes, batch.labels)
     if encoders.text is not None:
-        context, empty = encoders.text(batch.captions), encoders.text([EMPTY_CAPTION])
+        if batch.context is not None and batch.empty_context is not None:
+            context, empty = batch.context.float(), batch.empty_context.float()
+        else:
+            context, empty = encoders.text([texts[0] for texts in batch.captions]), encoders.text([EMPTY_CAPTION])
         condition["context"] = torch.where(rearrange(dropped, "B -> B 1 1"), empty, context)
     return diffusion_loss(partial(network, **condition), images, config.process, generator)
 
@@ -178,6 +172,7 @@ def main(arguments: Sequence[str]) -> None:
     run_dir = Path(config.train.run_dir or "")
     check_same_run(config, run_dir)
     encoders = load_encoders(config.data, config.model)
+    check_encoders(data, config.data, encoders)
     make_directory(run_dir)
     train(config, data, encoders, run_dir)
 
@@ -236,7 +231,8 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path) ->
         # One optimizer step on a global batch, in parts that fit in memory.
         for part in range(settings.accumulation_steps):
             batch = next(batches).to(device)
-            list_skipped(run_dir, batch.skipped, progress)
+            for line in add_lines(run_dir / SKIPPED_FILE, batch.skipped):
+                progress.write(f"skipped: {line}", file=sys.stderr)
             generator.manual_seed(step_seed(settings.seed, step, part, accelerator.process_index))
             is_last = part == settings.accumulation_steps - 1
             with nullcontext() if is_last else accelerator.no_sync(model):
@@ -279,7 +275,10 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path) ->
 
     progress.close()
     accelerator.end_training()
-    accelerator.print(f"{settings.num_steps} steps done; sample with: python sample.py --checkpoint {run_dir}")
+    accelerator.print(
+        f"{settings.num_steps} steps done; sample with: python sample.py --checkpoint {run_dir}"
+        + describe_skipped(run_dir)
+    )
 
 
 if __name__ == "__main__":

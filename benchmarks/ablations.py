@@ -23,9 +23,10 @@ from uvit import Config, UViT
 from uvit.checkpoint import STATE_FILE, checkpoint_dirs
 from uvit.cli import parse, run
 from uvit.config import CONFIG_FILE, load_config
-from uvit.data import load_data, read_all
+from uvit.data import read_all
 from uvit.generate import generate
 from uvit.images import to_unit_range
+from uvit.loader import load_data
 from uvit.metrics import Moments, frechet_distance
 
 ROOT = Path(__file__).parent.parent

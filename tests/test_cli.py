@@ -198,7 +198,8 @@ def test_skipped_images_are_listed_once(tmp_path, finished, capsys):
     train.main([*shared, *overrides, "--data.on_error", "skip", "--train.num_steps", "6"])
     (line,) = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
     assert "3/0.png) cannot be read" in line
-    assert "(1 so far, listed in" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert printed.err.count("skipped: image ") == 1 and "; 1 could not be read, listed in" in printed.out
     with pytest.raises(InputError, match=r"3/0.png\) cannot be read"):
         train.main([*shared, *overrides, "--train.run_dir", str(tmp_path / "stops")])
 
@@ -426,7 +427,7 @@ BAD_INPUT = [
     (
         "train",
         "tiny.py --data.autoencoder vae --train.run_dir new",
-        "data 'digits' has images, got a model of latents (autoencoder 'vae')",
+        "data 'digits' is no folder of latents, got data.autoencoder 'vae': make it with encode.py",
     ),
     ("train", "tiny.py --data.name one --model.img_size 8 --train.run_dir new", "must have 2 images or more, got 1"),
     ("train", "tiny.py --data.scale_factor 0", "scale_factor must be above 0, got 0"),

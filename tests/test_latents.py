@@ -37,7 +37,7 @@ def test_context_is_the_last_hidden_state_of_padded_captions(clip):
     tokenizer, network = AutoTokenizer.from_pretrained(clip), CLIPTextModel.from_pretrained(clip)
     tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=12, return_tensors="pt").input_ids
     assert tokens.shape == (4, 12)
-    context = TextEncoder(str(clip), TEXT)(captions)
+    context = TextEncoder(str(clip))(captions)
     assert context.shape == (4, 12, 8) and not context.requires_grad
     torch.testing.assert_close(context, network(tokens).last_hidden_state.detach(), rtol=1e-5, atol=1e-6)
     assert torch.equal(context[0], context[3]) and not torch.allclose(context[0], context[1])
@@ -45,7 +45,7 @@ def test_context_is_the_last_hidden_state_of_padded_captions(clip):
 
 def test_many_captions(clip):
     """More than are kept: what was forgotten comes out the same again."""
-    encoder = TextEncoder(str(clip), TEXT)
+    encoder = TextEncoder(str(clip))
     captions = [f"cat {number}" for number in range(CACHED_CAPTIONS + 44)]
     whole = encoder(captions)
     parts = torch.cat([encoder(captions[start : start + 7]) for start in range(0, len(captions), 7)])
@@ -62,19 +62,19 @@ def test_a_whole_clip_gives_its_text_model(clip, tmp_path):
     whole.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(clip).save_pretrained(tmp_path)
     captions = ["a dog", ""]
-    torch.testing.assert_close(TextEncoder(str(tmp_path), TEXT)(captions), TextEncoder(str(clip), TEXT)(captions))
+    torch.testing.assert_close(TextEncoder(str(tmp_path))(captions), TextEncoder(str(clip))(captions))
 
 
 def test_nothing_is_printed(clip, autoencoder, capfd):
-    TextEncoder(str(clip), TEXT)
-    Autoencoder(str(autoencoder), 1.0, LATENT)
+    TextEncoder(str(clip))
+    Autoencoder(str(autoencoder), 1.0)
     assert capfd.readouterr() == ("", "")
 
 
 def test_decoding_undoes_the_scale_and_the_slices(autoencoder, tmp_path):
     network = make_autoencoder(tmp_path)
     latents = torch.randn(11, 4, 4, 4)
-    images = Autoencoder(str(autoencoder), 0.25, LATENT).decode(latents)
+    images = Autoencoder(str(autoencoder), 0.25).decode(latents)
     assert images.shape == (11, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(images, network.decode(latents / 0.25).sample, rtol=1e-5, atol=1e-5)
@@ -94,9 +94,9 @@ def test_an_encoder_that_does_not_fit_the_model(clip, autoencoder):
     for model in (UViTConfig(context_dim=8, num_context_tokens=77), UViTConfig(context_dim=768, num_context_tokens=12)):
         expected = f"model.num_context_tokens {model.num_context_tokens} and model.context_dim {model.context_dim}"
         with pytest.raises(InputError, match=f"gives 12 tokens of width 8, expected {expected}"):
-            TextEncoder(str(clip), model)
+            load_encoders(DataConfig(text_encoder=str(clip)), model)
     with pytest.raises(InputError, match=r"has latents of 4 channels, expected model.in_chans 16"):
-        Autoencoder(str(autoencoder), 1.0, UViTConfig(in_chans=16))
+        load_encoders(DataConfig(autoencoder=str(autoencoder)), UViTConfig(in_chans=16))
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", PICKLE])
@@ -107,9 +107,9 @@ def test_broken_weights(content, clip, autoencoder, tmp_path, capsys):
         for file in folder.iterdir():
             (broken / file.name).write_bytes(content if file.suffix == ".safetensors" else file.read_bytes())
     with pytest.raises(InputError, match=r"text encoder '.*text' cannot be loaded"):
-        TextEncoder(str(tmp_path / "text"), TEXT)
+        TextEncoder(str(tmp_path / "text"))
     with pytest.raises(InputError, match=r"autoencoder '.*image' cannot be loaded"):
-        Autoencoder(str(tmp_path / "image"), 1.0, LATENT)
+        Autoencoder(str(tmp_path / "image"), 1.0)
     assert WORDS not in capsys.readouterr().out
 
 
@@ -123,9 +123,9 @@ def test_pickles_are_not_read(clip, autoencoder, tmp_path, capsys):
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
         (tmp_path / name / pickled).write_bytes(PICKLE)
     with pytest.raises(InputError, match="cannot be loaded"):
-        TextEncoder(str(tmp_path / "text"), TEXT)
+        TextEncoder(str(tmp_path / "text"))
     with pytest.raises(InputError, match="cannot be loaded"):
-        Autoencoder(str(tmp_path / "image"), 1.0, LATENT)
+        Autoencoder(str(tmp_path / "image"), 1.0)
     assert WORDS not in capsys.readouterr().out
 
 
@@ -135,29 +135,29 @@ def test_another_architecture(clip, autoencoder, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes((autoencoder / "diffusion_pytorch_model.safetensors").read_bytes())
     with pytest.raises(InputError, match=r"is not a CLIP: it has no embeddings.position_embedding.weight"):
-        TextEncoder(str(tmp_path), TEXT)
+        TextEncoder(str(tmp_path))
     config = json.loads((autoencoder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "latent_channels": 8}))
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
     with pytest.raises(InputError, match="cannot be loaded"):
-        Autoencoder(str(tmp_path), 1.0, LATENT)
+        Autoencoder(str(tmp_path), 1.0)
 
 
 def test_names_that_cannot_be_had(clip, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"text encoder 'nobody/nothing' is no folder on disk, and the hub did not"):
-        TextEncoder("nobody/nothing", TEXT)
+        TextEncoder("nobody/nothing")
     with pytest.raises(InputError, match=r"autoencoder 'nobody/nothing/vae' is no folder on disk, and the hub did not"):
-        Autoencoder("nobody/nothing/vae", 1.0, LATENT)
+        Autoencoder("nobody/nothing/vae", 1.0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "encoder").mkdir()
     with pytest.raises(InputError, match=r"text encoder not found: encodr, did you mean 'encoder'?"):
-        TextEncoder("encodr", TEXT)
+        TextEncoder("encodr")
     with pytest.raises(InputError, match=r"text encoder 'encoder' has no config.json"):
-        TextEncoder("encoder", TEXT)
+        TextEncoder("encoder")
 
 
 def test_missing_packages(clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match="needs the package transformers, which is not installed"):
-        TextEncoder(str(clip), TEXT)
+        TextEncoder(str(clip))

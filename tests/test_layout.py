@@ -25,6 +25,7 @@ ORDER = [
     "optim",
     "images",
     "data",
+    "latent_data",
     "loader",
     "diffusion",
     "samplers",

@@ -7,13 +7,13 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from test_data import save_captions, save_folder
 
 from uvit import Config, UViTConfig
 from uvit.cli import run
 from uvit.config import DataConfig, TrainConfig
-from uvit.data import load_data
 from uvit.errors import InputError
-from uvit.loader import StepSampler, build_loader
+from uvit.loader import StepSampler, build_loader, load_data
 
 DIGITS = UViTConfig(img_size=8, in_chans=1, num_classes=10)
 
@@ -67,8 +67,8 @@ def test_the_loader_hands_out_the_samplers_batches(num_workers):
     data = load_data(config.data, config.model)
     batches = iter(build_loader(data, config, start_step=5, rank=0, world_size=1, pin_memory=False))
     for indices in take(StepSampler(len(data), 6, seed=0, start=5), 3):
-        images, labels, captions, _ = next(batches)
-        assert captions == [f"a handwritten {data.class_names[label]}" for label in labels]
+        images, labels, captions, *_ = next(batches)
+        assert captions == [[f"a handwritten {data.class_names[label]}"] for label in labels]
         assert torch.equal(images, data.images[indices]) and torch.equal(labels, data.labels[indices])
 
 
@@ -95,3 +95,33 @@ def test_a_broken_row_is_one_line_from_a_worker_too(num_workers, tmp_path, monke
     assert (
         capsys.readouterr().err.splitlines()[-1] == "error: image 1 of the data must have a label of at least 0, got -1"
     )
+
+
+def test_other_items_stand_in_for_broken_ones(tmp_path):
+    save_folder(tmp_path / "broken")
+    (tmp_path / "broken" / "cat" / "1.png").write_bytes(b"not an image")
+    model = UViTConfig(img_size=8, num_classes=2)
+    data_config = DataConfig(name=str(tmp_path / "broken"), on_error="skip")
+    config = Config(model=model, data=data_config, train=TrainConfig(batch_size=6))
+    batches = build_loader(load_data(data_config, model), config, 0, 0, 1, False)
+    for batch in itertools.islice(batches, 3):
+        assert batch.images.shape == (6, 3, 8, 8) and any("cat/1.png) cannot be read" in line for line in batch.skipped)
+        assert (batch.images[:, 0, 0, 0] == 200 * batch.labels).all()  # what stands in comes with its own label
+    for file in (tmp_path / "broken").rglob("*.png"):
+        file.write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"too many broken images, \d+ for one batch, the last: image \d"):
+        next(iter(build_loader(load_data(data_config, model), config, 0, 0, 1, False)))
+
+
+def test_one_of_several_captions_is_drawn(tmp_path):
+    name = save_captions(tmp_path / "some", [["a", "b", "c"]] * 4).name
+    model = UViTConfig(img_size=8, in_chans=1, context_dim=8, num_context_tokens=4)
+    config = Config(model=model, data=DataConfig(name=name, caption_column="text"), train=TrainConfig(batch_size=4))
+
+    def drawn(start, count):
+        batches = build_loader(load_data(config.data, model), config, start, 0, 1, False)
+        return [[caption for (caption,) in batch.captions] for batch in itertools.islice(batches, count)]
+
+    whole = drawn(0, 10)
+    assert {caption for batch in whole for caption in batch} == {"a", "b", "c"}
+    assert drawn(4, 6) == whole[4:]

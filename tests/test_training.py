@@ -125,12 +125,12 @@ def test_dropped_captions_become_the_empty_one():
 
     model = UViTConfig(img_size=8, in_chans=1, context_dim=1, num_context_tokens=1)
     config = Config(model=model, train=TrainConfig(label_dropout=0.25))
-    batch = Batch(torch.zeros(400, 1, 8, 8, dtype=torch.uint8), torch.zeros(400), ["ab", "abcd"] * 200)
+    batch = Batch(torch.zeros(400, 1, 8, 8, dtype=torch.uint8), torch.zeros(400), [["ab"], ["abcd"]] * 200)
     recorder = Recorder()
     training_loss(recorder, config, Encoders(encode), batch, torch.Generator().manual_seed(0))
     dropped = recorder.context[:, 0, 0] == 0
     assert 70 < dropped.sum() < 130 and recorder.context.shape == (400, 1, 1)
-    assert torch.equal(recorder.context[~dropped], encode(batch.captions)[~dropped])
+    assert torch.equal(recorder.context[~dropped], encode([text for (text,) in batch.captions])[~dropped])
 
 
 def test_randomness_is_the_generators():

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from uvit.config import DataConfig, UViTConfig
+from uvit.config import DataConfig
 from uvit.errors import InputError
 from uvit.hub import quiet_hub
 from uvit.images import fit_image, open_image
@@ -24,27 +24,50 @@ HELD_OUT_SEED = 0
 PHOTO_NAMES = ("temple", "flower")
 NUM_PHOTO_CROPS = 5_000
 MIN_IMAGES = 2
-MAX_REPLACEMENTS = 100
-"""Broken images in a row after which a data set is given up."""
+
+
+SKIPPED_FILE = "skipped.txt"
+
+
+def describe_skipped(folder: Path) -> str:
+    """Says how many items were left out as broken, by a folder's list of them; nothing where there is none."""
+    path = folder / SKIPPED_FILE
+    return f"; {len(path.read_text().splitlines())} could not be read, listed in {path}" if path.is_file() else ""
 
 
 class Batch(NamedTuple):
     """Items of a data set."""
 
     images: Tensor
-    """(B, C, H, W) uint8."""
+    """(B, C, H, W) uint8; of a data set of latents, their moments (B, 2C, h, w)."""
     labels: Tensor
     """(B,) int64; zeros where the data has none."""
-    captions: list[str]
-    """B texts; none where the data has none."""
+    captions: Sequence[Sequence[str]]
+    """The captions of each item, of which training draws one; an empty list where the data has none."""
+    context: Tensor | None = None
+    """(B, num_context_tokens, context_dim) features of the captions, where the data holds them."""
+    empty_context: Tensor | None = None
+    """(1, num_context_tokens, context_dim) features of the empty caption, where the data holds them."""
     skipped: Sequence[str] = ()
-    """What was wrong with images that others stand in for."""
+    """What was wrong with items that were left out."""
 
     def to(self, device: torch.device) -> Batch:
         """Moves the tensors to a device, without waiting for them."""
-        return self._replace(
-            images=self.images.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
-        )
+
+        def move(part: Any) -> Any:
+            return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+
+        return Batch(*map(move, self))
+
+    def __add__(self, other: Any) -> Batch:
+        """Joins two batches of one data set."""
+
+        def join(a: Any, b: Any) -> Any:
+            if isinstance(a, Tensor):
+                return torch.cat([a, b])
+            return None if a is None else [*a, *b]
+
+        return Batch(*map(join, self, other))._replace(empty_context=self.empty_context)
 
 
 class ImageData(Protocol):
@@ -56,7 +79,13 @@ class ImageData(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
-        """Reads items; what is left to chance, such as which of an image's captions, is drawn from `rng`."""
+        """Reads items; what is left to chance, such as the place of a crop, is drawn from `rng`.
+
+        Broken items are left out and listed where the data's config says so.
+
+        Raises:
+            InputError: a broken item, where they are not left out.
+        """
         ...
 
 
@@ -103,7 +132,7 @@ class Digits:
 
     def read(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
         labels = self.labels[list(indices)]
-        captions = [f"a handwritten {self.class_names[label]}" for label in labels]
+        captions = [(f"a handwritten {self.class_names[label]}",) for label in labels]
         return Batch(self.images[list(indices)], labels, captions)
 
 
@@ -147,7 +176,7 @@ class Photos:
         for number, (label, (top, left)) in enumerate(zip(labels, self.corners[list(indices)])):
             crop = self.photos[label][top : top + self.shape[0], left : left + self.shape[1]]
             images[number] = rearrange(crop, "H W C -> C H W")
-        captions = [f"a photograph of a {self.class_names[label]}" for label in labels]
+        captions = [(f"a photograph of a {self.class_names[label]}",) for label in labels]
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), captions)
 
 
@@ -168,38 +197,31 @@ class HubData:
 
     def read(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
         columns = self.rows[list(indices)]
-        items, skipped = [], []
+        items: list[tuple[np.ndarray, int, Sequence[str]]] = []
+        skipped: list[str] = []
         for number, index in enumerate(indices):
-            row = {name: values[number] for name, values in columns.items()}
-            for _ in range(MAX_REPLACEMENTS):
-                try:
-                    items.append(self._item(index, row, rng))
-                    break
-                except InputError as error:
-                    if self.config.on_error == "stop":
-                        raise
-                    skipped.append(str(error))
-                    index = int(rng.integers(len(self)))
-                    row = self.rows[index]
-            else:
-                raise InputError(f"{MAX_REPLACEMENTS} images in a row cannot be read, the last: {skipped[-1]}")
-        images, labels, captions = zip(*items)
-        texts = [] if self.caption_column is None else list(captions)
-        return Batch(torch.from_numpy(np.stack(images)), torch.tensor(labels), texts, skipped)
+            try:
+                items.append(self._item(index, {name: values[number] for name, values in columns.items()}, rng))
+            except InputError as error:
+                if self.config.on_error == "stop":
+                    raise
+                skipped.append(str(error))
+        images = np.stack([item[0] for item in items]) if items else np.empty((0, *self.shape), np.uint8)
+        labels = torch.tensor([item[1] for item in items], dtype=torch.int64)
+        captions = [] if self.caption_column is None else [item[2] for item in items]
+        return Batch(torch.from_numpy(images), labels, captions, skipped=skipped)
 
-    def _item(self, index: int, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[np.ndarray, int, str]:
-        """Pixels, label (0 where there are none) and caption ("" where there are none) of a row."""
-        label, caption = 0, ""
-        if self.label_column is not None:
-            label = row[self.label_column]
-            if label is None or label < 0:
-                raise InputError(f"image {index} of the data must have a label of at least 0, got {label}")
-        if self.caption_column is not None:
-            stored = row[self.caption_column]
-            texts = [stored] if isinstance(stored, str) else stored
-            if not texts or None in texts:
-                raise InputError(f"image {index} of the data must have a caption, got {stored!r}")
-            caption = texts[int(rng.integers(len(texts)))]
+    def _item(
+        self, index: int, row: Mapping[str, Any], rng: np.random.Generator
+    ) -> tuple[np.ndarray, int, Sequence[str]]:
+        """Pixels, label (0 where there are none) and captions of a row."""
+        label = 0 if self.label_column is None else row[self.label_column]
+        if label is None or label < 0:
+            raise InputError(f"image {index} of the data must have a label of at least 0, got {label}")
+        stored = [] if self.caption_column is None else row[self.caption_column]
+        texts = [stored] if isinstance(stored, str) else stored
+        if self.caption_column is not None and (not texts or None in texts):
+            raise InputError(f"image {index} of the data must have a caption, got {stored!r}")
         channels, height, width = self.shape
         file = row[self.image_column]
         try:
@@ -207,29 +229,7 @@ class HubData:
         except Exception as error:  # broken files make a decoder raise anything
             name = file["path"] if file else None
             raise InputError(f"image {index} of the data ({name}) cannot be read: {error}") from None
-        return fit_image(image, height, width, rng if self.config.crop == "random" else None), label, caption
-
-
-def load_data(config: DataConfig, model: UViTConfig, train: bool = True) -> ImageData:
-    """Loads the training part of a data set, or the part held out, as a model takes it.
-
-    Args:
-        config: which data.
-        model: the shape that images get, and whether labels or captions are needed.
-        train: the training part, or the held-out part.
-
-    Raises:
-        InputError: data that cannot be found or read, or that does not fit the model.
-    """
-    if config.autoencoder is not None:
-        name = f"data {config.name!r}"
-        raise InputError(f"{name} has images, got a model of latents (autoencoder {config.autoencoder!r})")
-    wanted = Wanted((model.in_chans, *model.image_shape), model.num_classes > 0, model.context_dim > 0)
-    data = load_images(config, wanted, train)
-    num_classes = len(data.class_names)
-    if model.num_classes and model.num_classes != num_classes:
-        raise InputError(f"model.num_classes must be {num_classes} for data {config.name!r}, got {model.num_classes}")
-    return data
+        return fit_image(image, height, width, rng if self.config.crop == "random" else None), label, texts
 
 
 def load_images(config: DataConfig, wanted: Wanted, train: bool = True) -> ImageData:
@@ -246,7 +246,7 @@ def load_images(config: DataConfig, wanted: Wanted, train: bool = True) -> Image
     channels = {"digits": (1,), "photos": (3,)}.get(config.name, (1, 3))
     if wanted.shape[0] not in channels:
         grey_or_rgb = " or ".join({1: "1 (grey)", 3: "3 (RGB)"}[each] for each in channels)
-        raise InputError(f"model.in_chans must be {grey_or_rgb} for data {config.name!r}, got {wanted.shape[0]}")
+        raise InputError(f"data {config.name!r} can have {grey_or_rgb} channels, got {wanted.shape[0]}")
     if config.name == "digits":
         if wanted.shape != (1, 8, 8):
             raise InputError(f"digits are 1x8x8 images, got a model for {'x'.join(map(str, wanted.shape))}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from uvit.errors import InputError
@@ -44,6 +44,18 @@ def write_aside(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def add_lines(path: Path, lines: Iterable[str]) -> list[str]:
+    """Adds lines to a text file that it does not have yet, and returns these."""
+    wanted = dict.fromkeys(" ".join(line.split()) for line in lines)
+    if not wanted:
+        return []
+    known = set(path.read_text().splitlines()) if path.is_file() else set()
+    new = [line for line in wanted if line not in known]
+    with open(path, "a") as file:
+        file.writelines(f"{line}\n" for line in new)
+    return new
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ Both come from a folder or the hub, as safetensors only. The packages they need 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from uvit.hub import find_folder
 EMPTY_CAPTION = ""
 CACHED_CAPTIONS = 256
 DECODED_AT_ONCE = 8
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
 IMAGE_CHANNELS = (1, 3)
 
 
@@ -57,13 +59,12 @@ class TextEncoder(nn.Module):
 
     Args:
         name: folder or hub name of a CLIP, or of its text model alone, with its tokenizer.
-        model: the backbone's config, whose context this must give.
 
     Raises:
-        InputError: nothing there, not a CLIP, or a context of another length or width.
+        InputError: nothing there, or not a CLIP.
     """
 
-    def __init__(self, name: str, model: UViTConfig) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         what = f"text encoder {name!r}"
         folder = find_folder(name, "text encoder", ("*.json", "*.txt", "model.safetensors"))
@@ -71,21 +72,20 @@ class TextEncoder(nn.Module):
             raise InputError(f"{what} has no {CONFIG_FILE}")
         with _loading(what, "transformers") as transformers:
             config = transformers.CLIPTextConfig.from_pretrained(folder)
-            gives = config.max_position_embeddings, config.hidden_size
-            if gives != (model.num_context_tokens, model.context_dim):
-                raise InputError(
-                    f"{what} gives {gives[0]} tokens of width {gives[1]}, expected model.num_context_tokens "
-                    f"{model.num_context_tokens} and model.context_dim {model.context_dim}"
-                )
+            self.context_shape = (config.max_position_embeddings, config.hidden_size)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             network, report = transformers.CLIPTextModel.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True
             )
             if report["missing_keys"]:
                 raise InputError(f"{what} is not a CLIP: it has no {min(report['missing_keys'])}")
-        self.num_tokens = gives[0]
         self.network: Any = network.eval().requires_grad_(False)
         self._cache: dict[str, Tensor] = {}
+
+    @property
+    def weights_hash(self) -> str:
+        """Tells text encoders apart."""
+        return _hash(self.network.state_dict())
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Tensor:
@@ -103,7 +103,7 @@ class TextEncoder(nn.Module):
             new = list(dict.fromkeys(captions))
         if new:
             tokens = self.tokenizer(
-                new, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
+                new, padding="max_length", truncation=True, max_length=self.context_shape[0], return_tensors="pt"
             )
             # Without the mask of padding, as the published models were trained: the padding is part of the context.
             encoded = self.network(tokens.input_ids.to(self.network.device)).last_hidden_state
@@ -112,28 +112,38 @@ class TextEncoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """A frozen AutoencoderKL: latents of the model to images (arXiv 2112.10752).
+    """A frozen AutoencoderKL: images to latents and back (arXiv 2112.10752).
 
     Args:
         name: folder or hub name.
         scale_factor: the model's latents are the autoencoder's times this.
-        model: the backbone's config, whose channels the latents must have.
 
     Raises:
-        InputError: nothing there, not an AutoencoderKL, or latents of other channels.
+        InputError: nothing there, or not an AutoencoderKL.
     """
 
-    def __init__(self, name: str, scale_factor: float, model: UViTConfig) -> None:
+    def __init__(self, name: str, scale_factor: float) -> None:
         super().__init__()
         what = f"autoencoder {name!r}"
         folder = find_folder(name, "autoencoder", (CONFIG_FILE, "diffusion_pytorch_model.safetensors"))
         with _loading(what, "diffusers") as diffusers:
             network = diffusers.AutoencoderKL.from_pretrained(folder, use_safetensors=True)
-        if network.config.latent_channels != model.in_chans:
-            channels = f"latents of {network.config.latent_channels} channels"
-            raise InputError(f"{what} has {channels}, expected model.in_chans {model.in_chans}")
         self.scale_factor = scale_factor
+        self.latent_channels: int = network.config.latent_channels
+        self.factor = 2 ** (len(network.config.block_out_channels) - 1)  # sides of an image over those of its latents
         self.network: Any = network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Encodes images.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            (B, 2C, h, w) moments of the latents, mean and log-variance, not scaled.
+        """
+        return self.network.encode(images).latent_dist.parameters
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -147,6 +157,42 @@ class Autoencoder(nn.Module):
         """
         parts = (latents / self.scale_factor).split(DECODED_AT_ONCE)
         return torch.cat([self.network.decode(part).sample for part in parts])
+
+    @property
+    def encoder_hash(self) -> str:
+        """Tells encoders apart: autoencoders that differ in their decoder alone have the same."""
+        return _hash(
+            {
+                name: tensor
+                for name, tensor in self.network.state_dict().items()
+                if "decode" not in name and "post_quant" not in name
+            }
+        )
+
+
+def sample_latents(moments: Tensor, scale_factor: float, generator: torch.Generator) -> Tensor:
+    """Draws latents from their moments (arXiv 2112.10752).
+
+    Args:
+        moments: (B, 2C, h, w) mean and log-variance, which is clamped to [-30, 20].
+        scale_factor: what the latents are multiplied by.
+        generator: on the device of the moments.
+
+    Returns:
+        (B, C, h, w) in float32.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    deviation = (0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)).exp()
+    noise = torch.randn(mean.shape, device=mean.device, generator=generator)
+    return scale_factor * (mean + deviation * noise)
+
+
+def _hash(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, its first 16 letters."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -168,10 +214,19 @@ def load_encoders(data: DataConfig, model: UViTConfig) -> Encoders:
     """Loads the frozen networks that a run needs, on the CPU.
 
     Raises:
-        InputError: as TextEncoder and Autoencoder, or latents that nothing decodes.
+        InputError: as TextEncoder and Autoencoder, encoders that do not fit the model, or latents that nothing decodes.
     """
     if data.autoencoder is None and model.in_chans not in IMAGE_CHANNELS:
         raise InputError(f"a model with in_chans {model.in_chans} needs data.autoencoder to make images, got None")
-    text = TextEncoder(data.text_encoder, model) if model.context_dim else None
-    image = None if data.autoencoder is None else Autoencoder(data.autoencoder, data.scale_factor, model)
+    text = TextEncoder(data.text_encoder) if model.context_dim else None
+    image = None if data.autoencoder is None else Autoencoder(data.autoencoder, data.scale_factor)
+    if text is not None and text.context_shape != (model.num_context_tokens, model.context_dim):
+        gives = "{} tokens of width {}".format(*text.context_shape)
+        raise InputError(
+            f"text encoder {data.text_encoder!r} gives {gives}, expected model.num_context_tokens "
+            f"{model.num_context_tokens} and model.context_dim {model.context_dim}"
+        )
+    if image is not None and image.latent_channels != model.in_chans:
+        channels = f"latents of {image.latent_channels} channels"
+        raise InputError(f"autoencoder {data.autoencoder!r} has {channels}, expected model.in_chans {model.in_chans}")
     return Encoders(text, image)

@@ -1,4 +1,4 @@
-"""Data sets to an endless stream of batches.
+"""The data of a run, as an endless stream of batches.
 
 Which images form the batch of a step, and what is left to chance in reading them, is a function of (seed, step) alone,
 so a resumed run sees the data that an uninterrupted one would, whatever the number of workers.
@@ -13,9 +13,39 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from uvit.config import Config, TrainConfig
-from uvit.data import Batch, ImageData
+from uvit.config import Config, DataConfig, TrainConfig, UViTConfig
+from uvit.data import Batch, ImageData, Wanted, load_images
 from uvit.errors import InputError
+from uvit.latent_data import is_latent_data, load_latents
+
+MAX_REPLACEMENTS = 20
+
+
+def load_data(config: DataConfig, model: UViTConfig, train: bool = True) -> ImageData:
+    """Loads the training part of a data set, or the part held out, as a model takes it.
+
+    Args:
+        config: which data.
+        model: the shape that images get, and whether labels or captions are needed.
+        train: the training part, or the held-out part.
+
+    Raises:
+        InputError: data that cannot be found or read, or that does not fit the model.
+    """
+    if is_latent_data(config.name):
+        data: ImageData = load_latents(config, model)
+    elif config.autoencoder is not None:
+        name = f"data {config.name!r}"
+        raise InputError(
+            f"{name} is no folder of latents, got data.autoencoder {config.autoencoder!r}: make it with encode.py"
+        )
+    else:
+        wanted = Wanted((model.in_chans, *model.image_shape), model.num_classes > 0, model.context_dim > 0)
+        data = load_images(config, wanted, train)
+    num_classes = len(data.class_names)
+    if model.num_classes and model.num_classes != num_classes:
+        raise InputError(f"model.num_classes must be {num_classes} for data {config.name!r}, got {model.num_classes}")
+    return data
 
 
 class Draw(NamedTuple):
@@ -68,7 +98,15 @@ class _Batches(Dataset[Batch]):
         self.data = data
 
     def __getitem__(self, draw: Draw) -> Batch:
-        return self.data.read(draw.indices, np.random.default_rng(draw.key))
+        rng = np.random.default_rng(draw.key)
+        batch = self.data.read(draw.indices, rng)
+        for _ in range(MAX_REPLACEMENTS):  # other items stand in for those left out
+            missing = len(draw.indices) - len(batch.labels)
+            if not missing:
+                captions = [[texts[int(rng.integers(len(texts)))]] for texts in batch.captions]
+                return batch._replace(captions=captions)
+            batch = batch + self.data.read(rng.integers(len(self.data), size=missing).tolist(), rng)
+        raise InputError(f"too many broken images, {len(batch.skipped)} for one batch, the last: {batch.skipped[-1]}")
 
 
 def check_batch(config: TrainConfig, world_size: int) -> int:

@@ -1,0 +1,248 @@
+"""encode.py, and training on what it makes, end to end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from encoders import make_autoencoder, make_text_encoder
+from PIL import Image
+from test_cli import ROOT, command, files_of
+from test_data import save_captions, save_folder
+
+import encode
+import sample
+import train
+from uvit.checkpoint import load_checkpoint
+from uvit.cli import run
+from uvit.config import DataConfig, UViTConfig
+from uvit.data import Wanted, load_images, read_all
+from uvit.images import to_unit_range
+from uvit.latent_data import load_latents
+from uvit.latents import Autoencoder, TextEncoder
+
+LATENT = """
+from uvit.config import *
+
+config = Config(
+    model=UViTConfig(img_size=8, in_chans=4, embed_dim=16, depth=2, num_heads=2, num_classes=2, null_class=True),
+    data=DataConfig(name="latents", autoencoder="vae", flip=True),
+    train=TrainConfig(num_steps=4, batch_size=8, log_every=2, sample_every=4, save_every=2, label_dropout=0.2),
+    sample=SampleConfig(num_steps=2),
+)
+"""
+MODEL = UViTConfig(img_size=8, in_chans=4, num_classes=2)
+SHARED = "--data photos --image_size 16 --autoencoder vae --shard_size 1000 --batch_size 250".split()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """A folder with encoders, a config, and the latents of `photos` with captions."""
+    folder = tmp_path_factory.mktemp("place")
+    make_autoencoder(folder / "vae")
+    make_text_encoder(folder / "clip", num_tokens=30, width=8)
+    (folder / "latent.py").write_text(LATENT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        encode.main([*SHARED, "--text_encoder", "clip", "--output", "latents"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.fixture
+def inside(place, monkeypatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+def config_of(folder, **fields):
+    return DataConfig(name=str(folder), autoencoder="vae", **fields)
+
+
+def test_latents_are_the_autoencoders(inside):
+    """Every image in its place, its mirror image too, to half precision."""
+    photos = read_all(load_images(DataConfig(name="photos"), Wanted((3, 16, 16), True, True)))
+    data = load_latents(config_of("latents"), MODEL)
+    assert len(data) == 4000
+    autoencoder = Autoencoder("vae", 1.0)
+    batch = data.read(range(0, 4000, 97), np.random.default_rng(0))
+    images = to_unit_range(photos.images[::97])
+    torch.testing.assert_close(batch.images.float(), autoencoder.encode(images), rtol=2e-3, atol=2e-3)
+    assert torch.equal(batch.labels, photos.labels[::97])
+    mirrored = load_latents(config_of("latents", flip=True), MODEL).read([5] * 20, np.random.default_rng(0)).images
+    expected = autoencoder.encode(torch.cat([images[:0], to_unit_range(photos.images[5:6])]).flip(-1))[0]
+    assert any(torch.allclose(each.float(), expected, rtol=2e-3, atol=2e-3) for each in mirrored)
+
+
+def test_captions_are_the_text_encoders(inside):
+    text = UViTConfig(img_size=8, in_chans=4, context_dim=8, num_context_tokens=30)
+    batch = load_latents(config_of("latents"), text).read([0, 1], np.random.default_rng(0))
+    assert batch.captions == [["a photograph of a temple"], ["a photograph of a flower"]]
+    expected = TextEncoder("clip")([texts[0] for texts in batch.captions] + [""])
+    both = torch.cat([batch.context, batch.empty_context]).float()
+    torch.testing.assert_close(both, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_training_on_latents(inside):
+    train.main(["latent.py"])
+    losses = [json.loads(line)["loss"] for line in Path("runs/latent/metrics.jsonl").read_text().splitlines()]
+    assert load_checkpoint(Path("runs/latent"))["step"] == 4 and np.isfinite(losses).all()
+    assert Image.open("runs/latent/samples/step_00000004.png").size[1] > 2 * 64  # decoded, a row for each class
+    sample.main("--checkpoint runs/latent --num_per_class 2 --output latent.npz".split())
+    with np.load("latent.npz") as arrays:
+        assert arrays["arr_0"].shape == (4, 16, 16, 3)
+
+
+def test_training_on_text_latents(inside):
+    text = "--model.num_classes 0 --model.null_class False --model.context_dim 8 --model.num_context_tokens 30"
+    train.main(["latent.py", *text.split(), "--data.text_encoder", "clip", "--train.run_dir", "runs/text"])
+    assert load_checkpoint(Path("runs/text"))["step"] == 4
+    prompts = json.loads(Path("runs/text/config.json").read_text())["sample"]["prompts"]
+    assert prompts == ["a photograph of a temple", "a photograph of a flower"]
+    sample.main(["--checkpoint", "runs/text", "--prompt", "a flower", "--num_per_class", "2", "--output", "text.png"])
+
+
+def test_several_captions_and_broken_images(tmp_path, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    save_captions(tmp_path / "some", [["a", "b"], ["c"], ["d", "e", "f"]])
+    shared = ["--image_size", "16", "--autoencoder", "vae", "--text_encoder", "clip", "--num_captions", "2"]
+    encode.main(
+        ["--data", str(tmp_path / "some"), "--caption_column", "text", "--output", str(tmp_path / "out"), *shared]
+    )
+    text = UViTConfig(img_size=8, in_chans=4, context_dim=8, num_context_tokens=30)
+    data = load_latents(config_of(tmp_path / "out"), text)
+    drawn = [data.read([0, 1, 2], np.random.default_rng(seed)).captions for seed in range(20)]
+    assert [{texts[index][0] for texts in drawn} for index in range(3)] == [{"a", "b"}, {"c"}, {"d", "e"}]
+
+    save_folder(tmp_path / "broken")
+    (tmp_path / "broken/dog/1.png").write_bytes(b"not an image")
+    shared = ["--data", str(tmp_path / "broken"), "--image_size", "16", "--autoencoder", "vae"]
+    encode.main([*shared, "--output", str(tmp_path / "five"), "--on_error", "skip"])
+    assert "; 1 could not be read, listed in" in capsys.readouterr().out
+    data = load_latents(config_of(tmp_path / "five"), MODEL)
+    assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.class_names == ("cat", "dog")
+
+
+def test_a_killed_command_goes_on(place, tmp_path, monkeypatch):
+    """Killed with SIGKILL once a shard is there; afterwards all is equal to what an uninterrupted command makes."""
+    monkeypatch.chdir(place)
+    arguments = [*SHARED, "--text_encoder", "clip", "--output", str(tmp_path / "killed")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(ROOT / "encode.py"), *arguments], env=environment)
+    first = tmp_path / "killed/shard-00000-of-00004.arrow"
+    while not first.is_file() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = first.stat().st_mtime_ns
+    assert len(list((tmp_path / "killed").glob("shard-*"))) < 4
+    encode.main(arguments)
+    assert first.stat().st_mtime_ns == done
+    names = set(files_of(tmp_path / "killed"))
+    assert names == set(files_of(place / "latents"))
+    ours, whole = (load_latents(config_of(folder), MODEL) for folder in (tmp_path / "killed", "latents"))
+    every = range(4000)
+    ours, whole = (data.read(every, np.random.default_rng(0)).images for data in (ours, whole))
+    torch.testing.assert_close(ours, whole, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "encode.py")]
+    result = command(*launch, *SHARED, "--output", str(tmp_path / "two"), cwd=place)
+    assert result.returncode == 0, result.stderr
+    ours, whole = (load_latents(config_of(folder), MODEL) for folder in (tmp_path / "two", "latents"))
+    every = range(4000)
+    ours, whole = (data.read(every, np.random.default_rng(0)).images for data in (ours, whole))
+    torch.testing.assert_close(ours, whole, rtol=2e-3, atol=2e-3)
+
+
+def bad(arguments, monkeypatch, capsys, main=encode.main):
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    bar = re.compile(r"\s*|.*image(/s)?\]")
+    lines = [line for line in capsys.readouterr().err.splitlines() if not bar.fullmatch(line)]
+    assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--output new", "--data"),
+        ("--data nowhere --output new", "cannot load split 'train' of data 'nowhere'"),
+        ("--data digits --output new", "data 'digits' can have 1 (grey) channels, got 3"),
+        ("--data photos --output new --autoencoder gone", "autoencoder not found: gone"),
+        ("--data photos --output new --autoencoder clip", "autoencoder 'clip' cannot be loaded"),
+        ("--data photos --output new --autoencoder vae --text_encoder vae", "text encoder 'vae'"),
+        ("--data photos --output new --autoencoder vae --image_size 17", "image_size must be divisible by 2, got 17"),
+        ("--data photos --output new --autoencoder vae --image_size 1000", "got a model for 1000x1000 images"),
+        ("--data photos --output new --autoencoder vae --batch_size 0", "batch_size must be at least 1, got 0"),
+        (
+            "--data photos --output latents --autoencoder vae --image_size 32",
+            "latents was begun with shard_size 1000, got 2048: use another --output",
+        ),
+        ("--data photos --output latent.py/x --autoencoder vae", "cannot write to latent.py/x"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, message, inside, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    before = files_of(inside)
+    assert message in bad(arguments.split(), monkeypatch, capsys)
+    assert files_of(inside) == before
+
+
+def test_latents_of_another_autoencoder(inside, monkeypatch, capsys):
+    torch.manual_seed(1)
+    other = make_autoencoder(inside / "other")
+    torch.nn.init.normal_(other.decoder.conv_out.weight)
+    other.save_pretrained("decoder")  # another decoder is no other encoder
+    shared = ["latent.py", "--train.run_dir", "runs/decoder", "--train.num_steps", "1"]
+    train.main([*shared, "--data.autoencoder", "decoder"])
+    torch.nn.init.normal_(other.encoder.conv_in.weight)
+    other.save_pretrained("other")
+    capsys.readouterr()
+    line = bad(["latent.py", "--data.autoencoder", "other", "--train.run_dir", "new"], monkeypatch, capsys, train.main)
+    assert "data 'latents' was encoded by autoencoder 'vae' (weights " in line and ", got 'other' (weights " in line
+    assert not Path("new").exists()
+
+
+def test_a_full_disk_keeps_what_is_whole(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    arguments = [*SHARED, "--output", str(tmp_path / "full")]
+    original, calls = encode.encode_batch, []
+
+    def full(*given):
+        calls.append(given)
+        if len(calls) > 6:  # in the second shard
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "encode_batch", full)
+        line = bad(arguments, patch, capsys)
+    assert "shard-00001-of-00004.arrow: No space left on device" in line
+    assert sorted(files_of(tmp_path / "full")) == ["manifest.json", "shard-00000-of-00004.arrow"]
+    encode.main(arguments)
+    assert len(load_latents(config_of(tmp_path / "full"), MODEL)) == 4000

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from uvit.config import DataConfig, UViTConfig
+from uvit.errors import InputError
+from uvit.latent_data import (
+    EMPTY_CONTEXT_FILE,
+    Manifest,
+    begin,
+    check_begun,
+    is_latent_data,
+    load_latents,
+    read_manifest,
+    write_shard,
+)
+from uvit.latents import sample_latents
+
+MANIFEST = Manifest(
+    source="made up",
+    num_images=10,
+    shard_size=4,
+    image_shape=(8, 8),
+    latent_shape=(2, 4, 4),
+    autoencoder="vae",
+    encoder_hash="abc",
+    scale_factor=0.5,
+    class_names=("a", "b"),
+    text_encoder="clip",
+    text_encoder_hash="def",
+    num_captions=3,
+    context_shape=(5, 6),
+)
+LABELLED = UViTConfig(img_size=4, in_chans=2, num_classes=2)
+TEXT = UViTConfig(img_size=4, in_chans=2, context_dim=6, num_context_tokens=5)
+
+
+def config_of(folder, **fields):
+    return DataConfig(**{"name": str(folder), "autoencoder": "vae", "scale_factor": 0.5, **fields})
+
+
+def row(index):
+    """What a row holds can be told from every value of it."""
+    moments = np.array([index, index + 0.5], np.float16)[:, None, None, None] + np.zeros((2, 4, 4, 4), np.float16)
+    context = np.array([index, index + 0.25, index + 0.75], np.float16)[:, None, None] + np.zeros((3, 5, 6), np.float16)
+    return moments, index % 2, [f"{index} {text}" for text in "xyz"], context
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten rows in three shards, of several record batches each."""
+    begin(tmp_path, MANIFEST, torch.full((5, 6), -1.0))
+    for shard in range(3):
+        with write_shard(tmp_path, MANIFEST, shard) as add:
+            for part in (range(4 * shard, min(4 * shard + 3, 10)), range(4 * shard + 3, min(4 * shard + 4, 10))):
+                if len(part):
+                    moments, labels, captions, context = zip(*map(row, part))
+                    columns = {"moments": np.stack(moments), "label": np.array(labels)}
+                    add({**columns, "captions": captions, "context": np.stack(context)})
+    return tmp_path
+
+
+def test_rows_are_read_by_position(folder):
+    data = load_latents(config_of(folder), LABELLED)
+    assert len(data) == 10 and data.class_names == ("a", "b")
+    batch = data.read([9, 0, 3, 4, 3], np.random.default_rng(0))
+    assert batch.images.shape == (5, 4, 4, 4) and batch.images.dtype == torch.float16
+    assert batch.images.flatten(1).unique(dim=1).flatten().tolist() == [9, 0, 3, 4, 3]
+    assert batch.labels.tolist() == [1, 0, 1, 0, 1] and batch.captions == [] and batch.context is None
+
+
+def test_mirror_images_are_drawn_where_asked(folder):
+    data = load_latents(config_of(folder, flip=True), LABELLED)
+    drawn = data.read([2] * 200, np.random.default_rng(0)).images[:, 0, 0, 0]
+    assert set(drawn.tolist()) == {2.0, 2.5} and 70 < (drawn == 2.5).sum() < 130
+    assert torch.equal(drawn, data.read([2] * 200, np.random.default_rng(0)).images[:, 0, 0, 0])
+
+
+def test_a_caption_comes_with_its_own_features(folder):
+    data = load_latents(config_of(folder), TEXT)
+    batch = data.read([1] * 60 + [7], np.random.default_rng(0))
+    share = {"x": 0.0, "y": 0.25, "z": 0.75}
+    for (caption,), context in zip(batch.captions, batch.context):
+        index, text = caption.split()
+        assert context.shape == (5, 6) and context.unique().tolist() == [int(index) + share[text]]
+    assert {caption for (caption,) in batch.captions} == {"1 x", "1 y", "1 z", batch.captions[-1][0]}
+    assert batch.captions[-1][0].startswith("7 ")
+    assert batch.empty_context.shape == (1, 5, 6) and batch.empty_context.unique().tolist() == [-1]
+
+
+def test_workers_that_are_not_forked_get_a_copy(folder):
+    data = load_latents(config_of(folder), TEXT)
+    copy = pickle.loads(pickle.dumps(data))
+    ours, theirs = (each.read([1, 8], np.random.default_rng(0)) for each in (data, copy))
+    assert torch.equal(ours.images, theirs.images) and torch.equal(ours.context, theirs.context)
+
+
+def test_shards_are_the_ecosystems(folder):
+    rows = datasets.concatenate_datasets(
+        [datasets.Dataset.from_file(str(path)) for path in sorted(folder.glob("shard*"))]
+    )
+    assert rows.num_rows == 10 and rows.features["label"].names == ["a", "b"]
+    assert rows[6]["captions"] == ["6 x", "6 y", "6 z"] and set(rows[6]["moments"]) == {6.0, 6.5}
+
+
+def test_latents_that_do_not_fit(folder):
+    for model, fields, message in (
+        (dataclasses.replace(LABELLED, img_size=8), {}, r"img_size\) \(2, 4, 4\), got \(2, 8, 8\)"),
+        (dataclasses.replace(LABELLED, in_chans=4), {}, r"img_size\) \(2, 4, 4\), got \(4, 4, 4\)"),
+        (LABELLED, {"scale_factor": 0.18215}, "encoded with data.scale_factor 0.5, got 0.18215"),
+        (LABELLED, {"crop": "random"}, "encoded with data.crop center, got random"),
+        (LABELLED, {"autoencoder": None}, "has latents of autoencoder 'vae', got data.autoencoder None"),
+        (dataclasses.replace(TEXT, context_dim=7), {}, r"context_dim\) \(5, 6\), got \(5, 7\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_latents(config_of(folder, **fields), model)
+
+
+def test_missing_and_broken_shards(folder):
+    middle = folder / MANIFEST.shard_file(1)
+    whole = middle.read_bytes()
+    for content in (b"", b"garbage", whole[: len(whole) // 2]):
+        middle.write_bytes(content)
+        with pytest.raises(InputError, match=r"shard-00001-of-00003.arrow is not a whole shard of latents"):
+            load_latents(config_of(folder), LABELLED)
+    middle.unlink()
+    with pytest.raises(InputError, match=r"has 2 of 3 shards, shard-00001-of-00003.arrow is not there: run the same"):
+        load_latents(config_of(folder), LABELLED)
+
+
+def test_a_shard_is_whole_or_not_there(tmp_path):
+    begin(tmp_path, MANIFEST, None)
+    moments, label, captions, context = row(0)
+    with pytest.raises(KeyboardInterrupt), write_shard(tmp_path, MANIFEST, 0) as add:
+        add({"moments": moments[None], "label": np.array([label]), "captions": [captions], "context": context[None]})
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_folder_is_gone_on_with_in_the_same_way_only(folder):
+    assert is_latent_data(folder) and read_manifest(folder) == MANIFEST
+    check_begun(folder, dataclasses.replace(MANIFEST, autoencoder="elsewhere/vae", versions=("torch 3",)))
+    for field, value in {"encoder_hash": "xyz", "scale_factor": 1.0, "num_images": 11, "source": "other"}.items():
+        with pytest.raises(InputError, match=rf"was begun with {field} .*, got {value!r}: use another --output"):
+            check_begun(folder, dataclasses.replace(MANIFEST, **{field: value}))
+
+
+def test_beginning_again_puts_leftovers_away(folder):
+    (folder / ".shard-00001-of-00003-77.arrow").write_bytes(b"half")
+    before = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    begin(folder, MANIFEST, torch.zeros(5, 6))
+    assert sorted(path.name for path in folder.iterdir()) == before and EMPTY_CONTEXT_FILE in before
+
+
+def test_latents_are_drawn_from_their_moments():
+    mean, log_variance = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 2.0])
+    moments = torch.cat([mean, log_variance])[None, :, None, None].expand(1, 4, 200, 200).half()
+    drawn = sample_latents(moments, 0.5, torch.Generator().manual_seed(0))
+    assert drawn.shape == (1, 2, 200, 200) and drawn.dtype == torch.float32
+    torch.testing.assert_close(drawn.mean((0, 2, 3)), 0.5 * mean, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(drawn.std((0, 2, 3)), 0.5 * (0.5 * log_variance).exp(), rtol=0.02, atol=0)
+    extreme = torch.tensor([3.0, 3.0, -40.0, 40.0])[None, :, None, None].expand(1, 4, 50, 50).half()
+    drawn = sample_latents(extreme, 1.0, torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn[:, 0], torch.tensor(3.0)) and 0.9 < drawn[:, 1].std() / np.exp(10) < 1.1

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from uvit import __version__
@@ -27,6 +25,7 @@ from uvit.files import add_lines
 from uvit.images import to_unit_range
 from uvit.latent_data import Manifest, begin, check_begun, write_shard
 from uvit.latents import EMPTY_CAPTION, Autoencoder, TextEncoder
+from uvit.loader import read_in_parts
 from uvit.published import SD_AUTOENCODER
 
 PACKAGES = ("torch", "diffusers", "transformers", "datasets")
@@ -67,16 +66,6 @@ class Arguments(Section):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
         self._require("scale_factor", self.scale_factor > 0, "above 0")
-
-
-class Parts(Dataset[Batch]):
-    """Runs of a data set's items, by their first and last index."""
-
-    def __init__(self, data: ImageData) -> None:
-        self.data = data
-
-    def __getitem__(self, part: range) -> Batch:
-        return self.data.read(part, np.random.default_rng(0))
 
 
 def build_manifest(
@@ -136,7 +125,7 @@ def encode(
         parts[shard] = [covered[first : first + given.batch_size] for first in range(0, len(covered), given.batch_size)]
 
     order = [part for of_shard in parts.values() for part in of_shard]
-    batches = iter(DataLoader(Parts(data), sampler=order, batch_size=None, num_workers=given.num_workers))
+    batches = read_in_parts(data, order, given.num_workers)
     total = sum(map(len, order))
     with tqdm(total=total, unit="image", disable=not state.is_main_process, dynamic_ncols=True) as progress:
         for shard, of_shard in parts.items():

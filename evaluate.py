@@ -1,113 +1,306 @@
-"""Measures a trained run against held-out images: `python evaluate.py --checkpoint runs/digits`."""
+"""Measures images: those that a run draws, or those of a folder or an .npz.
+
+`python evaluate.py --checkpoint runs/digits`, or `python evaluate.py --images FOLDER --reference DATA`; and
+`python evaluate.py stats DATA --output ref.npz` makes statistics to compare with. Several processes share the work.
+"""
 
 from __future__ import annotations
 
-import itertools
+import importlib.metadata
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
-from sklearn.svm import SVC
-from torch import Tensor
-from tqdm import tqdm
+import tyro
+from accelerate import PartialState
 
+from uvit import __version__
+from uvit.checkpoint import checkpoint_dirs
 from uvit.cli import parse, run
-from uvit.config import DataConfig, UViTConfig
-from uvit.data import Batch, read_all
+from uvit.config import Config, DataConfig, Section
+from uvit.data import ImageData, Wanted, load_images
 from uvit.errors import InputError
-from uvit.files import write_text
-from uvit.generate import Condition, DrawArguments, describe_guidance, generate
-from uvit.images import to_unit_range
-from uvit.loader import load_data
-from uvit.metrics import Moments, frechet_distance
+from uvit.evaluation import (
+    MAX_PIXELS,
+    Judged,
+    build_classifier,
+    choose_captions,
+    choose_labels,
+    draw_shown,
+    read_shown,
+)
+from uvit.features import INCEPTION, PIXELS, build_features
+from uvit.files import write_aside
+from uvit.generate import Condition, DrawArguments, describe_guidance
+from uvit.latents import Encoders
+from uvit.metrics import Gaussian, frechet_distance, is_statistics, kernel_distance, load_statistics, save_statistics
 from uvit.samplers import num_evaluations
 
-# An SVM and a covariance of raw pixels are meant for small images; beyond this they are neither quick nor telling.
-MAX_PIXELS = 1024
-SVM_C = 10.0
+PARTS = ("train", "test")
+PACKAGES = ("torch", "timm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(DrawArguments):
+    checkpoint: str = ""
+    """Run folder whose images are measured, such as runs/digits; or give --images."""
+    images: str | None = None
+    """Folder of images, data set, or .npz as sample.py writes it, instead of a checkpoint."""
+    reference: str = "test"
+    """`test` or `train` of the run's own data; a data set or folder of images; or an .npz of statistics or images."""
     num_images: int = 2000
-    """Images to draw, the same number of each class."""
+    """Images to draw."""
+    label_mode: Literal["balanced", "random"] = "balanced"
+    """As many images of each label, or labels drawn at random."""
     guidance: float = 1.0
     """w in w * cond + (1 - w) * uncond; 1 is none."""
+    features: str = "auto"
+    """What is compared: `pixels`, `inception` (FID, KID, Inception score) or `timm:MODEL`; `auto` is pixels of small
+    images and inception of others."""
+    feature_weights: str | None = None
+    """File of the features' weights, where they cannot be downloaded."""
+    classifier: str = "auto"
+    """What recognises labels: `svm`, `timm:MODEL` or `none`; `auto` is the SVM on small images."""
+    classifier_weights: str | None = None
+    """File of the classifier's weights (safetensors), where they cannot be downloaded."""
+    num_workers: int = 0
+    """Loader processes for images on disk."""
+    output: str | None = None
+    """JSON file for the figures and their protocol; None is evaluation.json in the run's folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("num_images", self.num_images >= 2, "at least 2")
+        self._require("num_workers", self.num_workers >= 0, "at least 0")
+        if bool(self.checkpoint) == bool(self.images):
+            raise InputError(f"give --checkpoint or --images, got {'both' if self.images else 'neither'}")
+        if self.images and self.reference in PARTS:
+            raise InputError(f"--reference {self.reference!r} needs --checkpoint: give a data set, a folder or an .npz")
 
 
-def pixels(images: Tensor) -> Tensor:
-    """Flattens (N, C, H, W) uint8 images to (N, C·H·W) features in [-1, 1]."""
-    return to_unit_range(images).flatten(1)
+@dataclass(frozen=True, kw_only=True)
+class StatisticsArguments(Section):
+    data: tyro.conf.Positional[str]
+    """Data set, folder of images, or .npz of images."""
+    output: str
+    """An .npz for mu and sigma."""
+    split: str = "train"
+    """Split of the data set."""
+    image_size: int | None = None
+    """Side in pixels to which images are cut; None is that of the first image."""
+    features: str = INCEPTION
+    """`inception`, `timm:MODEL` or `pixels`."""
+    feature_weights: str | None = None
+    """File of the features' weights, where they cannot be downloaded."""
+    batch_size: int = 64
+    """Images at a time."""
+    num_workers: int = 0
+    """Loader processes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("output", Path(self.output).suffix == ".npz", "a path ending in .npz")
+        self._require("batch_size", self.batch_size >= 1, "at least 1")
+        self._require("num_workers", self.num_workers >= 0, "at least 0")
+        self._require("image_size", self.image_size is None or self.image_size >= 1, "at least 1")
 
 
-def real_images(data: DataConfig, model: UViTConfig) -> tuple[Batch, Batch, int]:
-    """Returns the real training part, the held-out part, and the number of classes."""
-    shape = (model.in_chans, *model.image_shape)
-    if math.prod(shape) > MAX_PIXELS:
-        raise InputError(f"evaluate.py measures images of at most {MAX_PIXELS} values, got {'x'.join(map(str, shape))}")
-    train_part, held_out = (load_data(data, model, train=part) for part in (True, False))
-    num_classes = len(train_part.class_names)
-    if not (model.num_classes or model.context_dim) or not num_classes:
-        raise InputError(
-            "evaluate.py measures a model with labels or captions by the classes of its data, got num_classes "
-            f"{model.num_classes}, context_dim {model.context_dim} and {num_classes} classes in data {data.name!r}"
+def image_shape(config: Config, encoders: Encoders) -> tuple[int, int, int]:
+    """Returns (C, H, W) of the images that a run draws."""
+    if encoders.image is None:
+        return (config.model.in_chans, *config.model.image_shape)
+    height, width = (side * encoders.image.factor for side in config.model.image_shape)
+    return 3, height, width
+
+
+def own_part(config: Config, shape: tuple[int, int, int], part: str) -> ImageData:
+    """Returns the images of the training or held-out part of a run's own data."""
+    if config.data.autoencoder is not None:
+        raise InputError(f"--reference {part!r} of {config.data.name!r} is latents: give a data set or an .npz")
+    captions = True if config.model.context_dim else None
+    return load_images(config.data, Wanted(shape, labels=None, captions=captions), train=part == "train")
+
+
+def find_reference(
+    given: Arguments, config: Config | None, shape: tuple[int, int, int], features: str, num_features: int
+) -> Gaussian | ImageData:
+    """Returns what --reference names: images, or the statistics of images."""
+    if config is not None and given.reference in PARTS:
+        return own_part(config, shape, given.reference)
+    if is_statistics(Path(given.reference)):
+        return load_statistics(Path(given.reference), features, num_features, shape[1:])
+    captions = True if config is not None and config.model.context_dim else None
+    return load_images(DataConfig(name=given.reference), Wanted(shape, labels=None, captions=captions))
+
+
+def find_conditions(
+    given: Arguments, config: Config, reference: Gaussian | ImageData
+) -> tuple[Sequence[Condition], Sequence[int] | None]:
+    """Returns what to draw, and the labels that the images should have."""
+    if config.model.num_classes:
+        labels = choose_labels(given.num_images, config.model.num_classes, given.label_mode, given.seed)
+        return labels, labels
+    if not config.model.context_dim:
+        return [None] * given.num_images, None
+    if isinstance(reference, Gaussian):
+        raise InputError(f"a text model draws the captions of a reference data set, got statistics {given.reference!r}")
+    return choose_captions(reference, given.num_images, given.label_mode, given.seed)
+
+
+def describe_drawing(given: Arguments, config: Config) -> dict[str, str]:
+    """Says how images were drawn."""
+    sampling, count = config.sample, f"{given.num_images} drawn"
+    if config.model.num_classes:
+        each = f", {given.num_images // config.model.num_classes} a class"
+        count += each if given.label_mode == "balanced" else ", labels at random"
+    elif config.model.context_dim:
+        count += ", captions of the reference"
+    steps = checkpoint_dirs(Path(given.checkpoint))
+    return {
+        "images": count,
+        "weights": f"EMA of {given.checkpoint}" + (f", {steps[-1].name}" if steps else ""),
+        "guidance": describe_guidance(sampling.guidance).removeprefix("guidance "),
+        "guidance_interval": "{:g} to {:g}".format(*sampling.guidance_interval),
+        "sampler": f"{sampling.sampler}, {sampling.num_steps} steps ({sampling.spacing})",
+        "seed": str(given.seed),
+        "decoder": config.data.autoencoder or "none",
+        "rounding": "uint8",
+    }
+
+
+def make_statistics(arguments: Sequence[str]) -> None:
+    """Writes the statistics of a data set: `python evaluate.py stats DATA --output ref.npz`."""
+    given = parse(StatisticsArguments, arguments, "evaluate.py stats", make_statistics.__doc__ or "")
+    shape = None if given.image_size is None else (3, given.image_size, given.image_size)
+    data = load_images(
+        DataConfig(name=given.data, train_split=given.split), Wanted(shape, labels=False, captions=False)
+    )
+    network = build_features(given.features, given.feature_weights, data.shape)
+    state, output = PartialState(), Path(given.output)
+    network.to(state.device)
+    # The output is opened first: a path that cannot be written is found before the work, not after it.
+    with write_aside(output) if state.is_main_process else nullcontext(output) as aside:
+        moments = (
+            Judged(network, state).look(read_shown(data, given.batch_size, given.num_workers, state), None).moments
         )
-    return read_all(train_part), read_all(held_out), num_classes
+        if state.is_main_process:
+            facts = {"features": given.features, "image_size": data.shape[1:], "num_images": moments.count}
+            save_statistics(aside, moments.gaussian, **facts)
+    if state.is_main_process:
+        print(
+            f"{moments.count} images of {given.data} to {given.output}: {given.features}, hash {moments.gaussian.hash}"
+        )
 
 
-def choose_conditions(part: Batch, labels: list[int], by_caption: bool) -> Sequence[Condition]:
-    """Returns what to draw to get images of the given labels: the labels, or captions of images that have them."""
-    if not by_caption:
-        return labels
-    having = list(zip(part.captions, part.labels.tolist()))
-    captions = {each: itertools.cycle([texts[0] for texts, label in having if label == each]) for each in set(labels)}
-    return [next(captions[label]) for label in labels]
+def measure(given: Arguments, state: PartialState) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the figures and their protocol, complete on the main process."""
+    # What is measured, with what, and against what: all is found before the long work.
+    config: Config | None = None
+    if given.images is not None:
+        shown = load_images(DataConfig(name=given.images), Wanted(None, labels=None, captions=False))
+        shape = shown.shape
+    else:
+        config, model, encoders = given.load(given.guidance)
+        shape = image_shape(config, encoders)
+    small = math.prod(shape) <= MAX_PIXELS
+    features = {"auto": PIXELS if small else INCEPTION}.get(given.features, given.features)
+    network = build_features(features, given.feature_weights, shape)
+    reference = find_reference(given, config, shape, features, network.num_features)
+    own = config if config is not None and config.data.autoencoder is None else None
+    real = own_part(own, shape, "train") if own is not None and small else None
+    classifier = {"auto": "svm" if real is not None and real.class_names else "none"}.get(
+        given.classifier, given.classifier
+    )
+    network.to(state.device)
+    classify = None
+    if classifier != "none":
+        classify = build_classifier(classifier, given.classifier_weights, real, state.device)
+
+    if config is None:
+        batches = read_shown(shown, given.batch_size, given.num_workers, state)
+        protocol = {"images": f"{len(shown)} of {given.images}"}
+    else:
+        conditions, labels = find_conditions(given, config, reference)
+        batches = draw_shown(
+            num_evaluations(config.process, config.sample),
+            state,
+            conditions,
+            labels,
+            model=model,
+            config=config,
+            seed=given.seed,
+            batch_size=given.batch_size,
+            encoders=encoders,
+        )
+        protocol = describe_drawing(given, config)
+    judged = Judged(network, state).look(batches, classify)
+
+    results: dict[str, Any] = {}
+    if isinstance(reference, Gaussian):
+        target, counted = reference, "statistics"
+    else:
+        seen = Judged(network, state).look(read_shown(reference, given.batch_size, given.num_workers, state), classify)
+        target, counted = seen.moments.gaussian, f"{seen.moments.count} images"
+        results["recognised_real"] = seen.recognised
+        if features == INCEPTION:
+            of_both = (each.sample.gather(state.device) for each in (judged, seen))
+            results["kid"], results["kid_deviation"] = kernel_distance(*of_both)
+    results["recognised"] = judged.recognised
+    results["frechet"] = frechet_distance(judged.moments.gaussian, target)
+    if features == PIXELS and own is not None and given.reference in PARTS:
+        other = own_part(own, shape, PARTS[1 - PARTS.index(given.reference)])
+        batches = read_shown(other, given.batch_size, given.num_workers, state)
+        results["frechet_real"] = frechet_distance(Judged(network, state).look(batches, None).moments.gaussian, target)
+    if judged.score is not None:
+        results["inception_score"], results["inception_score_deviation"] = judged.score.compute()
+    name = f"{given.reference} part of {config.data.name}" if config and given.reference in PARTS else given.reference
+    protocol |= {
+        "reference": f"{name}: {counted}, hash {target.hash}",
+        "features": features,
+        "classifier": classifier,
+        "versions": ", ".join(
+            [f"uvit {__version__}", *(f"{each} {importlib.metadata.version(each)}" for each in PACKAGES)]
+        ),
+    }
+    return {name: value for name, value in results.items() if value is not None}, protocol
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draws images, measures them and prints the figures with their protocol."""
+    """Measures images, prints the figures with their protocol and saves both."""
+    if list(arguments[:1]) == ["stats"]:
+        make_statistics(arguments[1:])
+        return
     given = parse(Arguments, arguments, "evaluate.py", __doc__ or "")
-    config, model, encoders = given.load(given.guidance)
-    train_part, held_out_part, num_classes = real_images(config.data, config.model)
-    if given.num_images < num_classes or given.num_images % num_classes:
-        raise InputError(f"num_images must be a multiple of {num_classes} classes, got {given.num_images}")
-    labels = torch.arange(num_classes).repeat_interleave(given.num_images // num_classes)
-    conditions = choose_conditions(train_part, labels.tolist(), by_caption=config.model.context_dim > 0)
-    with tqdm(total=len(labels) * num_evaluations(config.process, config.sample), unit="eval") as progress:
-        images = generate(model, config, conditions, given.seed, given.batch_size, encoders, progress.update)
+    in_run = given.checkpoint and Path(given.checkpoint).is_dir()
+    output = Path(given.output) if given.output else Path(given.checkpoint, "evaluation.json") if in_run else None
+    state = PartialState()
+    with nullcontext() if output is None or not state.is_main_process else write_aside(output) as aside:
+        results, protocol = measure(given, state)
+        if aside is not None:
+            aside.write_text(json.dumps({**results, "protocol": protocol}, indent=2) + "\n")
+    if state.is_main_process:
+        show(results, protocol)
 
-    sampling = config.sample
-    classifier = SVC(C=SVM_C).fit(pixels(train_part.images), train_part.labels)
-    recognised = classifier.score(pixels(images), labels)
-    recognised_real = classifier.score(pixels(held_out_part.images), held_out_part.labels)
-    real, held_out, drawn = (
-        Moments(pixels(part).shape[1]).update(pixels(part))
-        for part in (train_part.images, held_out_part.images, images)
-    )
-    distance, distance_real = frechet_distance(drawn, held_out), frechet_distance(real, held_out)
 
-    print(f"recognised {recognised:.1%} (real held-out images: {recognised_real:.1%})")
-    print(f"Fréchet distance {distance / distance_real:.2f} x real ({distance:.3f} against {distance_real:.3f})")
-    protocol = (
-        f"{len(images)} images, {len(images) // num_classes} a class, EMA weights, "
-        f"{describe_guidance(sampling.guidance)}, {sampling.sampler} {sampling.num_steps} steps ({sampling.spacing}), "
-        f"seed {given.seed}, rounded to uint8; pixels against the {held_out.count} held-out images of "
-        f"{config.data.name}, SVM (rbf, C = {SVM_C:g}) fitted to the {real.count} training images"
-    )
-    print(f"protocol: {protocol}")
-    if Path(given.checkpoint).is_dir():
-        result = {
-            "recognised": recognised,
-            "recognised_real": recognised_real,
-            "frechet": distance,
-            "frechet_real": distance_real,
-            "protocol": protocol,
-            "sampling": asdict(sampling),
-        }
-        write_text(Path(given.checkpoint) / "evaluation.json", json.dumps(result, indent=2) + "\n")
+def show(results: dict[str, Any], protocol: dict[str, str]) -> None:
+    """Prints the figures and the protocol."""
+    if "recognised" in results:
+        real = results.get("recognised_real")
+        print(f"recognised {results['recognised']:.1%}" + ("" if real is None else f" (real images: {real:.1%})"))
+    name = "FID" if protocol["features"] == INCEPTION else "Fréchet distance"
+    if "frechet_real" in results:
+        times = results["frechet"] / results["frechet_real"]
+        print(f"{name} {times:.2f} x real ({results['frechet']:.3f} against {results['frechet_real']:.3f})")
+    else:
+        print(f"{name} {results['frechet']:.3f}")
+    for key, name in (("kid", "KID"), ("inception_score", "Inception score")):
+        if key in results:
+            print(f"{name} {results[key]:.4g} ± {results[key + '_deviation']:.2g}")
+    print("protocol: " + "; ".join(f"{name} {text}" for name, text in protocol.items()))
 
 
 if __name__ == "__main__":

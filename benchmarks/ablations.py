@@ -1,7 +1,7 @@
-"""The paper's ablations on digits: `python benchmarks/ablations.py --study skip`.
+"""The paper's ablations, on digits or another config: `python benchmarks/ablations.py --study skip`.
 
-Trains each choice of one option from scratch, for each seed, by the recipe of configs/digits.py, and measures the
-Fréchet distance to the held-out images along the way. Writes a table (JSON) and a picture to benchmarks/results/.
+Trains each choice of one option from scratch, for each seed, by the config's recipe, and measures the Fréchet distance
+of pixels to the held-out images along the way. Writes a table (JSON) and a picture to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from uvit.checkpoint import STATE_FILE, checkpoint_dirs
 from uvit.cli import parse, run
 from uvit.config import CONFIG_FILE, load_config
 from uvit.data import read_all
-from uvit.generate import generate
+from uvit.generate import find_conditions, generate
 from uvit.images import to_unit_range
 from uvit.loader import load_data
 from uvit.metrics import Moments, frechet_distance
@@ -47,6 +47,8 @@ STUDIES = {
 class Arguments:
     study: Literal["skip", "time", "conv", "patch_embed", "pos_embed"] = "skip"
     """Which of the paper's five studies."""
+    config: str = "configs/digits.py"
+    """Recipe, such as configs/cifar10.py where CIFAR-10 can be had."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of training."""
     num_steps: int = 1000
@@ -55,6 +57,11 @@ class Arguments:
     """Steps between measurements."""
     jobs: int = 1
     """Runs at the same time, one CPU thread each."""
+
+
+def data_name(given: Arguments) -> str:
+    """Names the data by the config."""
+    return Path(given.config).stem
 
 
 def pixel_moments(images: torch.Tensor) -> Moments:
@@ -66,16 +73,16 @@ def pixel_moments(images: torch.Tensor) -> Moments:
 def distances(run_dir: Path, config: Config) -> dict[int, float]:
     """Returns the Fréchet distance of every checkpoint's averaged weights, over that of the real training part."""
     train_part, held_out = (
-        pixel_moments(read_all(data).images)
-        for data in (load_data(config.data, config.model, train=part) for part in (True, False))
+        pixel_moments(read_all(load_data(config.data, config.model, train=part)).images) for part in (True, False)
     )
-    labels = [label for label in range(config.model.num_classes) for _ in range(NUM_IMAGES // config.model.num_classes)]
+    conditions = find_conditions(config)
+    wanted = [each for each in conditions for _ in range(NUM_IMAGES // len(conditions))]
     found = {}
     for folder in checkpoint_dirs(run_dir):
         state = torch.load(folder / STATE_FILE, weights_only=True)
         model = UViT(config.model).eval()
         model.load_state_dict(state["ema"])
-        drawn = pixel_moments(generate(model, config, labels, seed=0, batch_size=200))
+        drawn = pixel_moments(generate(model, config, wanted, seed=0, batch_size=200))
         found[state["step"]] = frechet_distance(drawn, held_out) / frechet_distance(train_part, held_out)
     return found
 
@@ -95,7 +102,7 @@ def train_and_measure(given: Arguments, choice: str, seed: int) -> dict:
     }
     with tempfile.TemporaryDirectory() as folder:
         flags = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
-        command = [sys.executable, "train.py", "configs/digits.py", "--train.run_dir", folder, *flags]
+        command = [sys.executable, "train.py", given.config, "--train.run_dir", folder, *flags]
         subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         found = distances(Path(folder), load_config(Path(folder, CONFIG_FILE)))
@@ -120,7 +127,7 @@ def draw(given: Arguments, runs: list[dict], path: Path) -> None:
             axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
         axes.set(xlabel="steps", ylabel=label, yscale="log")
         axes.legend()
-    figure.suptitle(f"{STUDIES[given.study][0]} on digits, median and range of {len(given.seeds)} seeds")
+    figure.suptitle(f"{STUDIES[given.study][0]} on {data_name(given)}, median and range of {len(given.seeds)} seeds")
     figure.savefig(path, dpi=110)
 
 
@@ -132,8 +139,8 @@ def main(arguments: Sequence[str]) -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         runs = list(pool.map(lambda pair: train_and_measure(given, *pair), wanted))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    name = f"ablation_{given.study}"
-    protocol = f"configs/digits.py, {given.num_steps} steps, {NUM_IMAGES} images, unguided, against the held-out fifth"
+    name = "_".join(["ablation", *([] if data_name(given) == "digits" else [data_name(given)]), given.study])
+    protocol = f"{given.config}, {given.num_steps} steps, {NUM_IMAGES} images, unguided, against the held-out fifth"
     table = {"protocol": protocol, "torch": torch.__version__, "runs": runs}
     (RESULTS / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n")
     draw(given, runs, RESULTS / f"{name}.png")

@@ -7,9 +7,6 @@ Writes benchmarks/results/digits.json and prints the table.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
+from machine import describe_machine
 
 from uvit.cli import parse, run
 
@@ -57,13 +54,6 @@ def train_and_measure(overrides: list[str], seed: int, folder: str) -> dict[str,
     return {"seed": seed, "seconds": seconds, "recognised": result["recognised"], "frechet_ratio": ratio}
 
 
-def processor() -> str:
-    """Names the processor."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    return found[1] if found else platform.processor()
-
-
 def spread(values: list[float], form: str) -> str:
     """Formats `median (lowest to highest)`."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
@@ -79,9 +69,8 @@ def main(arguments: list[str]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 runs.append(train_and_measure(ARMS[arm], seed, f"{folder}/{arm}"))
         results[arm] = runs
-    machine = {"device": f"{processor()}, {os.cpu_count()} cores", "torch": torch.__version__}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({**machine, "runs": results}, indent=2) + "\n")
+    RESULT.write_text(json.dumps({**describe_machine(), "runs": results}, indent=2) + "\n")
     print("| recipe | train.py, s | recognised | Fréchet / real |\n|---|---|---|---|")
     for arm, runs in results.items():
         seconds, recognised, ratio = (

@@ -25,6 +25,7 @@ from uvit import UViT
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import run
 from uvit.errors import InputError
+from uvit.features import TimmFeatures
 from uvit.files import write_aside
 from uvit.samplers import SOLVERS
 
@@ -333,7 +334,8 @@ def test_a_moved_text_encoder_is_given_by_name(inside, monkeypatch):
 @pytest.mark.usefixtures("told")
 def test_evaluate_draws_captions_of_every_class(inside, capsys):
     evaluate.main("--checkpoint runs/told --num_images 20 --steps 2".split())
-    assert "20 images, 2 a class" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "images 20 drawn, captions of the reference" in printed and "recognised " in printed
 
 
 def test_latents_are_drawn_as_images(tmp_path, monkeypatch):
@@ -370,11 +372,76 @@ def test_every_sampler_by_name(sampler, inside, capsys):
 def test_evaluate_prints_two_figures_and_the_protocol(inside, capsys):
     evaluate.main("--checkpoint runs/tiny --num_images 50 --steps 2".split())
     recognised, frechet, protocol = capsys.readouterr().out.splitlines()
-    assert recognised.startswith("recognised ") and "real held-out images: 99" in recognised
+    assert recognised.startswith("recognised ") and "real images: 99" in recognised
     assert frechet.startswith("Fréchet distance ")
-    assert "50 images, 5 a class, EMA weights, guidance w = 1 (the paper's s = 0), dpmpp_2m 2 steps" in protocol
+    assert (
+        "images 50 drawn, 5 a class; weights EMA of runs/tiny, step_00000004; guidance w = 1 (the paper's s" in protocol
+    )
+    assert "sampler dpmpp_2m, 2 steps" in protocol and "test part of digits: 360 images, hash " in protocol
     saved = json.loads(Path("runs/tiny/evaluation.json").read_text())
     assert 0 <= saved["recognised"] <= 1 and saved["frechet"] > saved["frechet_real"] > 0
+    assert saved["protocol"]["rounding"] == "uint8"
+
+
+def figures(arguments, output="figures.json"):
+    evaluate.main([*arguments.split(), "--output", output])
+    return json.loads(Path(output).read_text())
+
+
+def test_a_checkpoint_and_its_saved_images_measure_alike(inside):
+    """Drawn, read from an .npz, against the data or its statistics: one figure, whatever the batches."""
+    evaluate.main(["stats", "digits", "--split", "train", "--features", "pixels", "--output", "train.npz"])
+    sample.main("--checkpoint runs/tiny --num_per_class 5 --guidance 1 --output fifty.npz".split())
+    drawn = figures("--checkpoint runs/tiny --num_images 50 --reference train --batch_size 7")
+    for arguments in (
+        "--checkpoint runs/tiny --num_images 50 --reference train.npz",
+        "--images fifty.npz --reference train.npz",
+        "--images fifty.npz --reference digits --batch_size 9",
+    ):
+        found = figures(arguments)
+        assert found["frechet"] == pytest.approx(drawn["frechet"], rel=2e-3), arguments
+    assert drawn["frechet_real"] > 0 and "frechet_real" not in found
+
+
+def test_labels_at_random(inside):
+    found = figures("--checkpoint runs/tiny --num_images 33 --label_mode random --steps 1")
+    assert found["protocol"]["images"] == "33 drawn, labels at random" and "recognised" in found
+
+
+def test_a_folder_against_itself(inside, tmp_path):
+    save_folder(tmp_path / "photos", count=8)
+    found = figures(f"--images {tmp_path}/photos --reference {tmp_path}/photos --features pixels")
+    assert found["frechet"] == pytest.approx(0, abs=1e-6) and found["protocol"]["images"] == f"16 of {tmp_path}/photos"
+
+
+def test_inceptions_three_figures(inside, inception, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, brightest in (("a", 256), ("b", 128)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(0, brightest, (12, 8, 8, 3)).astype(np.uint8))
+    shared = f"--features inception --feature_weights {inception}"
+    found = figures(f"--images {tmp_path}/a.npz --reference {tmp_path}/b.npz {shared}")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "FID",
+        "KID",
+        "Inception",
+        "protocol:",
+    ]
+    assert found["frechet"] > 0 and found["kid_deviation"] >= 0 and found["inception_score"] >= 1
+    evaluate.main(["stats", f"{tmp_path}/b.npz", "--output", f"{tmp_path}/ref.npz", *shared.split()])
+    again = figures(f"--images {tmp_path}/a.npz --reference {tmp_path}/ref.npz {shared}")
+    assert again["frechet"] == pytest.approx(found["frechet"], rel=1e-6) and "kid" not in again
+
+
+def test_any_classifier(inside, vit, tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
+    network = TimmFeatures("test_vit", str(vit), classify=True)
+    labels = network(torch.from_numpy(images).permute(0, 3, 1, 2))[0].argmax(1).numpy()
+    labels[:2] = labels[:2] + 1
+    np.savez(tmp_path / "six.npz", arr_0=images, arr_1=labels)
+    shared = f"--features timm:test_vit --feature_weights {vit} --classifier timm:test_vit --classifier_weights {vit}"
+    found = figures(f"--images {tmp_path}/six.npz --reference {tmp_path}/six.npz {shared}")
+    assert found["recognised"] == pytest.approx(4 / 6) and found["frechet"] == pytest.approx(0, abs=1e-3)
 
 
 BAD_INPUT = [
@@ -478,6 +545,39 @@ BAD_INPUT = [
     ("evaluate", "--checkpoint runs/tiny --seed -1", "seed must be at least 0, got -1"),
     ("evaluate", "--checkpoint runs/tiny --num_images 7", "num_images must be a multiple of 10 classes"),
     ("evaluate", "--checkpoint runs/tiny --steps 0", "num_steps must be at least 1, got 0"),
+    ("evaluate", "", "give --checkpoint or --images, got neither"),
+    ("evaluate", "--checkpoint runs/tiny --images x.npz --reference y", "give --checkpoint or --images, got both"),
+    ("evaluate", "--images x.npz", "--reference 'test' needs --checkpoint"),
+    ("evaluate", "--images x.npz --reference y.npz", "cannot read images (arr_0) of x.npz"),
+    (
+        "evaluate",
+        "--images folder.png --reference digits --features pixels",
+        "data 'digits' can have 1 (grey) channels, got 3",
+    ),
+    (
+        "evaluate",
+        "--checkpoint runs/tiny --reference other.npz",
+        "of 3 features of 'inception', expected 64 of 'pixels'",
+    ),
+    ("evaluate", "--checkpoint runs/tiny --reference sized.npz", "images of size (4, 16), expected (8, 8)"),
+    ("evaluate", "--checkpoint runs/tiny --reference tiny.py", "cannot load split 'train' of data 'tiny.py'"),
+    ("evaluate", "--checkpoint runs/tiny --features dino", "features must be 'pixels', 'inception' or 'timm:MODEL'"),
+    ("evaluate", "--checkpoint runs/tiny --classifier svn", "classifier must be 'svm', 'timm:MODEL' or 'none', got"),
+    ("evaluate", "--checkpoint runs/tiny --features inception --feature_weights gone", "no weights at gone"),
+    (
+        "evaluate",
+        "--checkpoint runs/told --reference fits.npz",
+        "draws the captions of a reference data set, got stat",
+    ),
+    (
+        "evaluate",
+        "--images folder.png --reference folder.png --features pixels --classifier svm",
+        "'svm' needs the labelled",
+    ),
+    ("evaluate", "stats", "Missing from evaluate.py stats: STR Data set"),
+    ("evaluate", "stats digits --output ref.txt", "output must be a path ending in .npz, got 'ref.txt'"),
+    ("evaluate", "stats nowhere --output ref.npz", "cannot load split 'train' of data 'nowhere'"),
+    ("evaluate", "stats digits --features pixels --output tiny.py/ref.npz", "cannot write to tiny.py"),
 ]
 
 
@@ -499,6 +599,9 @@ def scenery(told) -> None:
     UViT(depth=2, embed_dim=8, num_heads=1).save_pretrained(finished / "bare")
     save_folder(finished / "folder.png", classes=[str(digit) for digit in range(10)], count=1)
     save_folder(finished / "one", classes="a", count=1)
+    np.savez(finished / "other.npz", mu=np.zeros(3), sigma=np.eye(3), features="inception")
+    np.savez(finished / "fits.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(finished / "sized.npz", mu=np.zeros(64), sigma=np.eye(64), features="pixels", image_size=(4, 16))
     for name, text in (("foreign", config), ("emptied", "[]")):
         save_checkpoint(finished / name, 2, {}, keep=1)
         (finished / name / "config.json").write_text(text)

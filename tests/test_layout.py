@@ -24,6 +24,7 @@ ORDER = [
     "weights",
     "optim",
     "images",
+    "features",
     "data",
     "latent_data",
     "loader",
@@ -32,6 +33,7 @@ ORDER = [
     "backbone",
     "checkpoint",
     "generate",
+    "evaluation",
     "__init__",
 ]
 # These take a callable, never the network itself.

@@ -5,7 +5,17 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from uvit.metrics import Moments, frechet_distance
+from uvit.errors import InputError
+from uvit.metrics import (
+    FeatureSample,
+    InceptionScore,
+    Moments,
+    frechet_distance,
+    is_statistics,
+    kernel_distance,
+    load_statistics,
+    save_statistics,
+)
 
 
 def test_moments_equal_numpy_however_they_are_batched():
@@ -13,8 +23,10 @@ def test_moments_equal_numpy_however_they_are_batched():
     moments = Moments(6)
     for part in features.split([1, 20, 29]):
         moments.update(part)
-    np.testing.assert_allclose(moments.mean, features.numpy().mean(0), rtol=1e-12)
-    np.testing.assert_allclose(moments.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(moments.gaussian.mean, features.numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(
+        moments.gaussian.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-8, atol=1e-10
+    )
 
 
 def test_frechet_distance_of_commuting_gaussians():
@@ -22,14 +34,14 @@ def test_frechet_distance_of_commuting_gaussians():
     base = torch.randn(5000, 3, dtype=torch.float64)
     base = (base - base.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(base.T))).T  # exactly N(0, 1)
     shift, scale = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([2.0, 3.0, 0.1])
-    distance = frechet_distance(Moments(3).update(base), Moments(3).update(base * scale + shift))
+    distance = frechet_distance(Moments(3).update(base).gaussian, Moments(3).update(base * scale + shift).gaussian)
     expected = shift.square().sum() + (scale - 1).square().sum()
     assert distance == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_frechet_distance_equals_the_formula_with_scipys_root():
     a, b = torch.randn(40, 5, dtype=torch.float64), torch.randn(30, 5, dtype=torch.float64) * 2 + 1
-    one, two = Moments(5).update(a), Moments(5).update(b)
+    one, two = Moments(5).update(a).gaussian, Moments(5).update(b).gaussian
     cross = np.trace(sqrtm(one.covariance.numpy() @ two.covariance.numpy()).real)
     expected = (one.mean - two.mean).square().sum() + one.covariance.trace() + two.covariance.trace() - 2 * cross
     assert frechet_distance(one, two) == pytest.approx(expected.item(), rel=1e-9)
@@ -39,5 +51,97 @@ def test_frechet_distance_equals_the_formula_with_scipys_root():
 def test_frechet_distance_to_itself_is_zero_even_where_pixels_are_constant():
     features = torch.randn(30, 4, dtype=torch.float64)
     features[:, 2] = -1
-    moments = Moments(4).update(features)
-    assert frechet_distance(moments, moments) == pytest.approx(0, abs=1e-6)
+    gaussian = Moments(4).update(features).gaussian
+    assert frechet_distance(gaussian, gaussian) == pytest.approx(0, abs=1e-6)
+
+
+class Identity(torch.nn.Module):
+    num_features = 16
+
+    def forward(self, x):
+        return x
+
+
+def test_frechet_distance_equals_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    a, b = torch.randn(200, 16) * 2, torch.randn(300, 16) + 0.5
+    theirs = FrechetInceptionDistance(feature=Identity(), input_img_size=(16,)).set_dtype(torch.float64)
+    theirs.update(a.double(), real=True)
+    theirs.update(b.double(), real=False)
+    ours = frechet_distance(Moments(16).update(a).gaussian, Moments(16).update(b).gaussian)
+    assert ours == pytest.approx(theirs.compute().item(), rel=1e-3)
+
+
+def test_a_distance_needs_two_images():
+    with pytest.raises(InputError, match="a distance needs 2 images or more, got 1"):
+        Moments(3).update(torch.zeros(1, 3)).gaussian  # noqa: B018
+
+
+def test_kernel_distance():
+    """Nothing between samples of one distribution, the known value between two."""
+    a, b = torch.randn(3000, 4), torch.randn(3000, 4)
+    mean, deviation = kernel_distance(a, b)
+    assert abs(mean) < 0.02 and 0 < deviation < 0.1
+    x, y = torch.ones(50, 4), torch.zeros(40, 4)  # k(x, x) = (1 + 1)³, k(x, y) = k(y, y) = 1
+    assert kernel_distance(x, y)[0] == pytest.approx(8 + 1 - 2)
+
+
+def test_a_sample_of_features_is_bounded_and_fair():
+    sample = FeatureSample(capacity=1000)
+    for part in torch.arange(20_000.0)[:, None].split(300):
+        sample.update(part)
+    kept = sample.gather(torch.device("cpu"))
+    assert kept.shape == (1000, 1) and len(kept.unique()) == 1000
+    assert kept.mean().item() == pytest.approx(10_000, rel=0.06)
+    few = FeatureSample(capacity=1000).update(torch.arange(5.0)[:, None]).gather(torch.device("cpu"))
+    assert sorted(few.flatten().tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_inception_score_equals_torch_fidelitys_and_known_cases():
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = torch.randn(500, 7) * 3
+    score = InceptionScore(7)
+    for part in logits.split([3, 97, 400]):
+        score.update(part)
+    dealt = torch.cat([logits[split::10] for split in range(10)])  # ours deals in turn, theirs cuts
+    theirs = isc_features_to_metric(dealt, splits=10, shuffle=False)
+    mean, deviation = score.compute()
+    assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-6)
+    certain = torch.eye(5).repeat_interleave(40, dim=0) * 1000
+    assert InceptionScore(5).update(certain).compute()[0] == pytest.approx(5, rel=1e-6)
+    assert InceptionScore(5).update(torch.zeros(30, 5)).compute()[0] == pytest.approx(1)
+
+
+def test_statistics_round_trip(tmp_path):
+    gaussian = Moments(4).update(torch.randn(20, 4)).gaussian
+    save_statistics(tmp_path / "ref.npz", gaussian, features="pixels", image_size=(2, 2), num_images=20)
+    loaded = load_statistics(tmp_path / "ref.npz", "pixels", 4, (2, 2))
+    assert all(torch.equal(a, b) for a, b in zip(loaded, gaussian)) and loaded.hash == gaussian.hash
+    assert is_statistics(tmp_path / "ref.npz")
+    np.savez(tmp_path / "adm.npz", mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy().astype(np.float32))
+    assert load_statistics(tmp_path / "adm.npz", "inception", 4, (2, 2)).covariance.dtype == torch.float64
+
+
+def test_statistics_that_do_not_fit(tmp_path):
+    path, gaussian = tmp_path / "ref.npz", Moments(4).update(torch.randn(20, 4)).gaussian
+    save_statistics(path, gaussian, features="pixels", image_size=(2, 2))
+    for features, width, size, message in (
+        ("inception", 2048, (2, 2), r"holds statistics of 4 features of 'pixels', expected 2048 of 'inception'"),
+        ("pixels", 4, (8, 8), r"holds statistics of images of size \(2, 2\), expected \(8, 8\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_statistics(path, features, width, size)
+    np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 4)))
+    with pytest.raises(InputError, match=r"must hold mu \(D,\) and sigma \(D, D\), got \(3,\) and \(3, 4\)"):
+        load_statistics(path, "pixels", 3, (1, 1))
+    for content in (b"", b"garbage"):
+        path.write_bytes(content)
+        assert is_statistics(path)
+        with pytest.raises(InputError, match=r"does not hold statistics \(mu, sigma\)"):
+            load_statistics(path, "pixels", 3, (1, 1))
+    np.savez(path, mu=np.array([{}], dtype=object), sigma=np.zeros((1, 1)))
+    with pytest.raises(InputError, match=r"does not hold statistics \(mu, sigma\)"):
+        load_statistics(path, "pixels", 1, (1, 1))

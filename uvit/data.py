@@ -22,6 +22,7 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 HELD_OUT_SHARE = 0.2
 HELD_OUT_SEED = 0
 PHOTO_NAMES = ("temple", "flower")
+PHOTO_SHAPE = (3, 32, 32)
 NUM_PHOTO_CROPS = 5_000
 MIN_IMAGES = 2
 
@@ -74,6 +75,11 @@ class ImageData(Protocol):
     """A data set that is read in batches."""
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, or (C, h, w) of its latents."""
+        ...
+
+    @property
     def class_names(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
@@ -98,8 +104,8 @@ def read_all(data: ImageData) -> Batch:
 class Wanted:
     """What is read of a data set."""
 
-    shape: tuple[int, int, int]
-    """(C, H, W) that images get; C is 1 for grey, 3 for RGB."""
+    shape: tuple[int, int, int] | None
+    """(C, H, W) that images get; C is 1 for grey, 3 for RGB. None is that of the first image."""
     labels: bool | None
     """Whether labels are read; None is where the data has them."""
     captions: bool | None
@@ -113,6 +119,7 @@ class Digits:
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...] = DIGIT_NAMES
+    shape: tuple[int, int, int] = (1, 8, 8)
 
     @classmethod
     def load(cls, train: bool) -> Digits:
@@ -147,22 +154,22 @@ class Photos:
     """(H, W, 3) uint8 each."""
     corners: np.ndarray
     """(N, 2) row and column of a crop's upper left."""
-    shape: tuple[int, int]
+    shape: tuple[int, int, int]
     class_names: tuple[str, ...] = PHOTO_NAMES
 
     @classmethod
-    def load(cls, shape: tuple[int, int], train: bool) -> Photos:
+    def load(cls, shape: tuple[int, int, int], train: bool) -> Photos:
         from sklearn.datasets import load_sample_images
 
         photos = load_sample_images().images
         border = round(photos[0].shape[1] * (1 - HELD_OUT_SHARE))
         photos = [photo[:, :border] if train else photo[:, border:] for photo in photos]
         count = round(NUM_PHOTO_CROPS * (1 - HELD_OUT_SHARE if train else HELD_OUT_SHARE))
-        room = [whole - wanted for whole, wanted in zip(photos[0].shape, shape)]
+        room = [whole - wanted for whole, wanted in zip(photos[0].shape, shape[1:])]
         if min(room) < 0:
             part, (height, width) = "training" if train else "held-out", photos[0].shape[:2]
             raise InputError(
-                f"the {part} part of photos is {height}x{width}, got a model for {shape[0]}x{shape[1]} images"
+                f"the {part} part of photos is {height}x{width}, got a model for {shape[1]}x{shape[2]} images"
             )
         corners = np.random.default_rng(HELD_OUT_SEED).integers(room, size=(count, 2), endpoint=True)
         return cls(photos, corners, shape)
@@ -172,12 +179,49 @@ class Photos:
 
     def read(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
         labels = np.asarray(indices) % len(self.photos)
-        images = np.empty((len(labels), 3, *self.shape), np.uint8)
+        images = np.empty((len(labels), *self.shape), np.uint8)
         for number, (label, (top, left)) in enumerate(zip(labels, self.corners[list(indices)])):
-            crop = self.photos[label][top : top + self.shape[0], left : left + self.shape[1]]
+            crop = self.photos[label][top : top + self.shape[1], left : left + self.shape[2]]
             images[number] = rearrange(crop, "H W C -> C H W")
         captions = [(f"a photograph of a {self.class_names[label]}",) for label in labels]
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), captions)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images and labels of an .npz, as ADM's evaluator reads them: arr_0 (N, H, W, C) uint8, arr_1 (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def load(cls, path: Path, shape: tuple[int, int, int] | None) -> Arrays:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                images = arrays["arr_0"]
+                labels = arrays["arr_1"] if "arr_1" in arrays else np.zeros(0)
+        except Exception as error:  # a broken archive raises anything
+            raise InputError(f"cannot read images (arr_0) of {path}: {' '.join(str(error).split()):.100}") from None
+        if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8 or len(images) < MIN_IMAGES:
+            found = f"{images.shape} {images.dtype}"
+            raise InputError(f"arr_0 of {path} must be uint8 images (N, H, W, 1 or 3), two or more, got {found}")
+        found_shape = (images.shape[3], *images.shape[1:3])
+        if shape not in (None, found_shape):
+            raise InputError(f"images of {path} are {found_shape}, expected {shape}")
+        labelled = labels.shape == (len(images),) and labels.dtype.kind in "iu" and labels.min() >= 0
+        if not labelled:
+            return cls(images, np.zeros(len(images), np.int64), (), found_shape)
+        return cls(images, labels.astype(np.int64), tuple(map(str, range(labels.max() + 1))), found_shape)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
+        chosen = list(indices)
+        images = rearrange(torch.from_numpy(self.images[chosen]), "B H W C -> B C H W")
+        return Batch(images, torch.from_numpy(self.labels[chosen]), [])
 
 
 @dataclass(frozen=True)
@@ -244,15 +288,17 @@ def load_images(config: DataConfig, wanted: Wanted, train: bool = True) -> Image
         InputError: data that cannot be found or read, or that lacks what is wanted.
     """
     channels = {"digits": (1,), "photos": (3,)}.get(config.name, (1, 3))
-    if wanted.shape[0] not in channels:
+    if wanted.shape is not None and wanted.shape[0] not in channels:
         grey_or_rgb = " or ".join({1: "1 (grey)", 3: "3 (RGB)"}[each] for each in channels)
         raise InputError(f"data {config.name!r} can have {grey_or_rgb} channels, got {wanted.shape[0]}")
     if config.name == "digits":
-        if wanted.shape != (1, 8, 8):
-            raise InputError(f"digits are 1x8x8 images, got a model for {'x'.join(map(str, wanted.shape))}")
+        if wanted.shape not in (None, Digits.shape):
+            raise InputError(f"digits are 1x8x8 images, got a model for {'x'.join(map(str, wanted.shape or ()))}")
         return Digits.load(train)
     if config.name == "photos":
-        return Photos.load(wanted.shape[1:], train)
+        return Photos.load(wanted.shape or PHOTO_SHAPE, train)
+    if Path(config.name).suffix == ".npz":
+        return Arrays.load(Path(config.name), wanted.shape)
     return _load_hub(config, wanted, config.train_split if train else config.test_split)
 
 
@@ -307,7 +353,14 @@ def _load_hub(config: DataConfig, wanted: Wanted, split: str) -> HubData:
     class_names = () if label_column is None else tuple(rows.features[label_column].names)
     read = [name for name in (image_column, label_column, caption_column) if name is not None]
     rows = rows.select_columns(read).cast_column(image_column, datasets.Image(decode=False))  # decoded by open_image
-    return HubData(rows, wanted.shape, config, image_column, label_column, caption_column, class_names)
+    shape = wanted.shape
+    if shape is None:
+        try:
+            first = open_image(rows[0][image_column], 3)
+        except Exception as error:  # as in HubData
+            raise InputError(f"image 0 of data {config.name!r} cannot be read: {error}") from None
+        shape = (3, first.height, first.width)
+    return HubData(rows, shape, config, image_column, label_column, caption_column, class_names)
 
 
 def _is_text(kind: Any) -> bool:

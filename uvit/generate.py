@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -200,7 +200,7 @@ def _batch_conditions(
     return {}, None
 
 
-def generate(
+def generate_batches(
     model: UViT,
     config: Config,
     conditions: Sequence[Condition],
@@ -208,11 +208,12 @@ def generate(
     batch_size: int,
     encoders: Encoders = NO_ENCODERS,
     on_evaluation: Callable[[int], object] | None = None,
-) -> Tensor:
-    """Draws one image for each condition.
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Tensor]:
+    """Draws one image for each condition, a batch at a time.
 
-    The k-th image of a condition depends on (seed, condition, k) alone: not on the batch size, the device or the other
-    conditions.
+    The k-th image of a condition depends on (seed, condition, k) alone: not on the batch size, the device, the other
+    conditions or the number of processes.
 
     Args:
         model: the network, in eval mode.
@@ -222,27 +223,32 @@ def generate(
         batch_size: images at a time.
         encoders: the run's text encoder, where the model takes a context, and its autoencoder, where it draws latents.
         on_evaluation: called with the number of images after each evaluation of the network, for a progress bar.
+        share: (process, processes); each draws every so manyth image.
 
-    Returns:
-        (N, C, H, W) uint8 on the CPU.
+    Yields:
+        (B, C, H, W) uint8 on the device of the model.
     """
     device = next(model.parameters()).device
     shape = (config.model.in_chans, *config.model.image_shape)
     drawn: dict[Condition, int] = {}
-    keys = []
+    items = []
     for condition in conditions:
         number = zlib.crc32(condition.encode()) if isinstance(condition, str) else condition or 0
-        keys.append((seed, number, drawn.setdefault(condition, 0)))
+        items.append(((seed, number, drawn.setdefault(condition, 0)), condition))
         drawn[condition] += 1
 
-    images = []
-    for start in range(0, len(keys), batch_size):
-        part = keys[start : start + batch_size]
-        cond, uncond = _batch_conditions(conditions[start : start + batch_size], config.model, encoders, device)
+    mine = items[share[0] :: share[1]]
+    for start in range(0, len(mine), batch_size):
+        keys, part = zip(*mine[start : start + batch_size])
+        cond, uncond = _batch_conditions(part, config.model, encoders, device)
         tick = None if on_evaluation is None else functools.partial(on_evaluation, len(part))
-        x = sample(model, config.process, config.sample, ImageNoise(part, shape, device), cond, uncond, tick)
-        images.append(to_uint8(x if encoders.image is None else encoders.image.decode(x)).cpu())
-    return torch.cat(images)
+        x = sample(model, config.process, config.sample, ImageNoise(keys, shape, device), cond, uncond, tick)
+        yield to_uint8(x if encoders.image is None else encoders.image.decode(x))
+
+
+def generate(*arguments: Any, **named: Any) -> Tensor:
+    """Draws images as generate_batches does, and returns them all: (N, C, H, W) uint8 on the CPU."""
+    return torch.cat([images.cpu() for images in generate_batches(*arguments, **named)])
 
 
 def set_threads(config: Config) -> None:

@@ -153,6 +153,10 @@ class LatentData:
     empty_context: Tensor | None
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.manifest.latent_shape
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         return self.manifest.class_names
 

@@ -7,7 +7,7 @@ so a resumed run sees the data that an uninterrupted one would, whatever the num
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +92,7 @@ class StepSampler:
 
 
 class _Batches(Dataset[Batch]):
-    """Whole batches as the items of a DataLoader."""
+    """Whole batches, by what a process draws."""
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
@@ -107,6 +107,21 @@ class _Batches(Dataset[Batch]):
                 return batch._replace(captions=captions)
             batch = batch + self.data.read(rng.integers(len(self.data), size=missing).tolist(), rng)
         raise InputError(f"too many broken images, {len(batch.skipped)} for one batch, the last: {batch.skipped[-1]}")
+
+
+class _Parts(Dataset[Batch]):
+    """Runs of a data set's items, by their indices."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+
+    def __getitem__(self, part: range) -> Batch:
+        return self.data.read(part, np.random.default_rng(0))
+
+
+def read_in_parts(data: ImageData, parts: Sequence[range], num_workers: int) -> Iterator[Batch]:
+    """Reads parts of a data set once, in their order; nothing stands in for items left out."""
+    return iter(DataLoader(_Parts(data), sampler=parts, batch_size=None, num_workers=num_workers))
 
 
 def check_batch(config: TrainConfig, world_size: int) -> int:

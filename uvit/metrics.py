@@ -1,43 +1,87 @@
-"""Distances between sets of images."""
+"""Distances between sets of images, from features that are gathered batch by batch.
+
+What is kept does not grow with the number of images. Each process gathers its own part; `reduce` puts them together.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
+from accelerate.utils import gather, reduce
 from torch import Tensor
+
+from uvit.errors import InputError
+
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+KID_SAMPLES = 10_000
+"""Features kept for the kernel distance, at most."""
+SCORE_SPLITS = 10
+
+
+class Gaussian(NamedTuple):
+    """What the Fréchet distance sees of a set of images."""
+
+    mean: Tensor
+    """(num_features,) in float64, on the CPU."""
+    covariance: Tensor
+    """(num_features, num_features) in float64, unbiased, on the CPU."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the figures, its first 16 letters."""
+        return hashlib.sha256(self.mean.numpy().tobytes() + self.covariance.numpy().tobytes()).hexdigest()[:16]
 
 
 class Moments:
-    """Mean and covariance of features, gathered batch by batch in float64.
+    """Mean and covariance of features, gathered in float64.
 
     Args:
         num_features: length of a feature vector.
+        device: where to gather; one that knows float64.
     """
 
-    def __init__(self, num_features: int) -> None:
-        self.count = 0
-        self._sum = torch.zeros(num_features, dtype=torch.float64)
-        self._outer = torch.zeros(num_features, num_features, dtype=torch.float64)
+    def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
+        self._count = torch.zeros(1, dtype=torch.float64, device=device)
+        self._sum = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self._outer = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
 
     def update(self, features: Tensor) -> Moments:
         """Adds (B, num_features) features of any dtype; returns itself."""
-        features = features.detach().to("cpu", torch.float64)
-        self.count += len(features)
+        features = features.detach().to(self._sum)
+        self._count += len(features)
         self._sum += features.sum(dim=0)
         self._outer += features.T @ features
         return self
 
-    @property
-    def mean(self) -> Tensor:
-        """(num_features,)."""
-        return self._sum / self.count
+    def reduce(self) -> Moments:
+        """Adds up all processes; returns itself."""
+        self._count, self._sum, self._outer = (reduce(part, "sum") for part in (self._count, self._sum, self._outer))
+        return self
 
     @property
-    def covariance(self) -> Tensor:
-        """(num_features, num_features), unbiased."""
-        return (self._outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+    def count(self) -> int:
+        """Features so far."""
+        return int(self._count.item())
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance.
+
+        Raises:
+            InputError: fewer than two images.
+        """
+        if self.count < 2:
+            raise InputError(f"a distance needs 2 images or more, got {self.count}")
+        mean = self._sum / self._count
+        covariance = (self._outer - self._count * torch.outer(mean, mean)) / (self._count - 1)
+        return Gaussian(mean.cpu(), covariance.cpu())
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet distance of two Gaussians, |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½) (arXiv 1706.08500).
 
     The root's trace is that of the symmetric (Σ_a^½ Σ_b Σ_a^½)^½, whose eigenvalues are real.
@@ -47,3 +91,133 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(distance.item(), 0.0)
+
+
+def save_statistics(path: Path, gaussian: Gaussian, **facts: Any) -> None:
+    """Writes an .npz with `mu` and `sigma` as pytorch-fid and ADM publish them, and how they were made."""
+    np.savez(path, mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy(), **facts)
+
+
+def is_statistics(path: Path) -> bool:
+    """Tells whether a file is an .npz that does not hold images."""
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return "arr_0" not in arrays
+    except Exception:  # a broken archive raises anything; who reads it will say so
+        return True
+
+
+def load_statistics(path: Path, features: str, num_features: int, image_size: tuple[int, int]) -> Gaussian:
+    """Reads `mu` and `sigma`; statistics of others do not tell of what features and size of images they are.
+
+    Args:
+        path: an .npz file.
+        features: name of the features that they are to be compared with.
+        num_features: their length.
+        image_size: (height, width) of the images that they are to be compared with.
+
+    Raises:
+        InputError: not such a file, or statistics of other features, with both values.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
+            made_of = str(arrays["features"]) if "features" in arrays else features
+            size = tuple(map(int, arrays["image_size"])) if "image_size" in arrays else image_size
+    except Exception as error:  # a broken archive raises anything
+        raise InputError(
+            f"{path} does not hold statistics (mu, sigma): {type(error).__name__}: {error!s:.100}"
+        ) from None
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
+        raise InputError(f"{path} must hold mu (D,) and sigma (D, D), got {shapes}")
+    if (len(mean), made_of) != (num_features, features):
+        expected = f"expected {num_features} of {features!r}"
+        raise InputError(f"{path} holds statistics of {len(mean)} features of {made_of!r}, {expected}")
+    if size != image_size:
+        raise InputError(f"{path} holds statistics of images of size {size}, expected {image_size}")
+    return Gaussian(mean, covariance)
+
+
+class FeatureSample:
+    """A random sample of features for the kernel distance: every image has the same chance to be in it.
+
+    Args:
+        capacity: features kept, on all processes together.
+        num_processes: how many gather.
+        seed: seed of the sample.
+    """
+
+    def __init__(self, capacity: int = KID_SAMPLES, num_processes: int = 1, seed: int = 0) -> None:
+        self.capacity = capacity // num_processes
+        self._rng = np.random.default_rng(seed)
+        self._keys = torch.empty(0, dtype=torch.float64)
+        self._features: Tensor | None = None
+
+    def update(self, features: Tensor) -> FeatureSample:
+        """Adds (B, num_features) features; returns itself."""
+        features = features.detach().float().cpu()
+        keys = torch.from_numpy(self._rng.random(len(features)))
+        if self._features is not None:
+            keys, features = torch.cat([self._keys, keys]), torch.cat([self._features, features])
+        kept = keys.argsort()[: self.capacity]  # those with the smallest of random keys
+        self._keys, self._features = keys[kept], features[kept]
+        return self
+
+    def gather(self, device: torch.device) -> Tensor:
+        """Returns (N, num_features) of all processes, each with as many."""
+        if self._features is None:
+            raise InputError("a distance needs images, got none")
+        fewest = int(gather(torch.tensor([len(self._keys)], device=device)).min())
+        return gather(self._features[:fewest].to(device)).cpu()
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Kernel Inception distance (arXiv 1801.01401): mean and deviation over subsets.
+
+    Args:
+        a: (N, num_features).
+        b: (M, num_features).
+    """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    size = min(KID_SUBSET_SIZE, len(a), len(b))
+    found = kid_features_to_metric(a, b, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
+    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+
+
+class InceptionScore:
+    """exp E[KL(p(y | x) ‖ p(y))] (arXiv 1606.03498), over ten splits.
+
+    Args:
+        num_classes: classes of the classifier.
+        device: where to gather; one that knows float64.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self._counts = torch.zeros(SCORE_SPLITS, 1, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(SCORE_SPLITS, num_classes, dtype=torch.float64, device=device)
+        self._negentropies = torch.zeros(SCORE_SPLITS, 1, dtype=torch.float64, device=device)
+        self._seen = 0
+
+    def update(self, logits: Tensor) -> InceptionScore:
+        """Adds (B, num_classes) logits, dealt out to the splits in turn; returns itself."""
+        logits = logits.detach().to(self._sums)
+        p = logits.softmax(dim=1)
+        splits = (torch.arange(len(logits), device=p.device) + self._seen) % SCORE_SPLITS
+        self._counts.index_add_(0, splits, torch.ones_like(p[:, :1]))
+        self._sums.index_add_(0, splits, p)
+        self._negentropies.index_add_(0, splits, (p * logits.log_softmax(dim=1)).sum(dim=1, keepdim=True))
+        self._seen += len(logits)
+        return self
+
+    def compute(self) -> tuple[float, float]:
+        """Adds up all processes; returns mean and deviation over the splits."""
+        counts, sums, negentropies = (reduce(part, "sum") for part in (self._counts, self._sums, self._negentropies))
+        filled = counts[:, 0] > 0
+        marginal = (sums / counts)[filled]
+        cross = torch.special.xlogy(marginal, marginal).sum(dim=1)
+        scores = ((negentropies / counts)[filled, 0] - cross).exp()
+        return scores.mean().item(), scores.std(unbiased=False).item()

@@ -27,6 +27,7 @@ SKIPPED = {
     "benchmarks/": "takes long: its figures are measured by hand and committed",
     "torchrun": "the tests run it",
     "nnet_ema.pth": "needs a published file; the tests make one",
+    "imagenet": "needs a download; the tests encode and train on photos",
 }
 
 

@@ -125,6 +125,13 @@ def test_statistics_round_trip(tmp_path):
     assert load_statistics(tmp_path / "adm.npz", "inception", 4, (2, 2)).covariance.dtype == torch.float64
 
 
+def test_what_an_npz_holds(tmp_path):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
+    np.savez(tmp_path / "both.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), mu=np.zeros(3), sigma=np.eye(3))
+    assert not is_statistics(tmp_path / "images.npz") and is_statistics(tmp_path / "both.npz")
+    assert not is_statistics(tmp_path) and not is_statistics(tmp_path / "nowhere.npz")
+
+
 def test_statistics_that_do_not_fit(tmp_path):
     path, gaussian = tmp_path / "ref.npz", Moments(4).update(torch.randn(20, 4)).gaussian
     save_statistics(path, gaussian, features="pixels", image_size=(2, 2))

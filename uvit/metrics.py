@@ -99,12 +99,12 @@ def save_statistics(path: Path, gaussian: Gaussian, **facts: Any) -> None:
 
 
 def is_statistics(path: Path) -> bool:
-    """Tells whether a file is an .npz that does not hold images."""
+    """Tells whether a file is an .npz of statistics (some of ADM's hold images besides), or a broken one."""
     if path.suffix != ".npz" or not path.is_file():
         return False
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return "arr_0" not in arrays
+            return "mu" in arrays or "arr_0" not in arrays
     except Exception:  # a broken archive raises anything; who reads it will say so
         return True
 

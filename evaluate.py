@@ -56,8 +56,6 @@ class Arguments(DrawArguments):
     """Images to draw."""
     label_mode: Literal["balanced", "random"] = "balanced"
     """As many images of each label, or labels drawn at random."""
-    guidance: float = 1.0
-    """w in w * cond + (1 - w) * uncond; 1 is none."""
     features: str = "auto"
     """What is compared: `pixels`, `inception` (FID, KID, Inception score) or `timm:MODEL`; `auto` is pixels of small
     images and inception of others."""
@@ -204,7 +202,7 @@ def measure(given: Arguments, state: PartialState) -> tuple[dict[str, Any], dict
         shown = load_images(DataConfig(name=given.images), Wanted(None, labels=None, captions=False))
         shape = shown.shape
     else:
-        config, model, encoders = given.load(given.guidance)
+        config, model, encoders = given.load(default_guidance=1.0)
         shape = image_shape(config, encoders)
     small = math.prod(shape) <= MAX_PIXELS
     features = {"auto": PIXELS if small else INCEPTION}.get(given.features, given.features)

@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from uvit.cli import parse, run
-from uvit.errors import InputError
 from uvit.files import write_aside
 from uvit.generate import Condition, DrawArguments, condition_names, describe_guidance, find_conditions, generate
 from uvit.grid import image_grid
@@ -29,10 +28,6 @@ class Arguments(DrawArguments):
     """Prompts for a text model, a row of the grid for each; those of its training grids where none is given."""
     num_per_class: int = 8
     """Images of each class or prompt; for a model without either, images in all."""
-    guidance: float | None = None
-    """w in w * cond + (1 - w) * uncond, 1 is none; the run's own where not given."""
-    paper_scale: float | None = None
-    """The paper's s in cond + s * (cond - uncond), instead of --guidance: w = 1 + s."""
     output: str = "grid.png"
     """A picture (.png, .jpg), or the images and labels themselves (.npz)."""
 
@@ -40,8 +35,6 @@ class Arguments(DrawArguments):
         super().__post_init__()
         self._require("num_per_class", self.num_per_class >= 1, "at least 1")
         self._require("output", Path(self.output).suffix.lower() in SUFFIXES, "a path ending in .png, .jpg or .npz")
-        if self.guidance is not None and self.paper_scale is not None:
-            raise InputError(f"give --guidance or --paper_scale, got both: {self.guidance:g} and {self.paper_scale:g}")
 
 
 def write_npz(path: Path, images: torch.Tensor, conditions: Sequence[Condition] | None) -> None:
@@ -54,14 +47,16 @@ def main(arguments: Sequence[str]) -> None:
     """Draws the images and writes them."""
     given = parse(Arguments, arguments, "sample.py", __doc__ or "")
     output = Path(given.output)
-    config, model, encoders = given.load(given.guidance if given.paper_scale is None else 1 + given.paper_scale)
+    config, model, encoders = given.load()
     rows = find_conditions(config, given.classes, given.prompt)
     conditions = [row for row in rows for _ in range(given.num_per_class)]
+
+    evaluations = len(conditions) * num_evaluations(config.process, config.sample)
 
     # The output is opened first: a path that cannot be written is found before the work, not after it.
     with (
         write_aside(output) as aside,
-        tqdm(total=len(conditions) * num_evaluations(config.process, config.sample), unit="eval") as progress,
+        tqdm(total=evaluations, unit="eval") as progress,
     ):
         images = generate(model, config, conditions, given.seed, given.batch_size, encoders, progress.update)
         if output.suffix.lower() == ".npz":

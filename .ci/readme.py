@@ -18,7 +18,7 @@ SHORTENED = [
         r"python \1 --data.text_encoder runs/clip --model.num_context_tokens 24 --model.context_dim 32 "
         "--train.num_steps 20",
     ),
-    (r"(evaluate\.py .*)$", r"\1 --num_images 20"),
+    (r"(evaluate\.py --checkpoint .*)$", r"\1 --num_images 20"),
 ]
 # What is not run here, and why.
 SKIPPED = {

@@ -24,6 +24,8 @@ from uvit.checkpoint import STATE_FILE, checkpoint_dirs
 from uvit.cli import parse, run
 from uvit.config import CONFIG_FILE, load_config
 from uvit.data import read_all
+from uvit.errors import InputError
+from uvit.files import make_directory
 from uvit.generate import find_conditions, generate
 from uvit.images import to_unit_range
 from uvit.loader import load_data
@@ -55,6 +57,8 @@ class Arguments:
     """Steps of each run."""
     measure_every: int = 250
     """Steps between measurements."""
+    output: str = str(RESULTS)
+    """Folder for the table and the picture."""
     jobs: int = 1
     """Runs at the same time, one CPU thread each."""
 
@@ -103,7 +107,9 @@ def train_and_measure(given: Arguments, choice: str, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         flags = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
         command = [sys.executable, "train.py", given.config, "--train.run_dir", folder, *flags]
-        subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise InputError(f"{option} {choice}, seed {seed}: {done.stderr.splitlines()[-1].removeprefix('error: ')}")
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         found = distances(Path(folder), load_config(Path(folder, CONFIG_FILE)))
     print(f"{choice}, seed {seed}: {found}", flush=True)
@@ -138,12 +144,13 @@ def main(arguments: Sequence[str]) -> None:
     wanted = [(choice, seed) for seed in given.seeds for choice in STUDIES[given.study][1]]
     with ThreadPoolExecutor(given.jobs) as pool:
         runs = list(pool.map(lambda pair: train_and_measure(given, *pair), wanted))
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    results = Path(given.output)
+    make_directory(results)
     name = "_".join(["ablation", *([] if data_name(given) == "digits" else [data_name(given)]), given.study])
     protocol = f"{given.config}, {given.num_steps} steps, {NUM_IMAGES} images, unguided, against the held-out fifth"
     table = {"protocol": protocol, "torch": torch.__version__, "runs": runs}
-    (RESULTS / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n")
-    draw(given, runs, RESULTS / f"{name}.png")
+    (results / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n")
+    draw(given, runs, results / f"{name}.png")
 
     print(f"{protocol}\n\n| {STUDIES[given.study][0]} | Fréchet / real | loss |\n|---|---|---|")
     for choice in STUDIES[given.study][1]:

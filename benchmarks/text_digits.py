@@ -86,6 +86,7 @@ def main(arguments: list[str]) -> None:
     runs = [train_and_measure(folder, seed) for seed in given.seeds]
     encoder = f"random CLIP text model, 2 layers, {NUM_TOKENS} tokens of width {WIDTH}, letters for tokens"
     protocol = "configs/digits_text.py; evaluate.py: 2,000 unguided images, 200 a caption"
+    make_directory(RESULT.parent)
     RESULT.write_text(json.dumps({"encoder": encoder, "protocol": protocol, "runs": runs}, indent=2) + "\n")
     for entry in runs:
         print(

@@ -14,7 +14,7 @@ config = Config(
         conv="none",
     ),
     process=LDM_NOISE,
-    data=DataConfig(name="data/imagenet256_latents", num_workers=8, autoencoder=SD_AUTOENCODER_EMA),
+    data=DataConfig(name="data/imagenet256_latents", flip=True, num_workers=8, autoencoder=SD_AUTOENCODER_EMA),
     optim=ADAMW,
     train=TrainConfig(num_steps=500_000, batch_size=1024, label_dropout=0.1),
     sample=SampleConfig(sampler="dpmpp_fast", num_steps=50, t_end=1e-3, guidance=1.4),

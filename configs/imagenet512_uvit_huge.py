@@ -1,21 +1,14 @@
 """ImageNet 512x512 in latents, class-conditional, U-ViT-H/4: the published run (FID 4.05, guided)."""
 
-from uvit.config import Config, DataConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import ADAMW, IMAGENET_CLASSES, LDM_NOISE, SD_AUTOENCODER_EMA, SIZES
+from dataclasses import replace
+from pathlib import Path
 
-config = Config(
-    model=UViTConfig(
-        **SIZES["huge"],
-        img_size=64,
-        patch_size=4,
-        in_chans=4,
-        num_classes=IMAGENET_CLASSES,
-        null_class=True,
-        conv="none",
-    ),
-    process=LDM_NOISE,
-    data=DataConfig(name="data/imagenet512_latents", num_workers=8, autoencoder=SD_AUTOENCODER_EMA),
-    optim=ADAMW,
-    train=TrainConfig(num_steps=500_000, batch_size=1024, label_dropout=0.1),
-    sample=SampleConfig(sampler="dpmpp_fast", num_steps=50, t_end=1e-3, guidance=1.7),
+from uvit.config import load_config
+
+base = load_config(Path(__file__).with_name("imagenet256_uvit_huge.py"))
+config = replace(
+    base,
+    model=replace(base.model, img_size=64, patch_size=4),
+    data=replace(base.data, name="data/imagenet512_latents"),
+    sample=replace(base.sample, guidance=1.7),
 )

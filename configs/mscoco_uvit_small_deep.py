@@ -1,15 +1,10 @@
 """MS-COCO 256x256 in latents, text to image, U-ViT-S/2 deep: the published run (FID 5.48, guided)."""
 
 from dataclasses import replace
+from pathlib import Path
 
-from uvit.config import Config, DataConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import ADAMW, CLIP_CONTEXT, LDM_NOISE, SD_AUTOENCODER, SIZES
+from uvit.config import load_config
+from uvit.published import SIZES
 
-config = Config(
-    model=UViTConfig(**SIZES["small_deep"], img_size=32, patch_size=2, in_chans=4, **CLIP_CONTEXT),
-    process=LDM_NOISE,
-    data=DataConfig(name="data/mscoco256_latents", num_workers=8, autoencoder=SD_AUTOENCODER, scale_factor=0.23010),
-    optim=replace(ADAMW, betas=(0.9, 0.9)),
-    train=TrainConfig(num_steps=1_000_000, batch_size=256, label_dropout=0.1),
-    sample=SampleConfig(sampler="dpmpp_fast", num_steps=50, t_end=1e-3, guidance=2.0),
-)
+base = load_config(Path(__file__).with_name("mscoco_uvit_small.py"))
+config = replace(base, model=replace(base.model, **SIZES["small_deep"]))

@@ -74,8 +74,16 @@ def test_captions(tmp_path):
     assert data.read([1, 0], RNG).captions == [["a dog"], ["a cat"]]
     data = load_data(save_captions(tmp_path / "some", [["a", "b", "c"], ["d"]]), TEXT)
     assert data.read([0, 1], RNG).captions == [["a", "b", "c"], ["d"]]
-    first = load_data(DataConfig(name=str(tmp_path / "one")), TEXT)  # unnamed, the first column of text
-    assert first.read([0], RNG).captions == [["x"]]
+    usual = load_data(DataConfig(name=str(tmp_path / "one")), TEXT)  # unnamed, the one with a usual name
+    assert usual.read([0], RNG).captions == [["a cat"]]
+
+
+def test_captions_beside_a_folders_images(tmp_path):
+    """The library reads a metadata.csv as large strings."""
+    for name in ("0.png", "1.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a cat\n1.png,a dog\n")
+    assert load_data(DataConfig(name=str(tmp_path)), TEXT).read([0, 1], RNG).captions == [["a cat"], ["a dog"]]
 
 
 def test_bad_captions(tmp_path):
@@ -83,6 +91,9 @@ def test_bad_captions(tmp_path):
     for index, found in ((1, "None"), (2, r"\[\]"), (3, r"\['a', None\]")):
         with pytest.raises(InputError, match=f"image {index} of the data must have a caption, got {found}"):
             load_data(config, TEXT).read([0, index], RNG)
+    several = save_captions(tmp_path / "several", ["a"] * 3, caption=["b"] * 3).name
+    with pytest.raises(InputError, match=r"has several columns of captions, text, caption: name one by caption_column"):
+        load_data(DataConfig(name=several), TEXT)
     with pytest.raises(InputError, match="must have a column 'img' of captions, got columns img, file, text"):
         load_data(DataConfig(name=config.name, caption_column="img"), TEXT)
     save_folder(tmp_path / "photos")

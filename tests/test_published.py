@@ -10,6 +10,7 @@ from golden import FACTS
 
 from uvit import UViT
 from uvit.config import load_config
+from uvit.published import SD_AUTOENCODER, SD_AUTOENCODER_EMA
 from uvit.samplers import num_evaluations
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -39,6 +40,27 @@ def test_recipes_are_the_papers(name):
     assert (optim.name, optim.weight_decay, optim.decay, optim.grad_clip) == ("adamw", 0.03, "constant", 0)
     assert (train.ema_decay, config.process.prediction) == (0.9999, "noise")
     assert (config.process.time_distribution, config.process.weighting) == ("uniform", "none")
+
+
+# flips, autoencoder, scale factor
+DATA = {
+    "cifar10": (True, None, 0.18215),
+    "celeba64": (True, None, 0.18215),
+    "imagenet64": (True, None, 0.18215),
+    "imagenet256_uvit_large": (True, SD_AUTOENCODER, 0.18215),
+    "imagenet256_uvit_huge": (True, SD_AUTOENCODER_EMA, 0.18215),
+    "imagenet512_uvit_large": (True, SD_AUTOENCODER, 0.18215),
+    "imagenet512_uvit_huge": (True, SD_AUTOENCODER_EMA, 0.18215),
+    "mscoco": (False, SD_AUTOENCODER, 0.2301),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_data_are_the_papers(name):
+    (expected,) = [row for start, row in DATA.items() if name.startswith(start)]
+    data = load_config(CONFIGS / f"{name}.py").data
+    assert (data.flip, data.autoencoder, data.scale_factor) == expected
+    assert data.text_encoder == "openai/clip-vit-large-patch14"
 
 
 @pytest.mark.parametrize("name", TABLE)

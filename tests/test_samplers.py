@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -91,6 +93,53 @@ def test_fast_solvers_have_order_three(name, solver):
         found.append((reached - exact_solution(schedule, x, times[0], times[-1])).abs().max().item())
     # Over three doublings: ldm's log α has kinks at its steps, which makes a single doubling uneven.
     assert 2.5 < math.log2(found[0] / found[1]) / 3 < 3.3
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([0.1, 0.5, 0.9], "times must decrease within [0, 1], got 0.1 and then 0.5"),
+        ([1.0, 0.5, 0.7, 0.1], "got 0.5 and then 0.7"),
+        ([0.5, 0.5, 0.1], "got 0.5 and then 0.5"),
+        ([1.5, 0.5], "got 1.5 and then 0.5"),
+        ([0.5, -0.1], "got 0.5 and then -0.1"),
+        ([], "a grid must have 2 times or more, got 0"),
+    ],
+)
+def test_times_that_do_not_decrease(solver, times, message):
+    schedule = SCHEDULES["vp"]
+    with pytest.raises(InputError, match=re.escape(message)):
+        SOLVERS[solver](gaussian_denoiser(schedule), torch.zeros(3), schedule, times, lambda: torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arguments", "message"),
+    [
+        ("vp", {"spacing": "log_snr", "t_start": 5e-4}, "times must decrease"),
+        ("ldm", {"spacing": "log_snr", "t_start": 1e-3}, "times must decrease"),
+        ("flow", {"spacing": "log_snr", "t_end": 0.9995}, "times must decrease"),
+        ("ldm", {"shift": 0.0}, "shift must be above 0, got 0.0"),
+        ("ldm", {"spacing": "bogus"}, "spacing must be one of ('uniform', 'log_snr'), got 'bogus'"),
+    ],
+)
+def test_grids_that_cannot_be_made(schedule, arguments, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        time_grid(SCHEDULES[schedule], 3, **arguments)
+
+
+def test_grids_of_the_fast_solvers():
+    """DPM-Solver-fast spaces whole steps, their inner times in log-SNR; DPM-Solver++ takes one grid of all times."""
+    schedule = SCHEDULES["vp"]
+    for spacing in ("uniform", "log_snr"):
+        config = SampleConfig(sampler="dpmpp_fast", num_steps=7, spacing=spacing, t_end=1e-3)
+        assert sampling_times(ProcessConfig(schedule="vp"), config) == time_grid(schedule, 7, spacing, t_end=1e-3)
+        config = SampleConfig(sampler="dpm_solver_fast", num_steps=7, spacing=spacing, t_end=1e-3)
+        times = sampling_times(ProcessConfig(schedule="vp"), config)
+        assert [times[i] for i in (0, 3, 6, 7)] == pytest.approx(time_grid(schedule, 3, spacing, t_end=1e-3))
+        log_snr = [math.log(alpha / sigma) for alpha, sigma in map(schedule.at, times)]
+        steps = [after - before for before, after in zip(log_snr, log_snr[1:])]
+        assert steps[0:3] == pytest.approx([steps[0]] * 3) and steps[3:6] == pytest.approx([steps[3]] * 3)
 
 
 def test_orders_of_fast_solvers_add_up():
@@ -258,6 +307,10 @@ def test_every_combination_draws_gaussian_data(name, prediction, solver, spacing
     assert images.mean().item() == pytest.approx(MEAN, abs=0.06)
     assert images.std().item() == pytest.approx(STD, rel=0.15)
     assert len(calls) == num_evaluations(process, config)
+    calls.clear()
+    ending = dataclasses.replace(config, num_steps=4, t_end=0.01)
+    sample(network, process, ending, noise, {}, on_evaluation=lambda: calls.append(1))
+    assert len(calls) == num_evaluations(process, ending)
 
 
 @pytest.mark.parametrize("solver", ["euler_maruyama", "dpm_solver_fast", "dpmpp_fast"])

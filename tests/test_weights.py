@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import sys
 
 import pytest
@@ -113,6 +114,14 @@ def bad_published(kind, whole):
         return {"conv1.weight": torch.zeros(4, 3, 7, 7)}
     if kind == "wider":
         return {**whole, "mid_block.attn.proj.weight": torch.zeros(3, 3)}
+    if kind == "numbered":
+        return {**whole, 3: torch.zeros(3)}
+    if kind == "list":
+        return [torch.zeros(3)]
+    if kind == "flat":
+        return {**whole, "patch_embed.proj.weight": torch.zeros(3, 4)}
+    if kind == "empty":
+        return {**whole, "pos_embed": torch.zeros(1, 0, 32)}
     return {"state": whole}
 
 
@@ -121,8 +130,13 @@ def bad_published(kind, whole):
     [
         ("garbage", "is not a whole file of weights alone"),
         ("truncated", "is not a whole file of weights alone"),
+        ("plain", "is not a whole file of weights alone"),
         ("malicious", "is not a whole file of weights alone"),
-        ("nested", "must hold tensors by name, got dict"),
+        ("nested", "must hold tensors by name, got OrderedDict by 'state'"),
+        ("numbered", "must hold tensors by name, got Tensor by 3"),
+        ("list", "must hold tensors by name, got list"),
+        ("flat", "patch_embed.proj.weight must have 4 dimensions, got shape (3, 4)"),
+        ("empty", "pos_embed must have 3 dimensions, got shape (1, 0, 32)"),
         ("resnet", "not the weights of a U-ViT: there is no tensor 'pos_embed'"),
         ("wider", "do not fit their config: "),
         ("heads", "num_heads must be given for embed_dim 32"),
@@ -134,6 +148,8 @@ def test_bad_published_files_are_one_line_each(kind, message, published, tmp_pat
     if kind in ("garbage", "truncated", "malicious"):
         whole = path.read_bytes()
         path.write_bytes({"garbage": b"garbage", "truncated": whole[: len(whole) // 2], "malicious": PICKLE}[kind])
+    elif kind == "plain":
+        path.write_bytes(pickle.dumps({"a": print}, protocol=4))
     elif kind not in ("heads", "command"):
         torch.save(bad_published(kind, torch.load(path, weights_only=True)), path)
     heads = [] if kind == "heads" else ["--num_heads", "4"]

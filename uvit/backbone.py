@@ -357,8 +357,11 @@ class UViT(nn.Module):
         Raises:
             InputError: (a ValueError) a folder that cannot be written to, or that holds a run, whose config would go.
         """
-        before = Path(directory) / CONFIG_FILE
-        if before.is_file() and "model" in read_json(before):
-            raise InputError(f"{directory} holds a run, whose {CONFIG_FILE} would be overwritten: use another folder")
-        write_text(Path(directory) / CONFIG_FILE, to_json(self.config))
+        config_file = Path(directory) / CONFIG_FILE
+        if config_file.is_file():
+            before = read_json(config_file)
+            if not isinstance(before, dict) or "embed_dim" not in before:
+                what = "a run" if isinstance(before, dict) and "process" in before else "something else"
+                raise InputError(f"{directory} holds {what}, whose {CONFIG_FILE} would go: use another folder")
         write_weights(Path(directory), self.state_dict())
+        write_text(config_file, to_json(self.config))

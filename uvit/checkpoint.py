@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,8 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
         return None
     path = found[-1] / STATE_FILE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # as in uvit.weights
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the broken bytes lead to
         raise InputError(
             f"{path} is not a whole checkpoint ({type(error).__name__}): remove its folder to go on"
@@ -78,6 +80,8 @@ class ConvertArguments:
     """Folder to write config.json and model.safetensors to."""
     num_heads: int | None = None
     """Attention heads, where the width is not a published one."""
+    img_size: tuple[int, int] | None = None
+    """Height and width in pixels of an image (or latent) that is not square."""
     num_context_tokens: int | None = None
     """Length of the context, where it is not CLIP's 77."""
     null_class: bool | None = None

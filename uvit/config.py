@@ -224,7 +224,8 @@ class DataConfig(Section):
     class_names: tuple[str, ...] = ()
     """Names of the labels; read from the data where empty."""
     caption_column: str | None = None
-    """Column of captions for a text model, of texts or lists of texts; None is the first such column."""
+    """Column of captions for a text model, of texts or lists of texts; None is the only one, or that named `text`,
+    `caption`, `captions` or `prompt`."""
     text_encoder: str = "openai/clip-vit-large-patch14"
     """Frozen CLIP text encoder between captions and the context of a model that takes one: a folder or a hub name."""
     autoencoder: str | None = None
@@ -282,7 +283,7 @@ class SampleConfig(Section):
     num_steps: int = 20
     """Steps of the solver, each one evaluation of the network; `heun` alone takes two."""
     spacing: Literal["auto", Spacing] = "auto"
-    """Grid of times: uniform in t, or in log-SNR; `auto` is uniform wherever the solver is stable on it."""
+    """Grid of times: uniform in t, or in log-SNR; `auto` is the solver's own."""
     t_end: float = 0.0
     """Last time; solvers that end in log-SNR, which is infinite at 0, take 0.001 for 0."""
     guidance: float = 1.0

@@ -24,6 +24,8 @@ HELD_OUT_SEED = 0
 PHOTO_NAMES = ("temple", "flower")
 PHOTO_SHAPE = (3, 32, 32)
 NUM_PHOTO_CROPS = 5_000
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+"""Usual names, where a data set has several columns of text."""
 MIN_IMAGES = 2
 
 
@@ -339,17 +341,27 @@ def _load_hub(config: DataConfig, wanted: Wanted, split: str) -> HubData:
             f"split {split!r} of data {config.name!r} must have {MIN_IMAGES} images or more, got {len(rows)}"
         )
 
-    def column(what: str, fits: Callable[[Any], bool], needed: bool | None, name: str | None = None) -> str | None:
-        """The first column of a kind, or the one named."""
+    def column(
+        what: str, fits: Callable[[Any], bool], needed: bool | None, name: str | None = None, usual: Sequence[str] = ()
+    ) -> str | None:
+        """The column of a kind: the one named, or the only one with a usual name, or the first."""
         found = [each for each, kind in rows.features.items() if fits(kind) and name in (None, each)]
         if needed and not found:
             named, columns = "" if name is None else f" {name!r}", ", ".join(rows.features)
             raise InputError(f"data {config.name!r} must have a column{named} of {what}, got columns {columns}")
-        return None if needed is False or not found else found[0]
+        if needed is False or not found:
+            return None
+        likely = [each for each in found if each in usual] or found
+        if usual and len(likely) > 1:
+            columns = ", ".join(likely)
+            raise InputError(
+                f"data {config.name!r} has several columns of {what}, {columns}: name one by caption_column"
+            )
+        return likely[0]
 
     image_column = column("images", lambda kind: isinstance(kind, datasets.Image), True) or ""
     label_column = column("labels", lambda kind: isinstance(kind, datasets.ClassLabel), wanted.labels)
-    caption_column = column("captions", _is_text, wanted.captions, config.caption_column)
+    caption_column = column("captions", _is_text, wanted.captions, config.caption_column, CAPTION_COLUMNS)
     class_names = () if label_column is None else tuple(rows.features[label_column].names)
     read = [name for name in (image_column, label_column, caption_column) if name is not None]
     rows = rows.select_columns(read).cast_column(image_column, datasets.Image(decode=False))  # decoded by open_image
@@ -365,4 +377,4 @@ def _load_hub(config: DataConfig, wanted: Wanted, split: str) -> HubData:
 
 def _is_text(kind: Any) -> bool:
     """Tells whether a column of `datasets` holds a string, or a list of strings, for each row."""
-    return getattr(getattr(kind, "feature", kind), "dtype", None) == "string"
+    return getattr(getattr(kind, "feature", kind), "dtype", None) in ("string", "large_string")

@@ -31,7 +31,7 @@ from uvit.config import (
 from uvit.errors import InputError, did_you_mean
 from uvit.images import to_uint8
 from uvit.latents import EMPTY_CAPTION, NO_ENCODERS, Encoders, load_encoders
-from uvit.samplers import ImageNoise, sample
+from uvit.samplers import ImageNoise, sample, sampling_times
 from uvit.weights import find_pretrained
 
 Condition = int | str | None
@@ -46,6 +46,10 @@ class DrawArguments(Section):
     """Run folder, such as runs/digits, or hub name of one; with --config also weights alone."""
     config: str | None = None
     """Config of weights that do not come with one, such as configs/imagenet256_uvit_huge.py for a published file."""
+    guidance: float | None = None
+    """w in w * cond + (1 - w) * uncond, 1 is none."""
+    paper_scale: float | None = None
+    """The paper's s in cond + s * (cond - uncond), instead of --guidance: w = 1 + s."""
     guidance_interval: tuple[float, float] | None = None
     """Times in [0, 1] between which guidance acts; the run's own where not given, as all below."""
     steps: int | None = None
@@ -71,18 +75,24 @@ class DrawArguments(Section):
         super().__post_init__()
         self._require("seed", self.seed >= 0, "at least 0")
         self._require("batch_size", self.batch_size >= 1, "at least 1")
+        if self.guidance is not None and self.paper_scale is not None:
+            raise InputError(f"give --guidance or --paper_scale, got both: {self.guidance:g} and {self.paper_scale:g}")
 
-    def load(self, guidance: float | None) -> tuple[Config, UViT, Encoders]:
-        """Loads the run, its config with these settings and this guidance, ready to draw from.
+    def load(self, default_guidance: float | None = None) -> tuple[Config, UViT, Encoders]:
+        """Loads the run, its config with these settings, ready to draw from.
+
+        Args:
+            default_guidance: w where none is given; None is the run's own.
 
         Raises:
             InputError: as load_run and load_encoders, or settings that do not fit the run.
         """
         device = PartialState().default_device
+        given = self.guidance if self.paper_scale is None else 1 + self.paper_scale
         config, model = load_run(self.checkpoint, self.attention, device, self.config)
         sampling = _replace_given(
             config.sample,
-            guidance=guidance,
+            guidance=default_guidance if given is None else given,
             guidance_interval=self.guidance_interval,
             num_steps=self.steps,
             sampler=self.sampler,
@@ -91,6 +101,7 @@ class DrawArguments(Section):
         )
         data = _replace_given(config.data, text_encoder=self.text_encoder, autoencoder=self.autoencoder)
         config = dataclasses.replace(config, sample=sampling, data=data)
+        sampling_times(config.process, config.sample)  # a grid that cannot be made is found before the long work
         set_threads(config)
         return config, model, load_encoders(config.data, config.model).to(device)
 

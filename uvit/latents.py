@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uvit.config import CONFIG_FILE, DataConfig, UViTConfig
+from uvit.config import CONFIG_FILE, DataConfig, UViTConfig, read_json
 from uvit.errors import InputError
 from uvit.hub import find_folder
 
 EMPTY_CAPTION = ""
+CLIP_KINDS = ("clip", "clip_text_model")
 CACHED_CAPTIONS = 256
 DECODED_AT_ONCE = 8
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -37,7 +38,7 @@ def _loading(what: str, library: str) -> Iterator[ModuleType]:
     except ImportError:
         raise InputError(f"{what} needs the package {library}, which is not installed: pip install {library}") from None
     verbosity = its_logging.get_verbosity()
-    its_logging.set_verbosity_error()
+    its_logging.set_verbosity(logging.CRITICAL)
     its_logging.disable_progress_bar()
     of_xformers = logging.getLogger("xformers")  # which diffusers imports, and which tells of kernels that it lacks
     xformers_level = of_xformers.level
@@ -68,8 +69,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         what = f"text encoder {name!r}"
         folder = find_folder(name, "text encoder", ("*.json", "*.txt", "model.safetensors"))
-        if not (folder / CONFIG_FILE).is_file():  # without one, the library takes a CLIP of its own sizes
+        config_file = folder / CONFIG_FILE
+        if not config_file.is_file():  # without one, the library takes a CLIP of its own sizes
             raise InputError(f"{what} has no {CONFIG_FILE}")
+        raw = read_json(config_file)
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        if kind not in CLIP_KINDS:
+            raise InputError(f"{what} must be a CLIP, got model_type {kind!r}")
         with _loading(what, "transformers") as transformers:
             config = transformers.CLIPTextConfig.from_pretrained(folder)
             self.context_shape = (config.max_position_embeddings, config.hidden_size)

@@ -21,6 +21,14 @@ SIZES: dict[str, dict[str, int]] = {
     "large": {"embed_dim": 1024, "depth": 20, "num_heads": 16},
     "huge": {"embed_dim": 1152, "depth": 28, "num_heads": 16},
 }
+RANKS = {
+    "pos_embed": 3,
+    "patch_embed.proj.weight": 4,
+    "in_blocks.0.mlp.fc1.weight": 2,
+    "label_emb.weight": 2,
+    "context_embed.weight": 2,
+}
+"""Dimensions of the tensors that tell a model's sizes."""
 CLIP_CONTEXT = {"context_dim": 768, "num_context_tokens": 77}
 IMAGENET_CLASSES = 1000
 # Stable Diffusion's autoencoder, and the one whose decoder alone was tuned further: both encode alike.
@@ -47,6 +55,10 @@ def infer_config(weights: Mapping[str, Tensor], **known: Any) -> UViTConfig:
     missing = [name for name in needed if name not in weights]
     if missing:
         raise InputError(f"not the weights of a U-ViT: there is no tensor {missing[0]!r}")
+    for name, rank in RANKS.items():
+        if name in weights and (weights[name].ndim != rank or 0 in weights[name].shape):
+            shape = tuple(weights[name].shape)
+            raise InputError(f"not the weights of a U-ViT: {name} must have {rank} dimensions, got shape {shape}")
     embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
     fields: dict[str, Any] = {
         "patch_size": patch_size,

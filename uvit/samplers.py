@@ -9,9 +9,10 @@ needs no derivative of the schedule and has no singular end.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -24,6 +25,20 @@ from uvit.errors import InputError
 Network = Callable[..., Tensor]
 Denoise = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 Noise = Callable[[], Tensor]
+Solver = Callable[..., Tensor]
+
+
+def check_times(times: Sequence[float]) -> None:
+    """Checks that times are a solver's: two or more, decreasing, within [0, 1].
+
+    Raises:
+        InputError: they are not, with the two that do not fit.
+    """
+    if len(times) < 2:
+        raise InputError(f"a grid must have 2 times or more, got {len(times)}")
+    for t, s in zip(times, times[1:]):
+        if not 1 >= t > s >= 0:
+            raise InputError(f"times must decrease within [0, 1], got {t:g} and then {s:g}")
 
 
 def time_grid(
@@ -46,12 +61,16 @@ def time_grid(
         shift: s in t -> s t / (1 + (s - 1) t), for `uniform`.
 
     Raises:
-        InputError: fewer than one step, or times that do not decrease within [0, 1].
+        InputError: fewer than one step, an unknown spacing, or times that do not decrease within [0, 1].
     """
     if num_steps < 1:
         raise InputError(f"steps must be at least 1, got {num_steps}")
     if not 1 >= t_start > t_end >= 0:
         raise InputError(f"times must satisfy 1 >= t_start > t_end >= 0, got {t_start} and {t_end}")
+    if spacing not in get_args(Spacing):
+        raise InputError(f"spacing must be one of {get_args(Spacing)}, got {spacing!r}")
+    if shift <= 0:
+        raise InputError(f"shift must be above 0, got {shift}")
     if spacing == "uniform":
         # Unshifted ends, so that the shifted ones are t_start and t_end; set, so that rounding does not move them.
         first, last = (shift_time(torch.tensor(t, dtype=torch.float64), 1 / shift).item() for t in (t_start, t_end))
@@ -64,7 +83,9 @@ def time_grid(
     log_snr = torch.linspace(low, high, num_steps + (0 if to_zero else 1), dtype=torch.float64)
     t = schedule.time_at(log_snr)
     t[0] = first
-    return t.tolist() + ([t_end] if to_zero else [])
+    times = t.tolist() + ([t_end] if to_zero else [])
+    check_times(times)
+    return times
 
 
 def guide(
@@ -115,6 +136,20 @@ def denoiser(output: Callable[[Tensor, float], Tensor], schedule: Schedule, pred
     return denoise
 
 
+def _solver(function: Solver) -> Solver:
+    """Lets a solver check its times before it begins."""
+
+    @functools.wraps(function)
+    def checked(
+        denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
+    ) -> Tensor:
+        check_times(times)
+        return function(denoise, x, schedule, times, noise)
+
+    return checked
+
+
+@_solver
 def ddim(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None) -> Tensor:
     """DDIM without noise (arXiv 2010.02502, equation 12): order 1. For `flow` it is Euler's method."""
     for t, s in zip(times, times[1:]):
@@ -124,6 +159,7 @@ def ddim(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float]
     return x
 
 
+@_solver
 def heun(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None) -> Tensor:
     """The trapezoidal rule on dx = x_0 dα + ε dσ after a DDIM step: order 2, two evaluations a step.
 
@@ -141,6 +177,7 @@ def heun(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float]
     return x
 
 
+@_solver
 def euler(
     denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
 ) -> Tensor:
@@ -212,6 +249,7 @@ def _dpm_solver_fast(denoise: Denoise, x: Tensor, schedule: Schedule, times: Seq
     return x
 
 
+@_solver
 def dpm_solver_fast(
     denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
 ) -> Tensor:
@@ -219,6 +257,7 @@ def dpm_solver_fast(
     return _dpm_solver_fast(denoise, x, schedule, times, of_noise=True)
 
 
+@_solver
 def dpmpp_fast(
     denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
 ) -> Tensor:
@@ -226,6 +265,7 @@ def dpmpp_fast(
     return _dpm_solver_fast(denoise, x, schedule, times, of_noise=False)
 
 
+@_solver
 def dpmpp_2m(
     denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
 ) -> Tensor:
@@ -246,6 +286,7 @@ def dpmpp_2m(
     return x
 
 
+@_solver
 def unipc(
     denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
 ) -> Tensor:
@@ -295,6 +336,7 @@ def unipc(
     return x
 
 
+@_solver
 def euler_maruyama(
     denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
 ) -> Tensor:
@@ -315,7 +357,7 @@ def euler_maruyama(
     return x
 
 
-SOLVERS: dict[SolverName, Callable[..., Tensor]] = {
+SOLVERS: dict[SolverName, Solver] = {
     "ddim": ddim,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
@@ -367,17 +409,19 @@ def _sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]
     stiff = schedule.singular_start and (fast or sampler == "euler_maruyama")
     if stiff and config.spacing == "uniform":
         raise InputError(f"{sampler} on schedule {process.schedule!r} needs spacing 'log_snr', got 'uniform'")
-    spacing: Spacing = ("log_snr" if stiff else "uniform") if config.spacing == "auto" else config.spacing
+    automatic: Spacing = "log_snr" if stiff or sampler == "dpm_solver_fast" else "uniform"
+    spacing = automatic if config.spacing == "auto" else config.spacing
     divides_by_alpha = schedule.singular_start and (stiff or process.prediction == "noise")
     t_start = 1 - TIME_MARGIN if divides_by_alpha else 1.0
 
     if fast:
         t_end = config.t_end or TIME_MARGIN
-        if spacing == "uniform":
+        if sampler == "dpmpp_fast":  # its steps go from one time of the grid to the third after it
             return time_grid(schedule, config.num_steps, spacing, t_start, t_end, shift)
+        # The grid is that of whole steps; each has its inner times at equal distances in log-SNR.
         orders = fast_orders(config.num_steps)
-        outer = time_grid(schedule, len(orders), spacing, t_start, t_end)
-        parts = [time_grid(schedule, k, spacing, t, s) for k, t, s in zip(orders, outer, outer[1:])]
+        outer = time_grid(schedule, len(orders), spacing, t_start, t_end, shift)
+        parts = [time_grid(schedule, k, "log_snr", t, s) for k, t, s in zip(orders, outer, outer[1:])]
         return outer[:1] + [t for part in parts for t in part[1:]]
     if sampler in ("euler", "euler_maruyama") and spacing == "uniform" and not config.t_end and config.num_steps > 1:
         # σ'(t) grows without bound towards 0 for vp: the last slope is taken at TIME_MARGIN, as in the paper's runs.
@@ -431,5 +475,6 @@ def num_evaluations(process: ProcessConfig, config: SampleConfig) -> int:
     Raises:
         InputError: as sampling_times.
     """
-    num_steps = len(sampling_times(process, config)) - 1
-    return 2 * num_steps - 1 if config.sampler == "heun" else num_steps
+    *_, last = times = sampling_times(process, config)
+    num_steps = len(times) - 1
+    return 2 * num_steps - (last == 0) if config.sampler == "heun" else num_steps

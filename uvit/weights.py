@@ -7,6 +7,7 @@ run, the backbone under "model"), so it loads like any other. Published `.pth` f
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,15 @@ def read_published(path: Path) -> dict[str, Tensor]:
         InputError: a file that is not whole, or that holds anything but tensors by name.
     """
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch tells of a foreign pickle before it refuses it
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the broken bytes lead to
         raise InputError(f"{path} is not a whole file of weights alone ({type(error).__name__})") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict):
         raise InputError(f"{path} must hold tensors by name, got {type(weights).__name__}")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"{path} must hold tensors by name, got {type(value).__name__} by {name!r}")
     return weights
 
 

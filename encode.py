@@ -17,7 +17,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from uvit import __version__
-from uvit.cli import parse, run
+from uvit.cli import parse, run, warn_of_missing_processes
 from uvit.config import DataConfig, Section
 from uvit.data import SKIPPED_FILE, Batch, ImageData, Wanted, describe_skipped, load_images
 from uvit.errors import InputError
@@ -153,6 +153,7 @@ def main(arguments: Sequence[str]) -> None:
     check_begun(folder, manifest)
 
     state = PartialState()
+    warn_of_missing_processes(state.num_processes)
     autoencoder.to(state.device)
     if text_encoder is not None:
         text_encoder.to(state.device)

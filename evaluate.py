@@ -20,7 +20,7 @@ from accelerate import PartialState
 
 from uvit import __version__
 from uvit.checkpoint import checkpoint_dirs
-from uvit.cli import parse, run
+from uvit.cli import parse, run, warn_of_missing_processes
 from uvit.config import Config, DataConfig, Section
 from uvit.data import ImageData, Wanted, load_images
 from uvit.errors import InputError
@@ -276,6 +276,7 @@ def main(arguments: Sequence[str]) -> None:
     in_run = given.checkpoint and Path(given.checkpoint).is_dir()
     output = Path(given.output) if given.output else Path(given.checkpoint, "evaluation.json") if in_run else None
     state = PartialState()
+    warn_of_missing_processes(state.num_processes)
     with nullcontext() if output is None or not state.is_main_process else write_aside(output) as aside:
         results, protocol = measure(given, state)
         if aside is not None:

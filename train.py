@@ -27,7 +27,7 @@ from tqdm import tqdm
 from uvit import UViT
 from uvit.attention import resolve_backend
 from uvit.checkpoint import load_checkpoint, save_checkpoint
-from uvit.cli import parse, run
+from uvit.cli import parse, run, warn_of_missing_processes
 from uvit.config import CONFIG_FILE, Config, from_dict, load_config, read_json, to_json
 from uvit.data import SKIPPED_FILE, Batch, ImageData, describe_skipped
 from uvit.diffusion import diffusion_loss
@@ -189,6 +189,7 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path) ->
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
     )
     device, is_main = accelerator.device, accelerator.is_main_process
+    warn_of_missing_processes(accelerator.num_processes)
 
     # Everything that changes over the run.
     torch.manual_seed(settings.seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -17,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import sklearn.datasets
 import torch
 from machine import describe_machine
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from uvit import UViT
 from uvit.cli import parse, run
@@ -33,7 +34,6 @@ from uvit.published import SIZES
 RESULT = Path(__file__).parent / "results" / "loader.json"
 LATENT_SHAPE = (4, 32, 32)
 SHARD_SIZE = 2048
-JPEG_SIZE, JPEG_QUALITY = (500, 375), 90
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +86,12 @@ def make_latents(folder: Path, gigabytes: float) -> int:
     return count * size
 
 
-def make_photos(folder: Path, count: int = 64) -> None:
-    """Writes crops of scikit-learn's photographs as JPEG files of about ImageNet's size."""
+def make_photos(folder: Path, copies: int = 32) -> None:
+    """Copies scikit-learn's two photographs, camera JPEGs of 640x427 and about 170 KB."""
     folder.mkdir()
-    photos, rng, (width, height) = load_sample_images().images, np.random.default_rng(0), JPEG_SIZE
-    for number in range(count):
-        photo = photos[number % 2]
-        top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(photo.shape, (height, width)))
-        image = Image.fromarray(photo[top : top + height, left : left + width])
-        image.save(folder / f"{number}.jpg", quality=JPEG_QUALITY)
+    for photo in (Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"):
+        for number in range(copies):
+            shutil.copy(photo, folder / f"{photo.stem}_{number}.jpg")
 
 
 def loader_rate(config: Config, seconds: float) -> float:
@@ -172,7 +169,7 @@ def main(arguments: list[str]) -> None:
     RESULT.write_text(json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
     print("one process, one thread | per second\n|---|---|")
     print(f"| latents 4x32x32, of {size / 2**30:.0f} GiB | {latents:,.0f} |")
-    print(f"| JPEG {JPEG_SIZE[0]}x{JPEG_SIZE[1]} to 256x256 | {images:.0f} |")
+    print(f"| JPEG 640x427 to 256x256 | {images:.0f} |")
     print(f"| the same, decoded by Pillow alone | {decoder:.0f}, of which the loader reaches {images / decoder:.0%} |")
     print(f"| training U-ViT-S/2 on 257 tokens, here | {training:.1f} |")
     print(f"resident memory {after['VmRSS']:.2f} GiB, before the latents were read {before:.2f} GiB")

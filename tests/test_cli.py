@@ -632,7 +632,7 @@ def test_help(script, capsys):
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(ROOT), **os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -655,6 +655,15 @@ def test_a_shell_sees_one_line_and_exit_2(tmp_path):
     result = command(str(ROOT / "sample.py"), "--checkpoint", "nowhere", cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "error: checkpoint not found: nowhere\n"
+
+
+@pytest.mark.slow
+def test_a_launcher_that_starts_fewer_processes_is_told_of(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(ROOT / "train.py"), "tiny.py"]
+    result = command(*launch, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "warning: 1 process runs where 2 were asked for: on a CPU use ACCELERATE_USE_CPU=true" in result.stderr
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import psutil
 import tyro
 
 from uvit.errors import InputError
@@ -58,6 +59,30 @@ def _one_line(box: str) -> str:
     _, _, suggestions = box.partition("Perhaps you meant")
     near = re.findall(r"(--[\w.-]+)", suggestions.partition("full helptext")[0])
     return message + (f", did you mean {near[0]}?" if near else "")
+
+
+def processes_asked_for() -> int:
+    """Returns how many processes the launcher was asked for; 1 where there is none, or where it does not say.
+
+    `accelerate launch --cpu --num_processes 2` starts a single one, which no variable of its environment tells.
+    """
+    try:
+        words = [part for word in psutil.Process().parent().cmdline() for part in word.split("=")]
+    except (psutil.Error, AttributeError):
+        return 1
+    if not any("accelerate" in word for word in words):
+        return 1
+    given = [number for flag, number in zip(words, words[1:]) if flag in ("--num_processes", "--num-processes")]
+    return int(given[-1]) if given and given[-1].isdecimal() else 1
+
+
+def warn_of_missing_processes(running: int) -> None:
+    """Says on standard error where fewer processes run than were asked for."""
+    asked = processes_asked_for()
+    if running < asked:
+        started = f"{running} process runs where {asked} were asked for"
+        advice = f"on a CPU use ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked}"
+        print(f"warning: {started}: {advice}", file=sys.stderr)
 
 
 def run(main: Callable[[Sequence[str]], object]) -> None:

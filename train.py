@@ -60,6 +60,11 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     if config.train.mixed_precision == "fp16" and device_type != "cuda":
         raise InputError(f"train.mixed_precision 'fp16' needs a CUDA device, got {device_type!r}: use 'bf16' or 'no'")
     check_batch(config.train, int(os.environ.get("WORLD_SIZE", 1)))
+    for engine in ("FSDP", "DEEPSPEED"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise InputError(
+                f"train.py shares batches between processes, not the model, got {engine}: launch without it"
+            )
     if config.train.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("train.tracker 'wandb' needs the package wandb, which is not installed: pip install wandb")
     run_dir = config.train.run_dir or str(Path("runs", Path(arguments[0]).stem))

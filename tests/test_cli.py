@@ -18,6 +18,7 @@ from encoders import make_autoencoder, make_text_encoder
 from PIL import Image
 from test_data import save_folder
 
+import encode
 import evaluate
 import sample
 import train
@@ -30,7 +31,7 @@ from uvit.files import write_aside
 from uvit.samplers import SOLVERS
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate}
+SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate, "encode": encode}
 
 TINY = """
 from uvit.config import *
@@ -218,6 +219,16 @@ def test_a_finished_run_says_so_and_changes_nothing(inside, capsys):
     train.main(["tiny.py"])
     assert "nothing to do: runs/tiny has 4 steps" in capsys.readouterr().out
     assert files_of(inside / "runs") == before
+
+
+def test_photos_train(tmp_path):
+    """The config for photographs, made quick: colours, 257 tokens."""
+    quick = "--model.embed_dim 16 --train.batch_size 4 --train.num_steps 2 --train.sample_every 0 --train.tracker none"
+    run_dir = str(tmp_path / "run")
+    train.main([str(ROOT / "configs/photos.py"), *quick.split(), "--train.run_dir", run_dir])
+    output = str(tmp_path / "photos.png")
+    sample.main(["--checkpoint", run_dir, "--num_per_class", "1", "--steps", "2", "--output", output])
+    assert Image.open(output).size[1] > 2 * 64
 
 
 @pytest.mark.parametrize(
@@ -621,6 +632,13 @@ def test_bad_input_is_one_line_and_exit_2(script, arguments, message, inside, mo
     assert exit.value.code == 2
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors
     assert files_of(inside) == before
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engines_that_share_the_model_are_refused(engine, inside, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(InputError, match=f"not the model, got {engine}: launch without it"):
+        train.main(["tiny.py"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

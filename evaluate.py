@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -210,6 +210,10 @@ def measure(given: Arguments, state: PartialState) -> tuple[dict[str, Any], dict
     reference = find_reference(given, config, shape, features, network.num_features)
     own = config if config is not None and config.data.autoencoder is None else None
     real = own_part(own, shape, "train") if own is not None and small else None
+    other = None  # the data's other part, whose distance to the reference is what real images reach
+    if own is not None and features == PIXELS and given.reference in PARTS:
+        with suppress(InputError):  # not every data set has two parts
+            other = own_part(own, shape, PARTS[1 - PARTS.index(given.reference)])
     classifier = {"auto": "svm" if real is not None and real.class_names else "none"}.get(
         given.classifier, given.classifier
     )
@@ -249,8 +253,7 @@ def measure(given: Arguments, state: PartialState) -> tuple[dict[str, Any], dict
             results["kid"], results["kid_deviation"] = kernel_distance(*of_both)
     results["recognised"] = judged.recognised
     results["frechet"] = frechet_distance(judged.moments.gaussian, target)
-    if features == PIXELS and own is not None and given.reference in PARTS:
-        other = own_part(own, shape, PARTS[1 - PARTS.index(given.reference)])
+    if other is not None:
         batches = read_shown(other, given.batch_size, given.num_workers, state)
         results["frechet_real"] = frechet_distance(Judged(network, state).look(batches, None).moments.gaussian, target)
     if judged.score is not None:

@@ -229,57 +229,60 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path) ->
     batches = iter(loader)
     if settings.tracker != "none":
         accelerator.init_trackers("uvit", config=flat(config))
-    progress = tqdm(total=settings.num_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True)
     running_loss, logged_at, logged_step = torch.zeros((), device=device), time.perf_counter(), start
 
     model.train()
-    for step in range(start, settings.num_steps):
-        # One optimizer step on a global batch, in parts that fit in memory.
-        for part in range(settings.accumulation_steps):
-            batch = next(batches).to(device)
-            for line in add_lines(run_dir / SKIPPED_FILE, batch.skipped):
-                progress.write(f"skipped: {line}", file=sys.stderr)
-            generator.manual_seed(step_seed(settings.seed, step, part, accelerator.process_index))
-            is_last = part == settings.accumulation_steps - 1
-            with nullcontext() if is_last else accelerator.no_sync(model):
-                loss = training_loss(model, config, encoders, batch, generator)
-                accelerator.backward(loss / settings.accumulation_steps)
-            running_loss += loss.detach() / settings.accumulation_steps
+    with tqdm(
+        total=settings.num_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True
+    ) as progress:
+        for step in range(start, settings.num_steps):
+            # One optimizer step on a global batch, in parts that fit in memory.
+            for part in range(settings.accumulation_steps):
+                batch = next(batches).to(device)
+                for line in add_lines(run_dir / SKIPPED_FILE, batch.skipped):
+                    progress.write(f"skipped: {line}", file=sys.stderr)
+                generator.manual_seed(step_seed(settings.seed, step, part, accelerator.process_index))
+                is_last = part == settings.accumulation_steps - 1
+                with nullcontext() if is_last else accelerator.no_sync(model):
+                    loss = training_loss(model, config, encoders, batch, generator)
+                    accelerator.backward(loss / settings.accumulation_steps)
+                running_loss += loss.detach() / settings.accumulation_steps
 
-        if config.optim.grad_clip:
-            accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-        lr = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        ema.update(plain_model)
-        progress.update()
-        done = step + 1
+            if config.optim.grad_clip:
+                accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+            lr = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            ema.update(plain_model)
+            progress.update()
+            done = step + 1
 
-        if done % settings.log_every == 0 or done == settings.num_steps:
-            mean_loss = accelerator.reduce(running_loss, "mean").item() / (done - logged_step)
-            rate = (done - logged_step) * settings.batch_size / (time.perf_counter() - logged_at)
-            metrics = {"loss": mean_loss, "lr": lr, "images_per_second": rate}
-            accelerator.log(metrics, step=done)
-            if is_main:
-                with open(run_dir / "metrics.jsonl", "a") as lines:
-                    print(json.dumps({"step": done, **metrics}), file=lines)
-            progress.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} images/s")
-            running_loss.zero_()
-            logged_step, logged_at = done, time.perf_counter()
+            if done % settings.log_every == 0 or done == settings.num_steps:
+                mean_loss = accelerator.reduce(running_loss, "mean").item() / (done - logged_step)
+                rate = (done - logged_step) * settings.batch_size / (time.perf_counter() - logged_at)
+                metrics = {"loss": mean_loss, "lr": lr, "images_per_second": rate}
+                accelerator.log(metrics, step=done)
+                if is_main:
+                    with open(run_dir / "metrics.jsonl", "a") as lines:
+                        print(json.dumps({"step": done, **metrics}), file=lines)
+                progress.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} images/s")
+                running_loss.zero_()
+                logged_step, logged_at = done, time.perf_counter()
 
-        is_end, paused_at = done == settings.num_steps, time.perf_counter()
-        if is_main and settings.sample_every and (done % settings.sample_every == 0 or is_end):
-            picture = save_grid(ema.module, config, encoders, run_dir / "samples" / f"step_{done:08d}.png")
-            for tracker in accelerator.trackers:
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": picture[None]}, step=done, **layout)
-        if is_main and (done % settings.save_every == 0 or is_end):
-            write_weights(run_dir, ema.module.state_dict())
-            save_checkpoint(run_dir, done, {name: part.state_dict() for name, part in stateful.items()}, settings.keep)
-        logged_at += time.perf_counter() - paused_at  # grids and checkpoints do not count in images/s
+            is_end, paused_at = done == settings.num_steps, time.perf_counter()
+            if is_main and settings.sample_every and (done % settings.sample_every == 0 or is_end):
+                picture = save_grid(ema.module, config, encoders, run_dir / "samples" / f"step_{done:08d}.png")
+                for tracker in accelerator.trackers:
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": picture[None]}, step=done, **layout)
+            if is_main and (done % settings.save_every == 0 or is_end):
+                write_weights(run_dir, ema.module.state_dict())
+                save_checkpoint(
+                    run_dir, done, {name: part.state_dict() for name, part in stateful.items()}, settings.keep
+                )
+            logged_at += time.perf_counter() - paused_at  # grids and checkpoints do not count in images/s
 
-    progress.close()
     accelerator.end_training()
     accelerator.print(
         f"{settings.num_steps} steps done; sample with: python sample.py --checkpoint {run_dir}"

@@ -419,6 +419,14 @@ def test_labels_at_random(inside):
     assert found["protocol"]["images"] == "33 drawn, labels at random" and "recognised" in found
 
 
+def test_data_of_one_part_have_no_distance_of_real_images(inside, tmp_path):
+    save_folder(tmp_path / "photos", classes=[str(digit) for digit in range(10)], count=2)
+    overrides = ["--data.name", str(tmp_path / "photos"), "--train.sample_every", "0", "--train.tracker", "none"]
+    train.main(["tiny.py", *overrides, "--train.run_dir", str(tmp_path / "run")])
+    found = figures(f"--checkpoint {tmp_path}/run --num_images 20 --steps 1 --reference train")
+    assert found["frechet"] > 0 and "recognised" in found and "frechet_real" not in found
+
+
 def test_a_folder_against_itself(inside, tmp_path):
     save_folder(tmp_path / "photos", count=8)
     found = figures(f"--images {tmp_path}/photos --reference {tmp_path}/photos --features pixels")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from uvit import UViTConfig
 from uvit.config import DataConfig
-from uvit.data import read_all
+from uvit.data import Wanted, load_images, read_all
 from uvit.errors import InputError
 from uvit.loader import load_data
 
@@ -177,3 +177,19 @@ def test_broken_rows_name_themselves(tmp_path):
     data = load_data(DataConfig(name=str(tmp_path / "broken")), RGB)
     with pytest.raises(InputError, match=r"image 1 of the data \(.*cat/1.png\) cannot be read"):
         data.read([0, 1], RNG)
+
+
+def test_images_of_an_npz(tmp_path):
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    np.savez(tmp_path / "a.npz", arr_0=images, arr_1=np.array([3, 1]))
+    data = load_images(DataConfig(name=str(tmp_path / "a.npz")), Wanted(None, labels=None, captions=False))
+    batch = data.read([1], RNG)
+    assert data.shape == (3, 4, 4) and len(data.class_names) == 4 and batch.labels.tolist() == [1]
+    assert np.array_equal(batch.images[0].permute(1, 2, 0), images[1])
+    for labels in (np.array([0, 2**40]), np.array([-1, 0])):
+        np.savez(tmp_path / "b.npz", arr_0=images, arr_1=labels)
+        with pytest.raises(InputError, match="must be labels of 0 to 99999, got"):
+            load_images(DataConfig(name=str(tmp_path / "b.npz")), Wanted(None, labels=None, captions=False))
+    np.savez(tmp_path / "c.npz", arr_0=images.astype(np.float32))
+    with pytest.raises(InputError, match=r"must be uint8 images .* got \(2, 4, 4, 3\) float32"):
+        load_images(DataConfig(name=str(tmp_path / "c.npz")), Wanted(None, labels=None, captions=False))

@@ -144,6 +144,10 @@ def test_statistics_that_do_not_fit(tmp_path):
     np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 4)))
     with pytest.raises(InputError, match=r"must hold mu \(D,\) and sigma \(D, D\), got \(3,\) and \(3, 4\)"):
         load_statistics(path, "pixels", 3, (1, 1))
+    for mu, sigma in ((np.full(2, np.nan), np.eye(2)), (np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))):
+        np.savez(path, mu=mu, sigma=sigma)
+        with pytest.raises(InputError, match="must hold finite numbers and a symmetric sigma"):
+            load_statistics(path, "pixels", 2, (1, 1))
     for content in (b"", b"garbage"):
         path.write_bytes(content)
         assert is_statistics(path)

@@ -27,6 +27,7 @@ NUM_PHOTO_CROPS = 5_000
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 """Usual names, where a data set has several columns of text."""
 MIN_IMAGES = 2
+MAX_CLASSES = 100_000
 
 
 SKIPPED_FILE = "skipped.txt"
@@ -212,7 +213,11 @@ class Arrays:
         found_shape = (images.shape[3], *images.shape[1:3])
         if shape not in (None, found_shape):
             raise InputError(f"images of {path} are {found_shape}, expected {shape}")
-        labelled = labels.shape == (len(images),) and labels.dtype.kind in "iu" and labels.min() >= 0
+        labelled = labels.shape == (len(images),) and labels.dtype.kind in "iu"
+        if labelled and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+            raise InputError(
+                f"arr_1 of {path} must be labels of 0 to {MAX_CLASSES - 1}, got {labels.min()} to {labels.max()}"
+            )
         if not labelled:
             return cls(images, np.zeros(len(images), np.int64), (), found_shape)
         return cls(images, labels.astype(np.int64), tuple(map(str, range(labels.max() + 1))), found_shape)

@@ -133,6 +133,8 @@ def load_statistics(path: Path, features: str, num_features: int, image_size: tu
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
         raise InputError(f"{path} must hold mu (D,) and sigma (D, D), got {shapes}")
+    if not (mean.isfinite().all() and covariance.isfinite().all() and torch.allclose(covariance, covariance.T)):
+        raise InputError(f"{path} must hold finite numbers and a symmetric sigma")
     if (len(mean), made_of) != (num_features, features):
         expected = f"expected {num_features} of {features!r}"
         raise InputError(f"{path} holds statistics of {len(mean)} features of {made_of!r}, {expected}")

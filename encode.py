@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from uvit import __version__
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str]) -> None:
     manifest, folder = build_manifest(given, data, autoencoder, text_encoder), Path(given.output)
     check_begun(folder, manifest)
 
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which it does not read by itself
     warn_of_missing_processes(state.num_processes)
     autoencoder.to(state.device)
     if text_encoder is not None:

@@ -1,7 +1,7 @@
 """Measures images: those that a run draws, or those of a folder or an .npz.
 
 `python evaluate.py --checkpoint runs/digits`, or `python evaluate.py --images FOLDER --reference DATA`; and
-`python evaluate.py stats DATA --output ref.npz` makes statistics to compare with. Several processes share the work.
+`python evaluate.py stats DATA --output ref.npz` makes statistics to compare with.
 """
 
 from __future__ import annotations

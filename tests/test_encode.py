@@ -170,6 +170,7 @@ def test_two_processes_share_the_work(place, tmp_path, monkeypatch):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "encode.py")]
     result = command(*launch, *SHARED, "--output", str(tmp_path / "two"), cwd=place)
     assert result.returncode == 0, result.stderr
+    assert "2000/2000" in result.stderr and "4000/4000" not in result.stderr  # each process had its half
     ours, whole = (load_latents(config_of(folder), MODEL) for folder in (tmp_path / "two", "latents"))
     every = range(4000)
     ours, whole = (data.read(every, np.random.default_rng(0)).images for data in (ours, whole))

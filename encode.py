@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from uvit import __version__
-from uvit.cli import parse, run, warn_of_missing_processes
+from uvit.cli import parse, process_state, run, warn_of_missing_processes
 from uvit.config import DataConfig, Section
 from uvit.data import SKIPPED_FILE, Batch, ImageData, Wanted, describe_skipped, load_images
 from uvit.errors import InputError
@@ -49,7 +48,7 @@ class Arguments(Section):
     text_encoder: str | None = None
     """Frozen CLIP text encoder for the captions, a folder or a hub name; None encodes no captions."""
     caption_column: str | None = None
-    """Column of captions; None is the first column of text."""
+    """Column of captions; None is the only one, or one with a usual name."""
     num_captions: int = 1
     """Captions kept of each image (COCO has five); an image with fewer repeats them."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -153,7 +152,7 @@ def main(arguments: Sequence[str]) -> None:
     manifest, folder = build_manifest(given, data, autoencoder, text_encoder), Path(given.output)
     check_begun(folder, manifest)
 
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which it does not read by itself
+    state = process_state()
     warn_of_missing_processes(state.num_processes)
     autoencoder.to(state.device)
     if text_encoder is not None:

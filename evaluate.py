@@ -20,7 +20,7 @@ from accelerate import PartialState
 
 from uvit import __version__
 from uvit.checkpoint import checkpoint_dirs
-from uvit.cli import parse, run, warn_of_missing_processes
+from uvit.cli import parse, process_state, run, warn_of_missing_processes
 from uvit.config import Config, DataConfig, Section
 from uvit.data import ImageData, Wanted, load_images
 from uvit.errors import InputError
@@ -178,7 +178,7 @@ def make_statistics(arguments: Sequence[str]) -> None:
         DataConfig(name=given.data, train_split=given.split), Wanted(shape, labels=False, captions=False)
     )
     network = build_features(given.features, given.feature_weights, data.shape)
-    state, output = PartialState(), Path(given.output)
+    state, output = process_state(), Path(given.output)
     network.to(state.device)
     # The output is opened first: a path that cannot be written is found before the work, not after it.
     with write_aside(output) if state.is_main_process else nullcontext(output) as aside:
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parse(Arguments, arguments, "evaluate.py", __doc__ or "")
     in_run = given.checkpoint and Path(given.checkpoint).is_dir()
     output = Path(given.output) if given.output else Path(given.checkpoint, "evaluation.json") if in_run else None
-    state = PartialState()
+    state = process_state()
     warn_of_missing_processes(state.num_processes)
     with nullcontext() if output is None or not state.is_main_process else write_aside(output) as aside:
         results, protocol = measure(given, state)

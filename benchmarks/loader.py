@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import sklearn.datasets
 import torch
 from machine import describe_machine
@@ -127,10 +128,9 @@ def training_rate(model: UViTConfig, batch_size: int, seconds: float) -> float:
     return rate(work, seconds)
 
 
-def resident() -> dict[str, float]:
-    """GiB of memory that this process holds now: all, and what of it is mapped files."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(status[name].split()[0]) / 2**20 for name in ("VmRSS", "RssFile")}
+def resident() -> float:
+    """GiB of memory that this process holds now, mapped files included."""
+    return psutil.Process().memory_info().rss / 2**30
 
 
 def main(arguments: list[str]) -> None:
@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> None:
             data=DataConfig(name=f"{folder}/photos"),
             train=TrainConfig(batch_size=64),
         )
-        before = resident()["VmRSS"]
+        before = resident()
         latents = loader_rate(of_latents, given.seconds)
         after = resident()
         decoder = decoder_rate(Path(folder, "photos"), given.seconds)
@@ -160,19 +160,19 @@ def main(arguments: list[str]) -> None:
     figures = {
         "latents_per_second": latents,
         "latents_gib": size / 2**30,
-        "resident_gib": after["VmRSS"],
+        "resident_gib": after,
         "resident_before_gib": before,
         "jpegs_per_second": images,
         "jpegs_decoded_alone_per_second": decoder,
         "trained_s2_images_per_second": training,
     }
     RESULT.write_text(json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
-    print("one process, one thread | per second\n|---|---|")
+    print("| one process, one thread | per second\n|---|---|")
     print(f"| latents 4x32x32, of {size / 2**30:.0f} GiB | {latents:,.0f} |")
     print(f"| JPEG 640x427 to 256x256 | {images:.0f} |")
     print(f"| the same, decoded by Pillow alone | {decoder:.0f}, of which the loader reaches {images / decoder:.0%} |")
     print(f"| training U-ViT-S/2 on 257 tokens, here | {training:.1f} |")
-    print(f"resident memory {after['VmRSS']:.2f} GiB, before the latents were read {before:.2f} GiB")
+    print(f"resident memory {after:.2f} GiB, before the latents were read {before:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import sys
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from uvit import UViTConfig
@@ -14,6 +15,12 @@ from uvit import UViTConfig
 def _one_thread():
     """Tiny tensors run faster on one thread than on a pool that waits for itself."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

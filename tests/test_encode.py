@@ -46,12 +46,6 @@ MODEL = UViTConfig(img_size=8, in_chans=4, num_classes=2)
 SHARED = "--data photos --image_size 16 --autoencoder vae --shard_size 1000 --batch_size 250".split()
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
     """A folder with encoders, a config, and the latents of `photos` with captions."""

@@ -88,13 +88,13 @@ def test_kernel_distance():
 
 
 def test_a_sample_of_features_is_bounded_and_fair():
-    sample = FeatureSample(capacity=1000)
+    sample = FeatureSample(1, capacity=1000)
     for part in torch.arange(20_000.0)[:, None].split(300):
         sample.update(part)
     kept = sample.gather(torch.device("cpu"))
     assert kept.shape == (1000, 1) and len(kept.unique()) == 1000
     assert kept.mean().item() == pytest.approx(10_000, rel=0.06)
-    few = FeatureSample(capacity=1000).update(torch.arange(5.0)[:, None]).gather(torch.device("cpu"))
+    few = FeatureSample(1, capacity=1000).update(torch.arange(5.0)[:, None]).gather(torch.device("cpu"))
     assert sorted(few.flatten().tolist()) == [0, 1, 2, 3, 4]
 
 

@@ -71,6 +71,8 @@ def test_two_processes_evaluate_alike(tmp_path, monkeypatch):
         output = tmp_path / f"{count}.json"
         result = command(*launch, *script, "--output", str(output), cwd=tmp_path)
         assert result.returncode == 0, result.stderr
+        assert result.stdout.count("recognised ") == 1  # one figure of all, not a figure of each
+        assert f"{360 // count}/{360 // count}" in result.stderr  # each read its share of the held-out part
         found.append(json.loads(output.read_text()))
     assert found[1]["frechet"] == pytest.approx(found[0]["frechet"], rel=1e-3)
     assert found[1]["recognised"] == found[0]["recognised"]

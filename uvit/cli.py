@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import psutil
 import tyro
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from uvit.errors import InputError
 
@@ -59,6 +61,11 @@ def _one_line(box: str) -> str:
     _, _, suggestions = box.partition("Perhaps you meant")
     near = re.findall(r"(--[\w.-]+)", suggestions.partition("full helptext")[0])
     return message + (f", did you mean {near[0]}?" if near else "")
+
+
+def process_state() -> PartialState:
+    """Returns which process this is, on a CPU where ACCELERATE_USE_CPU asks for it (accelerate leaves that to us)."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def processes_asked_for() -> int:

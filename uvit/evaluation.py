@@ -44,7 +44,7 @@ class Judged:
         exact = state.device if state.device.type == "cuda" else torch.device("cpu")  # a device that knows float64
         self.network, self.state = network, state
         self.moments = Moments(network.num_features, exact)
-        self.sample = FeatureSample(num_processes=state.num_processes, seed=state.process_index)
+        self.sample = FeatureSample(network.num_features, num_processes=state.num_processes, seed=state.process_index)
         self.score = InceptionScore(network.num_classes, exact) if network.num_classes else None
         self.hits = torch.zeros(2, dtype=torch.float64, device=exact)  # right, and judged
 
@@ -133,11 +133,11 @@ def choose_captions(
 
 def read_shown(data: ImageData, batch_size: int, num_workers: int, state: PartialState) -> Iterator[Labelled]:
     """Reads this process's share of a data set, with a progress bar."""
-    parts = [range(n, min(n + batch_size, len(data))) for n in range(0, len(data), batch_size)]
-    mine = parts[state.process_index :: state.num_processes]
+    mine = range(len(data))[state.process_index :: state.num_processes]
+    parts = [mine[n : n + batch_size] for n in range(0, len(mine), batch_size)]
     hidden = not state.is_main_process
-    with tqdm(total=sum(map(len, mine)), unit="image", desc="reading", disable=hidden, dynamic_ncols=True) as progress:
-        for part, batch in zip(mine, read_in_parts(data, mine, num_workers)):
+    with tqdm(total=len(mine), unit="image", desc="reading", disable=hidden, dynamic_ncols=True) as progress:
+        for part, batch in zip(parts, read_in_parts(data, parts, num_workers)):
             yield batch.images, batch.labels if data.class_names else None
             progress.update(len(part))
 

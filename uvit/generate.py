@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from uvit.attention import resolve_backend
 from uvit.backbone import UViT
+from uvit.cli import process_state
 from uvit.config import (
     CONFIG_FILE,
     Backend,
@@ -87,7 +87,7 @@ class DrawArguments(Section):
         Raises:
             InputError: as load_run and load_encoders, or settings that do not fit the run.
         """
-        device = PartialState().default_device
+        device = process_state().device
         given = self.guidance if self.paper_scale is None else 1 + self.paper_scale
         config, model = load_run(self.checkpoint, self.attention, device, self.config)
         sampling = _replace_given(

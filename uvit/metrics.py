@@ -147,33 +147,34 @@ class FeatureSample:
     """A random sample of features for the kernel distance: every image has the same chance to be in it.
 
     Args:
+        num_features: length of a feature vector.
         capacity: features kept, on all processes together.
         num_processes: how many gather.
         seed: seed of the sample.
     """
 
-    def __init__(self, capacity: int = KID_SAMPLES, num_processes: int = 1, seed: int = 0) -> None:
+    def __init__(self, num_features: int, capacity: int = KID_SAMPLES, num_processes: int = 1, seed: int = 0) -> None:
         self.capacity = capacity // num_processes
         self._rng = np.random.default_rng(seed)
         self._keys = torch.empty(0, dtype=torch.float64)
-        self._features: Tensor | None = None
+        self._features = torch.empty(0, num_features)
 
     def update(self, features: Tensor) -> FeatureSample:
         """Adds (B, num_features) features; returns itself."""
         features = features.detach().float().cpu()
         keys = torch.from_numpy(self._rng.random(len(features)))
-        if self._features is not None:
-            keys, features = torch.cat([self._keys, keys]), torch.cat([self._features, features])
+        keys, features = torch.cat([self._keys, keys]), torch.cat([self._features, features])
         kept = keys.argsort()[: self.capacity]  # those with the smallest of random keys
         self._keys, self._features = keys[kept], features[kept]
         return self
 
     def gather(self, device: torch.device) -> Tensor:
-        """Returns (N, num_features) of all processes, each with as many."""
-        if self._features is None:
-            raise InputError("a distance needs images, got none")
-        fewest = int(gather(torch.tensor([len(self._keys)], device=device)).min())
-        return gather(self._features[:fewest].to(device)).cpu()
+        """Returns the (N, num_features) of all processes."""
+        counts = gather(torch.tensor([len(self._keys)], device=device)).tolist()
+        padded = torch.zeros(max(counts), self._features.shape[1], device=device)
+        padded[: len(self._features)] = self._features.to(device)
+        of_all = gather(padded).split(max(counts)) if max(counts) else [padded]
+        return torch.cat([part[:count] for part, count in zip(of_all, counts)]).cpu()
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -380,9 +381,12 @@ def test_evaluate_prints_two_figures_and_the_protocol(inside, capsys):
     assert recognised.startswith("recognised ") and "real images: 99" in recognised
     assert frechet.startswith("Fréchet distance ")
     assert (
-        "images 50 drawn, 5 a class; weights EMA of runs/tiny, step_00000004; guidance w = 1 (the paper's s" in protocol
+        "images 50 drawn, 5 a class, hash " in protocol and "weights EMA of runs/tiny, step_00000004, hash " in protocol
     )
-    assert "sampler dpmpp_2m, 2 steps" in protocol and "test part of digits: 360 images, hash " in protocol
+    assert "guidance w = 1 (the paper's s = 0); guidance_interval 0 to 1;" in protocol
+    assert "sampler dpmpp_2m, 2 steps (uniform from t = 1 to 0)" in protocol
+    assert "reference test part of digits: 360 images, centre crops of 8x8, hash " in protocol
+    assert "classifier svm on the pixels of 1437 training images; versions uvit " in protocol
     saved = json.loads(Path("runs/tiny/evaluation.json").read_text())
     assert 0 <= saved["recognised"] <= 1 and saved["frechet"] > saved["frechet_real"] > 0
     assert saved["protocol"]["rounding"] == "uint8"
@@ -405,12 +409,13 @@ def test_a_checkpoint_and_its_saved_images_measure_alike(inside):
     ):
         found = figures(arguments)
         assert found["frechet"] == pytest.approx(drawn["frechet"], rel=2e-3), arguments
+        assert len({each["protocol"]["images"].rpartition("hash ")[2] for each in (drawn, found)}) == 1
     assert drawn["frechet_real"] > 0 and "frechet_real" not in found
 
 
 def test_labels_at_random(inside):
     found = figures("--checkpoint runs/tiny --num_images 33 --label_mode random --steps 1")
-    assert found["protocol"]["images"] == "33 drawn, labels at random" and "recognised" in found
+    assert found["protocol"]["images"].startswith("33 drawn, labels at random, hash ") and "recognised" in found
 
 
 def test_data_of_one_part_have_no_distance_of_real_images(inside, tmp_path):
@@ -424,7 +429,33 @@ def test_data_of_one_part_have_no_distance_of_real_images(inside, tmp_path):
 def test_a_folder_against_itself(inside, tmp_path):
     save_folder(tmp_path / "photos", count=8)
     found = figures(f"--images {tmp_path}/photos --reference {tmp_path}/photos --features pixels")
-    assert found["frechet"] == pytest.approx(0, abs=1e-6) and found["protocol"]["images"] == f"16 of {tmp_path}/photos"
+    assert found["frechet"] == pytest.approx(0, abs=1e-6)
+    images, reference = (found["protocol"][name] for name in ("images", "reference"))
+    name, _, same = images.partition(", hash ")
+    assert name == f"16 of {tmp_path}/photos"
+    assert reference == f"{tmp_path}/photos, split train: 16 images, centre crops of 16x24, hash {same}"
+
+
+def test_figures_are_saved_beside_what_they_are_of(inside, tmp_path):
+    save_folder(tmp_path / "photos", count=4)
+    shared = ["--reference", f"{tmp_path}/photos", "--features", "pixels"]
+    evaluate.main(["--images", f"{tmp_path}/photos", *shared])
+    assert "frechet" in json.loads((tmp_path / "photos.evaluation.json").read_text())
+    assert not list((tmp_path / "photos").glob("*.json"))
+
+
+def test_a_reference_is_cut_at_the_centre_even_where_training_cuts_at_random(inside, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "test"), "0123456789"):
+        folder = tmp_path / "photos" / split / name
+        folder.mkdir(parents=True)
+        for number in range(2):
+            Image.fromarray(rng.integers(0, 256, (12, 15), np.uint8)).save(folder / f"{number}.png")
+    overrides = f"--data.name {tmp_path}/photos --data.crop random --train.sample_every 0 --train.tracker none".split()
+    train.main(["tiny.py", *overrides, "--train.run_dir", str(tmp_path / "run")])
+    shared = f"--checkpoint {tmp_path}/run --num_images 20 --steps 1"
+    one, two = (figures(f"{shared} --batch_size {size}")["protocol"]["reference"] for size in (3, 20))
+    assert one == two and "20 images, centre crops of 8x8" in one
 
 
 def test_inceptions_three_figures(inside, inception, tmp_path, capsys):
@@ -587,6 +618,20 @@ BAD_INPUT = [
         "--images folder.png --reference folder.png --features pixels --classifier svm",
         "'svm' needs the labelled",
     ),
+    ("evaluate", "--images folder.png --reference one --steps 3", "--steps is for images to draw from a --checkpoint"),
+    ("evaluate", "--images big.npz --reference big.npz --features pixels", "must be 4096 or fewer, 3x64x64 images"),
+    (
+        "evaluate",
+        "--checkpoint runs/tiny --reference folder.png --split test",
+        "cannot load split 'test' of data 'folder.png'",
+    ),
+    ("evaluate", "--checkpoint runs/tiny --reference imaginary.npz", "must hold mu and sigma of real numbers, got"),
+    ("evaluate", "--checkpoint runs/tiny --reference negative.npz", "must hold a positive semidefinite sigma"),
+    (
+        "evaluate",
+        "--checkpoint runs/tiny --reference three.npz",
+        "the classifier knows 10 classes, three.npz has labels of 13 classes: give --classifier none",
+    ),
     ("evaluate", "stats", "Missing from evaluate.py stats: STR Data set"),
     ("evaluate", "stats digits --output ref.txt", "output must be a path ending in .npz, got 'ref.txt'"),
     ("evaluate", "stats nowhere --output ref.npz", "cannot load split 'train' of data 'nowhere'"),
@@ -614,6 +659,10 @@ def scenery(told) -> None:
     save_folder(finished / "one", classes="a", count=1)
     np.savez(finished / "other.npz", mu=np.zeros(3), sigma=np.eye(3), features="inception")
     np.savez(finished / "fits.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(finished / "big.npz", arr_0=np.zeros((2, 64, 64, 3), np.uint8))
+    np.savez(finished / "three.npz", arr_0=np.zeros((2, 8, 8, 1), np.uint8), arr_1=np.array([0, 12]))
+    np.savez(finished / "imaginary.npz", mu=np.zeros(64), sigma=np.eye(64) * 1j)
+    np.savez(finished / "negative.npz", mu=np.zeros(64), sigma=-np.eye(64))
     np.savez(finished / "sized.npz", mu=np.zeros(64), sigma=np.eye(64), features="pixels", image_size=(4, 16))
     for name, text in (("foreign", config), ("emptied", "[]")):
         save_checkpoint(finished / name, 2, {}, keep=1)

@@ -8,6 +8,7 @@ from scipy.linalg import sqrtm
 from uvit.errors import InputError
 from uvit.metrics import (
     FeatureSample,
+    ImageHash,
     InceptionScore,
     Moments,
     frechet_distance,
@@ -15,6 +16,7 @@ from uvit.metrics import (
     kernel_distance,
     load_statistics,
     save_statistics,
+    shuffled_places,
 )
 
 
@@ -81,38 +83,68 @@ def test_a_distance_needs_two_images():
 def test_kernel_distance():
     """Nothing between samples of one distribution, the known value between two."""
     a, b = torch.randn(3000, 4), torch.randn(3000, 4)
-    mean, deviation = kernel_distance(a, b)
-    assert abs(mean) < 0.02 and 0 < deviation < 0.1
+    mean, deviation, size = kernel_distance(a, b)
+    assert abs(mean) < 0.02 and 0 < deviation < 0.1 and size == 1000
+    few = kernel_distance(a[:600], b)
+    assert few[1] > deviation and few[2] == 300  # subsets that leave images out have a spread
+    with pytest.raises(InputError, match="a kernel distance needs 4 images or more, got 3"):
+        kernel_distance(a, b[:3])
     x, y = torch.ones(50, 4), torch.zeros(40, 4)  # k(x, x) = (1 + 1)³, k(x, y) = k(y, y) = 1
     assert kernel_distance(x, y)[0] == pytest.approx(8 + 1 - 2)
 
 
 def test_a_sample_of_features_is_bounded_and_fair():
-    sample = FeatureSample(1, capacity=1000)
-    for part in torch.arange(20_000.0)[:, None].split(300):
-        sample.update(part)
-    kept = sample.gather(torch.device("cpu"))
+    features, places = torch.arange(20_000.0)[:, None], shuffled_places(20_000)
+
+    def sample(batch_size: int) -> torch.Tensor:
+        sample = FeatureSample(1, capacity=1000)
+        for part, its_places in zip(features.split(batch_size), places.split(batch_size)):
+            sample.update(part, its_places)
+        return sample.gather(torch.device("cpu"))
+
+    kept = sample(300)
     assert kept.shape == (1000, 1) and len(kept.unique()) == 1000
     assert kept.mean().item() == pytest.approx(10_000, rel=0.06)
-    few = FeatureSample(1, capacity=1000).update(torch.arange(5.0)[:, None]).gather(torch.device("cpu"))
-    assert sorted(few.flatten().tolist()) == [0, 1, 2, 3, 4]
+    assert torch.equal(kept, sample(20_000))  # whatever the batches
+    few = FeatureSample(1, capacity=1000).update(torch.arange(5.0)[:, None], shuffled_places(5))
+    assert sorted(few.gather(torch.device("cpu")).flatten().tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_the_hash_of_images_does_not_depend_on_their_order_and_tells_sets_apart():
+    images = torch.randint(0, 256, (9, 3, 4, 4), dtype=torch.uint8)
+    whole = ImageHash().update(images).compute(torch.device("cpu"))
+    mixed = ImageHash()
+    for part in images.flip(0).split(4):
+        mixed.update(part)
+    assert mixed.compute(torch.device("cpu")) == whole and len(whole) == 16
+    others = images.clone()
+    others[3, 0, 0, 0] += 1
+    for other in (images[:8], others, images.reshape(9, 3, 2, 8), torch.cat([images, images[:1]])):
+        assert ImageHash().update(other).compute(torch.device("cpu")) != whole
 
 
 def test_inception_score_equals_torch_fidelitys_and_known_cases():
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    logits = torch.randn(500, 7) * 3
-    score = InceptionScore(7)
-    for part in logits.split([3, 97, 400]):
-        score.update(part)
-    dealt = torch.cat([logits[split::10] for split in range(10)])  # ours deals in turn, theirs cuts
-    theirs = isc_features_to_metric(dealt, splits=10, shuffle=False)
+    logits, places = torch.randn(503, 7) * 3, shuffled_places(503)
+    score = InceptionScore(7, 503)
+    for part, its_places in zip(logits.split([3, 97, 403]), places.split([3, 97, 403])):
+        score.update(part, its_places)
+    theirs = isc_features_to_metric(logits)  # shuffled with the same seed, then cut
     mean, deviation = score.compute()
     assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-6)
     certain = torch.eye(5).repeat_interleave(40, dim=0) * 1000
-    assert InceptionScore(5).update(certain).compute()[0] == pytest.approx(5, rel=1e-6)
-    assert InceptionScore(5).update(torch.zeros(30, 5)).compute()[0] == pytest.approx(1)
+    known = InceptionScore(5, 200).update(certain, torch.arange(200).reshape(40, 5).T.flatten())
+    assert known.compute()[0] == pytest.approx(5, rel=1e-6)  # as many of each class in every split
+    assert InceptionScore(5, 30).update(torch.zeros(30, 5), shuffled_places(30)).compute()[0] == pytest.approx(1)
+
+
+def test_the_inception_score_of_images_in_periodic_order():
+    """Labels that come round every ten images must not end up in a split each."""
+    certain = (torch.eye(10) * 1000).repeat(300, 1)
+    score = InceptionScore(10, 3000).update(certain, shuffled_places(3000)).compute()[0]
+    assert score == pytest.approx(10, rel=0.02)
 
 
 def test_statistics_round_trip(tmp_path):
@@ -121,6 +153,11 @@ def test_statistics_round_trip(tmp_path):
     loaded = load_statistics(tmp_path / "ref.npz", "pixels", 4, (2, 2))
     assert all(torch.equal(a, b) for a, b in zip(loaded, gaussian)) and loaded.hash == gaussian.hash
     assert is_statistics(tmp_path / "ref.npz")
+    few = Moments(50).update(torch.randn(20, 50)).gaussian  # of lower rank, and rounded: semidefinite all the same
+    np.savez(tmp_path / "low.npz", mu=few.mean.numpy(), sigma=few.covariance.numpy().astype(np.float32))
+    assert load_statistics(tmp_path / "low.npz", "inception", 50, (2, 2)).mean.shape == (50,)
+    np.savez(tmp_path / "black.npz", mu=np.zeros(4), sigma=np.zeros((4, 4)))
+    assert not load_statistics(tmp_path / "black.npz", "inception", 4, (2, 2)).covariance.any()
     np.savez(tmp_path / "adm.npz", mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy().astype(np.float32))
     assert load_statistics(tmp_path / "adm.npz", "inception", 4, (2, 2)).covariance.dtype == torch.float64
 
@@ -147,6 +184,14 @@ def test_statistics_that_do_not_fit(tmp_path):
     for mu, sigma in ((np.full(2, np.nan), np.eye(2)), (np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))):
         np.savez(path, mu=mu, sigma=sigma)
         with pytest.raises(InputError, match="must hold finite numbers and a symmetric sigma"):
+            load_statistics(path, "pixels", 2, (1, 1))
+    for sigma in (-np.eye(2), np.array([[1.0, 2.0], [2.0, 1.0]])):
+        np.savez(path, mu=np.zeros(2), sigma=sigma)
+        with pytest.raises(InputError, match="must hold a positive semidefinite sigma"):
+            load_statistics(path, "pixels", 2, (1, 1))
+    for sigma in (np.eye(2, dtype=complex), np.eye(2, dtype=int)):
+        np.savez(path, mu=np.zeros(2), sigma=sigma)
+        with pytest.raises(InputError, match=f"of real numbers, got float64 and {sigma.dtype}"):
             load_statistics(path, "pixels", 2, (1, 1))
     for content in (b"", b"garbage"):
         path.write_bytes(content)

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_cli import ROOT, TINY, command, deterministic_loss
@@ -60,23 +61,43 @@ def test_gradients_weights_and_losses_are_those_of_one_process(tmp_path, monkeyp
     assert set(read_weights(together / "model.safetensors")) == set(theirs["ema"])
 
 
+def figures_of(count, cwd, *arguments):
+    """What evaluate.py prints, shows as progress and saves, on so many processes."""
+    launch = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+    output = cwd / "figures.json"
+    result = command(*launch, str(ROOT / "evaluate.py"), *arguments, "--output", str(output), cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr, json.loads(output.read_text())
+
+
 def test_two_processes_evaluate_alike(tmp_path, monkeypatch):
     """The same images, whoever draws them, and one sum over all."""
     (tmp_path / "tiny.py").write_text(TINY)
     *_, run_dir = train_on(1, tmp_path, monkeypatch)
     found = []
     for count in (1, 2):
-        launch = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        script = [str(ROOT / "evaluate.py"), "--checkpoint", str(run_dir), "--num_images", "50", "--steps", "2"]
-        output = tmp_path / f"{count}.json"
-        result = command(*launch, *script, "--output", str(output), cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("recognised ") == 1  # one figure of all, not a figure of each
-        assert f"{360 // count}/{360 // count}" in result.stderr  # each read its share of the held-out part
-        found.append(json.loads(output.read_text()))
+        printed, progress, figures = figures_of(
+            count, tmp_path, "--checkpoint", str(run_dir), "--num_images", "50", "--steps", "2"
+        )
+        assert printed.count("recognised ") == 1  # one figure of all, not a figure of each
+        assert f"{360 // count}/{360 // count}" in progress  # each read its share of the held-out part
+        found.append(figures)
+    assert found[0]["protocol"]["reference"] == found[1]["protocol"]["reference"]
     assert found[1]["frechet"] == pytest.approx(found[0]["frechet"], rel=1e-3)
     assert found[1]["recognised"] == found[0]["recognised"]
     assert found[1]["frechet_real"] == pytest.approx(found[0]["frechet_real"], rel=1e-6)
+
+
+def test_three_processes_measure_five_images_as_one_does(tmp_path, inception):
+    """Not every process has as many images; samples and splits are those of one process."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(0, 256, (5, 8, 8, 3)).astype(np.uint8))
+    weights = ["--features", "inception", "--feature_weights", str(inception)]
+    shared = ["--images", "a.npz", "--reference", "b.npz", *weights, "--batch_size", "2"]
+    (*_, alone), (*_, together) = (figures_of(count, tmp_path, *shared) for count in (1, 3))
+    assert alone.pop("protocol") == together.pop("protocol")
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
 if __name__ == "__main__":

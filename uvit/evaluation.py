@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,16 +20,23 @@ from uvit.features import TIMM, Features, TimmFeatures
 from uvit.generate import Condition, generate_batches
 from uvit.images import to_unit_range
 from uvit.loader import read_in_parts
-from uvit.metrics import FeatureSample, InceptionScore, Moments
+from uvit.metrics import FeatureSample, ImageHash, InceptionScore, Moments, shuffled_places
 
-# An SVM and a covariance of raw pixels are meant for small images; beyond this they are neither quick nor telling.
-MAX_PIXELS = 1024
+MAX_SMALL = 1024
+"""Values of an image for which an SVM and the covariance of raw pixels are quick and telling."""
 SVM_C = 10.0
 
 Labelled = tuple[Tensor, Tensor | None]
 """(B, C, H, W) uint8 images, and their (B,) labels where they have any."""
-Classifier = Callable[[Tensor], Tensor]
-"""(B, C, H, W) uint8 images to (B,) labels."""
+
+
+class Classifier(NamedTuple):
+    """What recognises labels."""
+
+    classify: Callable[[Tensor], Tensor]
+    """(B, C, H, W) uint8 images to (B,) labels."""
+    num_classes: int
+    description: str
 
 
 class Judged:
@@ -37,31 +44,39 @@ class Judged:
 
     Args:
         network: as uvit.features builds it.
-        state: which process this is.
+        num_images: images of all processes.
+        state: which process this is; it sees every so manyth image.
     """
 
-    def __init__(self, network: Features, state: PartialState) -> None:
+    def __init__(self, network: Features, num_images: int, state: PartialState) -> None:
         exact = state.device if state.device.type == "cuda" else torch.device("cpu")  # a device that knows float64
         self.network, self.state = network, state
+        self.places = shuffled_places(num_images)[state.process_index :: state.num_processes]
         self.moments = Moments(network.num_features, exact)
-        self.sample = FeatureSample(network.num_features, num_processes=state.num_processes, seed=state.process_index)
-        self.score = InceptionScore(network.num_classes, exact) if network.num_classes else None
+        self.sample = FeatureSample(network.num_features)
+        self.score = InceptionScore(network.num_classes, num_images, exact) if network.num_classes else None
         self.hits = torch.zeros(2, dtype=torch.float64, device=exact)  # right, and judged
+        self.hash = ""
 
     @torch.no_grad()
-    def look(self, batches: Iterator[Labelled], classify: Classifier | None) -> Judged:
+    def look(self, batches: Iterator[Labelled], classifier: Classifier | None = None) -> Judged:
         """Looks at this process's images, and adds up all processes; returns itself."""
+        image_hash, seen = ImageHash(), 0
         for images, labels in batches:
+            places = self.places[seen : seen + len(images)]
+            seen += len(images)
+            image_hash.update(images)
             features, logits = self.network(images.to(self.state.device))
             self.moments.update(features)
-            self.sample.update(features)
+            self.sample.update(features, places)
             if self.score is not None:
-                self.score.update(logits)
-            if classify is not None and labels is not None:
-                right = (classify(images).cpu() == labels.cpu()).sum()
+                self.score.update(logits, places)
+            if classifier is not None and labels is not None:
+                right = (classifier.classify(images).cpu() == labels.cpu()).sum()
                 self.hits += torch.tensor([right, len(labels)]).to(self.hits)
         self.moments.reduce()
         self.hits = reduce(self.hits, "sum")
+        self.hash = image_hash.compute(self.state.device)
         return self
 
     @property
@@ -84,14 +99,18 @@ def build_classifier(name: str, weights: str | None, train_part: ImageData | Non
     """
     if name.startswith(TIMM):
         network = TimmFeatures(name.removeprefix(TIMM), weights, classify=True).to(device)
-        return lambda images: network(images.to(device))[0].argmax(dim=1)
+        described = f"{name}, weights {network.weights_hash}"
+        return Classifier(lambda images: network(images.to(device))[0].argmax(dim=1), network.num_features, described)
     if name != "svm":
         raise InputError(f"classifier must be 'svm', '{TIMM}MODEL' or 'none', got {name!r}")
     if train_part is None or not train_part.class_names:
         raise InputError("classifier 'svm' needs the labelled images of a run's own data to learn from, got none")
     real = read_all(train_part)
     svm = SVC(C=SVM_C).fit(_pixels(real.images), real.labels)
-    return lambda images: torch.from_numpy(svm.predict(_pixels(images)))
+    described = f"svm on the pixels of {len(real.labels)} training images"
+    return Classifier(
+        lambda images: torch.from_numpy(svm.predict(_pixels(images))), len(train_part.class_names), described
+    )
 
 
 def _pixels(images: Tensor) -> np.ndarray:
@@ -114,9 +133,20 @@ def choose_labels(num_images: int, num_classes: int, mode: Literal["balanced", "
 def choose_captions(
     data: ImageData, num_images: int, mode: Literal["balanced", "random"], seed: int
 ) -> tuple[list[str], list[int] | None]:
-    """Returns a caption of the data for each image to draw, and where the data has labels, that of what it tells."""
-    first = range(min(len(data), num_images) if not data.class_names else len(data))
-    parts = [first[n : n + 256] for n in range(0, len(first), 256)]
+    """Returns the first caption of an image of the data for each image to draw.
+
+    Where the data has labels, those of what the captions tell are returned besides, and `mode` is as for labels;
+    where it has none, `balanced` takes the images in their order, and `random` shuffles them.
+
+    Raises:
+        InputError: no captions, or a label without images.
+    """
+    items: Sequence[int] = range(len(data))
+    if not data.class_names:
+        if mode == "random":
+            items = np.random.default_rng(seed).permutation(len(data)).tolist()
+        items = items[:num_images]
+    parts = [items[n : n + 256] for n in range(0, len(items), 256)]
     told = [
         (texts[0], int(label))
         for part in read_in_parts(data, parts, 0)
@@ -127,7 +157,11 @@ def choose_captions(
     if not data.class_names:
         return [text for text, _ in itertools.islice(itertools.cycle(told), num_images)], None
     labels = choose_labels(num_images, len(data.class_names), mode, seed)
-    captions = {each: itertools.cycle([text for text, label in told if label == each]) for each in set(labels)}
+    of_label = {each: [text for text, label in told if label == each] for each in set(labels)}
+    for label, texts in of_label.items():
+        if not texts:
+            raise InputError(f"the reference must have a caption of every label, got none of {data.class_names[label]}")
+    captions = {label: itertools.cycle(texts) for label, texts in of_label.items()}
     return [next(captions[label]) for label in labels], labels
 
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from uvit.errors import InputError
 from uvit.images import to_unit_range
-from uvit.weights import read_published, read_weights
+from uvit.weights import hash_weights, read_published, read_weights
 
+MAX_PIXEL_FEATURES = 4096
+"""Beyond this their covariance needs more time and memory than a network's features."""
 PIXELS, INCEPTION, TIMM = "pixels", "inception", "timm:"
 INCEPTION_FEATURES, INCEPTION_CLASSES = 2048, 1008
 
@@ -23,13 +25,28 @@ class Features(nn.Module):
     num_features: int
     num_classes: int = 0
 
+    @property
+    def weights_hash(self) -> str | None:
+        """Tells weights apart; None where there are none."""
+        return hash_weights(self.state_dict()) if any(True for _ in self.parameters()) else None
+
 
 class PixelFeatures(Features):
-    """The pixels themselves, in [-1, 1]: for small images."""
+    """The pixels themselves, in [-1, 1]: for small images.
+
+    Args:
+        shape: (C, H, W) of the images.
+
+    Raises:
+        InputError: too many pixels.
+    """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.num_features = math.prod(shape)
+        if self.num_features > MAX_PIXEL_FEATURES:
+            given = f"{'x'.join(map(str, shape))} images have {self.num_features}"
+            raise InputError(f"features {PIXELS!r} must be {MAX_PIXEL_FEATURES} or fewer, {given}: use {INCEPTION!r}")
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
         """Returns (B, C·H·W) of (B, C, H, W) uint8."""
@@ -71,7 +88,7 @@ class InceptionFeatures(Features):
 
 
 class TimmFeatures(Features):
-    """Any network of timm: pooled features, or the logits of a classifier.
+    """Any network of timm: pooled features, or a classifier, whose features are its logits.
 
     Args:
         name: a model of timm, such as vit_small_patch14_dinov2.

@@ -6,7 +6,6 @@ Both come from a folder or the hub, as safetensors only. The packages they need 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from uvit.config import CONFIG_FILE, DataConfig, UViTConfig, read_json
 from uvit.errors import InputError
 from uvit.hub import find_folder
+from uvit.weights import hash_weights
 
 EMPTY_CAPTION = ""
 CLIP_KINDS = ("clip", "clip_text_model")
@@ -91,7 +91,7 @@ class TextEncoder(nn.Module):
     @property
     def weights_hash(self) -> str:
         """Tells text encoders apart."""
-        return _hash(self.network.state_dict())
+        return hash_weights(self.network.state_dict())
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Tensor:
@@ -165,9 +165,14 @@ class Autoencoder(nn.Module):
         return torch.cat([self.network.decode(part).sample for part in parts])
 
     @property
+    def weights_hash(self) -> str:
+        """Tells autoencoders apart."""
+        return hash_weights(self.network.state_dict())
+
+    @property
     def encoder_hash(self) -> str:
         """Tells encoders apart: autoencoders that differ in their decoder alone have the same."""
-        return _hash(
+        return hash_weights(
             {
                 name: tensor
                 for name, tensor in self.network.state_dict().items()
@@ -191,14 +196,6 @@ def sample_latents(moments: Tensor, scale_factor: float, generator: torch.Genera
     deviation = (0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)).exp()
     noise = torch.randn(mean.shape, device=mean.device, generator=generator)
     return scale_factor * (mean + deviation * noise)
-
-
-def _hash(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors by name, its first 16 letters."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -115,11 +115,11 @@ class _Parts(Dataset[Batch]):
     def __init__(self, data: ImageData) -> None:
         self.data = data
 
-    def __getitem__(self, part: range) -> Batch:
+    def __getitem__(self, part: Sequence[int]) -> Batch:
         return self.data.read(part, np.random.default_rng(0))
 
 
-def read_in_parts(data: ImageData, parts: Sequence[range], num_workers: int) -> Iterator[Batch]:
+def read_in_parts(data: ImageData, parts: Sequence[Sequence[int]], num_workers: int) -> Iterator[Batch]:
     """Reads parts of a data set once, in their order; nothing stands in for items left out."""
     return iter(DataLoader(_Parts(data), sampler=parts, batch_size=None, num_workers=num_workers))
 

@@ -17,9 +17,14 @@ from torch import Tensor
 from uvit.errors import InputError
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+MIN_KERNEL_IMAGES = 4
 KID_SAMPLES = 10_000
 """Features kept for the kernel distance, at most."""
 SCORE_SPLITS = 10
+ROUNDING = 1e-6
+"""Of statistics that were stored in float32, over their trace."""
+SHUFFLE_SEED = 2020
+"""torch-fidelity's: its splits of the Inception score are ours."""
 
 
 class Gaussian(NamedTuple):
@@ -123,18 +128,24 @@ def load_statistics(path: Path, features: str, num_features: int, image_size: tu
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
+            stored = [arrays[name] for name in ("mu", "sigma")]
             made_of = str(arrays["features"]) if "features" in arrays else features
             size = tuple(map(int, arrays["image_size"])) if "image_size" in arrays else image_size
     except Exception as error:  # a broken archive raises anything
         raise InputError(
             f"{path} does not hold statistics (mu, sigma): {type(error).__name__}: {error!s:.100}"
         ) from None
+    if any(array.dtype.kind != "f" for array in stored):
+        raise InputError(f"{path} must hold mu and sigma of real numbers, got {stored[0].dtype} and {stored[1].dtype}")
+    mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in stored)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
         raise InputError(f"{path} must hold mu (D,) and sigma (D, D), got {shapes}")
     if not (mean.isfinite().all() and covariance.isfinite().all() and torch.allclose(covariance, covariance.T)):
         raise InputError(f"{path} must hold finite numbers and a symmetric sigma")
+    margin = ROUNDING * covariance.trace().clamp(min=1e-9)
+    if torch.linalg.cholesky_ex(covariance + margin * torch.eye(len(covariance))).info:
+        raise InputError(f"{path} must hold a positive semidefinite sigma, got one with negative eigenvalues")
     if (len(mean), made_of) != (num_features, features):
         expected = f"expected {num_features} of {features!r}"
         raise InputError(f"{path} holds statistics of {len(mean)} features of {made_of!r}, {expected}")
@@ -143,52 +154,83 @@ def load_statistics(path: Path, features: str, num_features: int, image_size: tu
     return Gaussian(mean, covariance)
 
 
+def shuffled_places(num_images: int) -> Tensor:
+    """Returns (num_images,) the place of each image in one random order of all, fixed by a seed.
+
+    What samples or splits images does it by these places: neither their order, their batches nor the number of
+    processes changes the figures.
+    """
+    return torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(num_images)).argsort()
+
+
+class ImageHash:
+    """One hash of a set of images, whatever their order: the sum of the hashes of each."""
+
+    def __init__(self) -> None:
+        self._sum = torch.zeros(1, dtype=torch.int64)
+
+    def update(self, images: Tensor) -> ImageHash:
+        """Adds (B, C, H, W) uint8 images; returns itself."""
+        for image in images.cpu().numpy():
+            digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest()
+            self._sum += int.from_bytes(digest, "big", signed=True)  # around the end of 64 bits
+        return self
+
+    def compute(self, device: torch.device) -> str:
+        """Adds up all processes; returns 16 letters."""
+        return f"{reduce(self._sum.to(device), 'sum').item() % 2**64:016x}"
+
+
 class FeatureSample:
-    """A random sample of features for the kernel distance: every image has the same chance to be in it.
+    """A random sample of features for the kernel distance: those with the first of the shuffled places.
 
     Args:
         num_features: length of a feature vector.
         capacity: features kept, on all processes together.
-        num_processes: how many gather.
-        seed: seed of the sample.
     """
 
-    def __init__(self, num_features: int, capacity: int = KID_SAMPLES, num_processes: int = 1, seed: int = 0) -> None:
-        self.capacity = capacity // num_processes
-        self._rng = np.random.default_rng(seed)
-        self._keys = torch.empty(0, dtype=torch.float64)
-        self._features = torch.empty(0, num_features)
+    def __init__(self, num_features: int, capacity: int = KID_SAMPLES) -> None:
+        self.num_features, self.capacity = num_features, capacity
+        self._rows: list[Tensor] = []  # place and features
 
-    def update(self, features: Tensor) -> FeatureSample:
-        """Adds (B, num_features) features; returns itself."""
-        features = features.detach().float().cpu()
-        keys = torch.from_numpy(self._rng.random(len(features)))
-        keys, features = torch.cat([self._keys, keys]), torch.cat([self._features, features])
-        kept = keys.argsort()[: self.capacity]  # those with the smallest of random keys
-        self._keys, self._features = keys[kept], features[kept]
+    def update(self, features: Tensor, places: Tensor) -> FeatureSample:
+        """Adds (B, num_features) features of images with these shuffled places; returns itself."""
+        rows = torch.cat([places[:, None].float(), features.detach().float().cpu()], dim=1)
+        self._rows.append(rows[places < self.capacity])
         return self
 
     def gather(self, device: torch.device) -> Tensor:
-        """Returns the (N, num_features) of all processes."""
-        counts = gather(torch.tensor([len(self._keys)], device=device)).tolist()
-        padded = torch.zeros(max(counts), self._features.shape[1], device=device)
-        padded[: len(self._features)] = self._features.to(device)
-        of_all = gather(padded).split(max(counts)) if max(counts) else [padded]
-        return torch.cat([part[:count] for part, count in zip(of_all, counts)]).cpu()
+        """Returns the (N, num_features) of all processes, in the order of their places."""
+        rows = torch.cat([torch.empty(0, 1 + self.num_features), *self._rows])
+        counts = gather(torch.tensor([len(rows)], device=device)).tolist()
+        padded = torch.zeros(max(*counts, 1), 1 + self.num_features, device=device)
+        padded[: len(rows)] = rows.to(device)
+        of_all = torch.cat([part[:count] for part, count in zip(gather(padded).split(len(padded)), counts)])
+        return of_all[of_all[:, 0].argsort(), 1:].cpu()
 
 
-def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Kernel Inception distance (arXiv 1801.01401): mean and deviation over subsets.
+def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float, int]:
+    """Kernel Inception distance (arXiv 1801.01401).
 
     Args:
         a: (N, num_features).
         b: (M, num_features).
+
+    Returns:
+        Mean and deviation over 100 random subsets, and the subsets' size: 1000, or of fewer images half of them, as
+        subsets that share most of their images would not tell how far the mean can be trusted.
+
+    Raises:
+        InputError: fewer than MIN_KERNEL_IMAGES.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    size = min(KID_SUBSET_SIZE, len(a), len(b))
+    fewest = min(len(a), len(b))
+    if fewest < MIN_KERNEL_IMAGES:
+        raise InputError(f"a kernel distance needs {MIN_KERNEL_IMAGES} images or more, got {fewest}")
+    size = KID_SUBSET_SIZE if fewest >= 2 * KID_SUBSET_SIZE else fewest // 2
     found = kid_features_to_metric(a, b, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
-    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD], size
 
 
 class InceptionScore:
@@ -196,24 +238,24 @@ class InceptionScore:
 
     Args:
         num_classes: classes of the classifier.
+        num_images: images of all processes; each split has a tenth of them, at random.
         device: where to gather; one that knows float64.
     """
 
-    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, num_classes: int, num_images: int, device: torch.device | str = "cpu") -> None:
+        self._ends = torch.arange(1, SCORE_SPLITS + 1) * num_images // SCORE_SPLITS  # places after each split's last
         self._counts = torch.zeros(SCORE_SPLITS, 1, dtype=torch.float64, device=device)
         self._sums = torch.zeros(SCORE_SPLITS, num_classes, dtype=torch.float64, device=device)
         self._negentropies = torch.zeros(SCORE_SPLITS, 1, dtype=torch.float64, device=device)
-        self._seen = 0
 
-    def update(self, logits: Tensor) -> InceptionScore:
-        """Adds (B, num_classes) logits, dealt out to the splits in turn; returns itself."""
+    def update(self, logits: Tensor, places: Tensor) -> InceptionScore:
+        """Adds (B, num_classes) logits of images with these shuffled places; returns itself."""
         logits = logits.detach().to(self._sums)
         p = logits.softmax(dim=1)
-        splits = (torch.arange(len(logits), device=p.device) + self._seen) % SCORE_SPLITS
+        splits = torch.bucketize(places, self._ends, right=True).to(p.device)
         self._counts.index_add_(0, splits, torch.ones_like(p[:, :1]))
         self._sums.index_add_(0, splits, p)
         self._negentropies.index_add_(0, splits, (p * logits.log_softmax(dim=1)).sum(dim=1, keepdim=True))
-        self._seen += len(logits)
         return self
 
     def compute(self) -> tuple[float, float]:

@@ -402,19 +402,35 @@ def sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
     return times
 
 
+FAST_SOLVERS: tuple[SolverName, ...] = ("dpm_solver_fast", "dpmpp_fast")
+
+
+def _is_stiff(process: ProcessConfig, sampler: SolverName) -> bool:
+    """Where α(1) = 0 the drift of the reverse SDE and the steps in ε divide by α: only a grid in log-SNR keeps up."""
+    return SCHEDULES[process.schedule].singular_start and sampler in (*FAST_SOLVERS, "euler_maruyama")
+
+
+def resolve_spacing(process: ProcessConfig, config: SampleConfig) -> Spacing:
+    """Returns the spacing of times that a sampler's settings mean; `auto` is the solver's own.
+
+    Raises:
+        InputError: a solver that is not stable on the spacing.
+    """
+    stiff = _is_stiff(process, config.sampler)
+    if stiff and config.spacing == "uniform":
+        raise InputError(f"{config.sampler} on schedule {process.schedule!r} needs spacing 'log_snr', got 'uniform'")
+    if config.spacing != "auto":
+        return config.spacing
+    return "log_snr" if stiff or config.sampler == "dpm_solver_fast" else "uniform"
+
+
 def _sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
     schedule, sampler, shift = SCHEDULES[process.schedule], config.sampler, process.time_shift
-    fast = sampler in ("dpm_solver_fast", "dpmpp_fast")
-    # Where α(1) = 0 the drift of the reverse SDE and the steps in ε divide by α: only a grid in log-SNR keeps up.
-    stiff = schedule.singular_start and (fast or sampler == "euler_maruyama")
-    if stiff and config.spacing == "uniform":
-        raise InputError(f"{sampler} on schedule {process.schedule!r} needs spacing 'log_snr', got 'uniform'")
-    automatic: Spacing = "log_snr" if stiff or sampler == "dpm_solver_fast" else "uniform"
-    spacing = automatic if config.spacing == "auto" else config.spacing
-    divides_by_alpha = schedule.singular_start and (stiff or process.prediction == "noise")
+    spacing = resolve_spacing(process, config)
+    divides_by_alpha = schedule.singular_start and (_is_stiff(process, sampler) or process.prediction == "noise")
     t_start = 1 - TIME_MARGIN if divides_by_alpha else 1.0
 
-    if fast:
+    if sampler in FAST_SOLVERS:
         t_end = config.t_end or TIME_MARGIN
         if sampler == "dpmpp_fast":  # its steps go from one time of the grid to the third after it
             return time_grid(schedule, config.num_steps, spacing, t_start, t_end, shift)

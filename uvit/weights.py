@@ -7,7 +7,9 @@ run, the backbone under "model"), so it loads like any other. Published `.pth` f
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ from uvit.published import infer_config
 WEIGHTS_FILE = "model.safetensors"
 PUBLISHED_FILE = "nnet_ema.pth"
 """Name of the averaged weights in a checkpoint folder of the reference code."""
+
+
+def hash_weights(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, its first 16 letters: tells weights apart."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from uvit import __version__
 from uvit.cli import parse, process_state, run, warn_of_missing_processes
 from uvit.config import DataConfig, Section
-from uvit.data import SKIPPED_FILE, Batch, ImageData, Wanted, describe_skipped, load_images
+from uvit.data import Batch, ImageData, Wanted, load_images
 from uvit.errors import InputError
-from uvit.files import add_lines
+from uvit.files import SKIPPED_FILE, add_lines, describe_skipped
 from uvit.images import to_unit_range
 from uvit.latent_data import Manifest, begin, check_begun, write_shard
 from uvit.latents import EMPTY_CAPTION, Autoencoder, TextEncoder

@@ -179,6 +179,36 @@ def test_broken_rows_name_themselves(tmp_path):
         data.read([0, 1], RNG)
 
 
+def test_absurd_and_missing_images_name_themselves(tmp_path):
+    save_folder(tmp_path / "strip")
+    Image.new("RGB", (60_000, 1)).save(tmp_path / "strip/cat/1.png")
+    data = load_data(DataConfig(name=str(tmp_path / "strip")), RGB)
+    with pytest.raises(InputError, match=r"image 1 of the data \(.*cat/1.png\) cannot be read: its 1x60000 pixels"):
+        data.read([1], RNG)
+    rows = {"img": [Image.new("RGB", (8, 8)), None, Image.new("RGB", (8, 8))]}
+    datasets.Dataset.from_dict(rows, datasets.Features({"img": datasets.Image()})).save_to_disk(tmp_path / "gap")
+    data = load_data(DataConfig(name=str(tmp_path / "gap")), UViTConfig(img_size=8))
+    with pytest.raises(InputError, match="image 1 of the data cannot be read: there is none"):
+        data.read([0, 1], RNG)
+
+
+def test_images_are_not_cut_unasked(tmp_path):
+    """Where no shape is asked for, all must have that of the first."""
+    save_folder(tmp_path / "photos")
+    as_they_are = Wanted(None, labels=None, captions=False)
+    data = load_images(DataConfig(name=str(tmp_path / "photos")), as_they_are)
+    assert data.shape == (3, 16, 24) and len(read_all(data).images) == 6
+    Image.new("RGB", (24, 24)).save(tmp_path / "photos/dog/0.png")
+    data = load_images(DataConfig(name=str(tmp_path / "photos")), as_they_are)
+    with pytest.raises(
+        InputError, match=r"image 3 .*dog/0.png\) cannot be read: it is 24x24, the first image 16x24: exp"
+    ):
+        read_all(data)
+    (tmp_path / "photos/cat/0.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"image 0 of the data \(.*cat/0.png\) cannot be read: not an image"):
+        load_images(DataConfig(name=str(tmp_path / "photos")), as_they_are)
+
+
 def test_images_of_an_npz(tmp_path):
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     np.savez(tmp_path / "a.npz", arr_0=images, arr_1=np.array([3, 1]))

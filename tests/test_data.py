@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import datasets
 import numpy as np
 import pytest
@@ -79,11 +81,16 @@ def test_captions(tmp_path):
 
 
 def test_captions_beside_a_folders_images(tmp_path):
-    """The library reads a metadata.csv as large strings."""
+    """One each in a metadata.csv, which the library reads as large strings, or several in a metadata.jsonl."""
     for name in ("0.png", "1.png"):
         Image.new("L", (8, 8)).save(tmp_path / name)
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a cat\n1.png,a dog\n")
     assert load_data(DataConfig(name=str(tmp_path)), TEXT).read([0, 1], RNG).captions == [["a cat"], ["a dog"]]
+    (tmp_path / "metadata.csv").unlink()
+    lines = ({"file_name": name, "captions": [f"{name} {n}" for n in range(5)]} for name in ("0.png", "1.png"))
+    (tmp_path / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    captions = load_data(DataConfig(name=str(tmp_path)), TEXT).read([1], RNG).captions
+    assert captions == [["1.png 0", "1.png 1", "1.png 2", "1.png 3", "1.png 4"]]
 
 
 def test_bad_captions(tmp_path):

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from uvit import __version__
 from uvit.cli import parse, process_state, run, warn_of_missing_processes
 from uvit.config import DataConfig, Section
-from uvit.data import SKIPPED_FILE, Batch, ImageData, Wanted, describe_skipped, load_images
+from uvit.data import Batch, HubData, ImageData, Wanted, load_images
 from uvit.errors import InputError
-from uvit.files import add_lines
+from uvit.files import SKIPPED_FILE, add_lines, describe_skipped
 from uvit.images import to_unit_range
 from uvit.latent_data import Manifest, begin, check_begun, write_shard
 from uvit.latents import EMPTY_CAPTION, Autoencoder, TextEncoder
@@ -66,6 +66,9 @@ class Arguments(Section):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
         self._require("scale_factor", self.scale_factor > 0, "above 0")
+        if self.text_encoder is None:
+            self._require("caption_column", self.caption_column is None, "None without text_encoder")
+            self._require("num_captions", self.num_captions == 1, "1 without text_encoder")
 
 
 def build_manifest(
@@ -87,6 +90,7 @@ def build_manifest(
         class_names=data.class_names,
         text_encoder=given.text_encoder,
         text_encoder_hash=text_encoder.weights_hash if text_encoder else None,
+        caption_column=data.caption_column if isinstance(data, HubData) else None,
         num_captions=given.num_captions if text_encoder else 0,
         context_shape=text_encoder.context_shape if text_encoder else (0, 0),
         versions=(f"uvit {__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)),
@@ -121,7 +125,7 @@ def encode(
     state.wait_for_everyone()  # everyone has looked before anyone writes
     parts: dict[int, list[range]] = {}
     for shard in missing[state.process_index :: state.num_processes]:
-        covered = range(shard * given.shard_size, min((shard + 1) * given.shard_size, len(data)))
+        covered = manifest.covered(shard)
         parts[shard] = [covered[first : first + given.batch_size] for first in range(0, len(covered), given.batch_size)]
 
     order = [part for of_shard in parts.values() for part in of_shard]

@@ -29,10 +29,10 @@ from uvit.attention import resolve_backend
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import parse, run, warn_of_missing_processes
 from uvit.config import CONFIG_FILE, Config, from_dict, load_config, read_json, to_json
-from uvit.data import SKIPPED_FILE, Batch, ImageData, describe_skipped
+from uvit.data import Batch, ImageData
 from uvit.diffusion import diffusion_loss
 from uvit.errors import InputError
-from uvit.files import add_lines, make_directory, write_aside, write_text
+from uvit.files import SKIPPED_FILE, add_lines, describe_skipped, make_directory, write_aside, write_text
 from uvit.generate import condition_names, find_conditions, generate, set_threads
 from uvit.grid import image_grid
 from uvit.images import random_flip, to_unit_range

@@ -28,6 +28,7 @@ SKIPPED = {
     "torchrun": "the tests run it",
     "nnet_ema.pth": "needs a published file; the tests make one",
     "imagenet": "needs a download; the tests encode and train on photos",
+    "mscoco": "needs a download; the tests encode and train on captions",
 }
 
 

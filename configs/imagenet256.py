@@ -1,18 +1,10 @@
 """Class-conditional ImageNet 256x256 in latents, U-ViT-L/2, in today's style."""
 
 from uvit.config import Config, DataConfig, OptimConfig, ProcessConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import IMAGENET_CLASSES, SD_AUTOENCODER_EMA, SIZES
+from uvit.published import IMAGENET256_LATENTS, SD_AUTOENCODER_EMA, SIZES
 
 config = Config(
-    model=UViTConfig(
-        **SIZES["large"],
-        img_size=32,
-        patch_size=2,
-        in_chans=4,
-        num_classes=IMAGENET_CLASSES,
-        null_class=True,
-        qk_norm=True,
-    ),
+    model=UViTConfig(**SIZES["large"], **IMAGENET256_LATENTS, qk_norm=True),
     process=ProcessConfig(schedule="flow", prediction="flow", time_distribution="logit_normal"),
     data=DataConfig(name="data/imagenet256_latents", flip=True, num_workers=8, autoencoder=SD_AUTOENCODER_EMA),
     optim=OptimConfig(name="muon", lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01, warmup_steps=2_000, decay="cosine"),

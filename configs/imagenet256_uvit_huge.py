@@ -1,18 +1,10 @@
 """ImageNet 256x256 in latents, class-conditional, U-ViT-H/2: the published run (FID 2.29, guided)."""
 
 from uvit.config import Config, DataConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import ADAMW, IMAGENET_CLASSES, LDM_NOISE, SD_AUTOENCODER_EMA, SIZES
+from uvit.published import ADAMW, IMAGENET256_LATENTS, LDM_NOISE, SD_AUTOENCODER_EMA, SIZES
 
 config = Config(
-    model=UViTConfig(
-        **SIZES["huge"],
-        img_size=32,
-        patch_size=2,
-        in_chans=4,
-        num_classes=IMAGENET_CLASSES,
-        null_class=True,
-        conv="none",
-    ),
+    model=UViTConfig(**SIZES["huge"], **IMAGENET256_LATENTS, conv="none"),
     process=LDM_NOISE,
     data=DataConfig(name="data/imagenet256_latents", flip=True, num_workers=8, autoencoder=SD_AUTOENCODER_EMA),
     optim=ADAMW,

@@ -512,7 +512,7 @@ BAD_INPUT = [
     ("train", "tiny.py --data.name empty", "data folder empty is empty"),
     ("train", "tiny.py --data.name no/such", "cannot load split 'train' of data 'no/such'"),
     ("train", "tiny.py --train.tracker wandb", "train.tracker 'wandb' needs the package wandb"),
-    ("train", "tiny.py --train.run_dir tiny.py/run", "cannot write to tiny.py/run: Not a directory"),
+    ("train", "tiny.py --train.run_dir tiny.py/run", "cannot write to tiny.py/run: tiny.py is not a folder"),
     ("train", "tiny.py --train.seed 99999999999999999999999", "seed must be below 9223372036854775808"),
     ("train", "tiny.py --model.context_dim 8 --model.num_context_tokens 4", "got both model.num_classes 10 and"),
     (
@@ -574,7 +574,7 @@ BAD_INPUT = [
     ("sample", "--checkpoint runs/tiny --guidance 1.4 --paper_scale 0.4", "got both: 1.4 and 0.4"),
     ("sample", "--checkpoint runs/tiny --seed -1", "seed must be at least 0, got -1"),
     ("sample", "--checkpoint runs/tiny --guidance_interval 0.7 0.2", "guidance_interval must be two times"),
-    ("sample", "--checkpoint runs/tiny --output tiny.py/grid.png", "cannot write to tiny.py: File exists"),
+    ("sample", "--checkpoint runs/tiny --output tiny.py/grid.png", "cannot write to tiny.py: tiny.py is not a folder"),
     (
         "sample",
         "--checkpoint runs/tiny --output grid.gifx",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import datasets
 import numpy as np
 import pytest
@@ -79,11 +81,16 @@ def test_captions(tmp_path):
 
 
 def test_captions_beside_a_folders_images(tmp_path):
-    """The library reads a metadata.csv as large strings."""
+    """One each in a metadata.csv, which the library reads as large strings, or several in a metadata.jsonl."""
     for name in ("0.png", "1.png"):
         Image.new("L", (8, 8)).save(tmp_path / name)
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a cat\n1.png,a dog\n")
     assert load_data(DataConfig(name=str(tmp_path)), TEXT).read([0, 1], RNG).captions == [["a cat"], ["a dog"]]
+    (tmp_path / "metadata.csv").unlink()
+    lines = ({"file_name": name, "captions": [f"{name} {n}" for n in range(5)]} for name in ("0.png", "1.png"))
+    (tmp_path / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    captions = load_data(DataConfig(name=str(tmp_path)), TEXT).read([1], RNG).captions
+    assert captions == [["1.png 0", "1.png 1", "1.png 2", "1.png 3", "1.png 4"]]
 
 
 def test_bad_captions(tmp_path):
@@ -177,6 +184,36 @@ def test_broken_rows_name_themselves(tmp_path):
     data = load_data(DataConfig(name=str(tmp_path / "broken")), RGB)
     with pytest.raises(InputError, match=r"image 1 of the data \(.*cat/1.png\) cannot be read"):
         data.read([0, 1], RNG)
+
+
+def test_absurd_and_missing_images_name_themselves(tmp_path):
+    save_folder(tmp_path / "strip")
+    Image.new("RGB", (60_000, 1)).save(tmp_path / "strip/cat/1.png")
+    data = load_data(DataConfig(name=str(tmp_path / "strip")), RGB)
+    with pytest.raises(InputError, match=r"image 1 of the data \(.*cat/1.png\) cannot be read: its 1x60000 pixels"):
+        data.read([1], RNG)
+    rows = {"img": [Image.new("RGB", (8, 8)), None, Image.new("RGB", (8, 8))]}
+    datasets.Dataset.from_dict(rows, datasets.Features({"img": datasets.Image()})).save_to_disk(tmp_path / "gap")
+    data = load_data(DataConfig(name=str(tmp_path / "gap")), UViTConfig(img_size=8))
+    with pytest.raises(InputError, match="image 1 of the data cannot be read: there is none"):
+        data.read([0, 1], RNG)
+
+
+def test_images_are_not_cut_unasked(tmp_path):
+    """Where no shape is asked for, all must have that of the first."""
+    save_folder(tmp_path / "photos")
+    as_they_are = Wanted(None, labels=None, captions=False)
+    data = load_images(DataConfig(name=str(tmp_path / "photos")), as_they_are)
+    assert data.shape == (3, 16, 24) and len(read_all(data).images) == 6
+    Image.new("RGB", (24, 24)).save(tmp_path / "photos/dog/0.png")
+    data = load_images(DataConfig(name=str(tmp_path / "photos")), as_they_are)
+    with pytest.raises(
+        InputError, match=r"image 3 .*dog/0.png\) cannot be read: it is 24x24, the first image 16x24: exp"
+    ):
+        read_all(data)
+    (tmp_path / "photos/cat/0.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"image 0 of the data \(.*cat/0.png\) cannot be read: not an image"):
+        load_images(DataConfig(name=str(tmp_path / "photos")), as_they_are)
 
 
 def test_images_of_an_npz(tmp_path):

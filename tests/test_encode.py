@@ -134,6 +134,16 @@ def test_several_captions_and_broken_images(tmp_path, place, monkeypatch, capsys
     assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.class_names == ("cat", "dog")
 
 
+def test_captions_are_gone_on_with_from_the_same_column(tmp_path, inside, monkeypatch, capsys):
+    both = save_captions(tmp_path / "both", ["a", "b"], other=["x", "y"]).name
+    arguments = f"--data {both} --output {tmp_path}/out --image_size 16 --autoencoder vae --text_encoder clip".split()
+    encode.main(arguments)  # reads the one with a usual name
+    encode.main([*arguments, "--caption_column", "text"])
+    capsys.readouterr()
+    line = bad([*arguments, "--caption_column", "other"], monkeypatch, capsys)
+    assert "out was begun with caption_column 'text', got 'other': use another --output" in line
+
+
 def test_a_killed_command_goes_on(place, tmp_path, monkeypatch):
     """Killed with SIGKILL once a shard is there; afterwards all is equal to what an uninterrupted command makes."""
     monkeypatch.chdir(place)
@@ -193,6 +203,8 @@ def bad(arguments, monkeypatch, capsys, main=encode.main):
         ("--data photos --output new --autoencoder vae --image_size 17", "image_size must be divisible by 2, got 17"),
         ("--data photos --output new --autoencoder vae --image_size 1000", "got a model for 1000x1000 images"),
         ("--data photos --output new --autoencoder vae --batch_size 0", "batch_size must be at least 1, got 0"),
+        ("--data photos --output new --caption_column text", "caption_column must be None without text_encoder"),
+        ("--data photos --output new --num_captions 5", "num_captions must be 1 without text_encoder, got 5"),
         (
             "--data photos --output latents --autoencoder vae --image_size 32",
             "latents was begun with shard_size 1000, got 2048: use another --output",

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from uvit.errors import InputError
-from uvit.files import write_aside, write_text
+from uvit.files import make_directory, write_aside, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -39,7 +39,10 @@ def test_files_have_the_users_mode(tmp_path):
 def test_paths_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(InputError, match=r"cannot write to .*folder: Not a directory"),
+        pytest.raises(InputError, match=r"cannot write to .*file/folder: .*/file is not a folder"),
         write_aside(tmp_path / "file" / "folder" / "grid.png"),
     ):
         pass
+    with pytest.raises(InputError, match=r"cannot write to .*file: .*file is not a folder"):
+        make_directory(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == ""

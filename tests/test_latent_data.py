@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 
 import datasets
@@ -129,9 +130,79 @@ def test_missing_and_broken_shards(folder):
         middle.write_bytes(content)
         with pytest.raises(InputError, match=r"shard-00001-of-00003.arrow is not a whole shard of latents"):
             load_latents(config_of(folder), LABELLED)
+    middle.write_bytes(whole)
+    (folder / EMPTY_CONTEXT_FILE).write_bytes(b"garbage")
+    with pytest.raises(InputError, match=r"empty_context.npy cannot be read \(.*run the same encode.py command again"):
+        load_latents(config_of(folder), TEXT)
+    np.save(folder / EMPTY_CONTEXT_FILE, np.zeros((5, 7), np.float16))
+    with pytest.raises(InputError, match=r"empty_context.npy must be \(5, 6\) float16, got \(5, 7\) float16"):
+        load_latents(config_of(folder), TEXT)
     middle.unlink()
     with pytest.raises(InputError, match=r"has 2 of 3 shards, shard-00001-of-00003.arrow is not there: run the same"):
         load_latents(config_of(folder), LABELLED)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"latent_shape": (2, 2, 4)}, r"moments of type .*\[128\], got .*\[64\]"),
+        ({"context_shape": (5, 7)}, r"context of type .*\[90\], got .*\[105\]"),
+        ({"num_captions": 0}, "captions of type .*, got None"),
+        ({"shard_size": 8}, "must have 4 rows at most, got 8"),
+        ({"encoder_hash": "xyz"}, 'is of another encoding: encoder_hash must be "abc", got "xyz"'),
+        ({"text_encoder_hash": "xyz"}, 'text_encoder_hash must be "def", got "xyz"'),
+        ({"image_shape": (8, 9)}, r"image_shape must be \[8, 8\], got \[8, 9\]"),
+        ({"caption_column": "text"}, 'caption_column must be null, got "text"'),
+        ({"source": "other"}, 'source must be "made up", got "other"'),
+    ],
+)
+def test_a_shard_of_another_encoding(folder, tmp_path_factory, fields, message):
+    """Put in the place of one of ours."""
+    other, elsewhere = dataclasses.replace(MANIFEST, **fields), tmp_path_factory.mktemp("other")
+    size = min(other.shard_size, other.num_images)
+    columns = {
+        "moments": np.zeros((size, 2, *other.moments_shape), np.float16),
+        "label": np.zeros(size, np.int64),
+        "captions": [["x"] * 3] * size,
+        "context": np.zeros((size, 3, *other.context_shape), np.float16),
+    }
+    with write_shard(elsewhere, other, 0) as add:
+        add(columns)
+    (elsewhere / other.shard_file(0)).replace(folder / MANIFEST.shard_file(1))
+    with pytest.raises(InputError, match=rf"shard-00001-of-00003.arrow .*{message}"):
+        load_latents(config_of(folder), LABELLED)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("shard_size", 0, "shard_size must be at least 1, got 0"),
+        ("num_images", 0, "num_images must be at least 1, got 0"),
+        ("image_shape", [8, 0], r"image_shape must be positive, got \(8, 0\)"),
+        ("latent_shape", [-2, 4, 4], r"latent_shape must be positive, got \(-2, 4, 4\)"),
+        ("flips", 3, "flips must be 1 to 2, got 3"),
+        ("scale_factor", 0, "scale_factor must be above 0, got 0"),
+        ("num_captions", -1, "num_captions must be at least 0, got -1"),
+        ("context_shape", [0, 6], r"context_shape must be positive where there are captions, got \(0, 6\)"),
+        ("encoder_hash", None, "Manifest must have a field 'encoder_hash', got source, num_images"),
+    ],
+)
+def test_a_manifest_that_cannot_be_one(folder, field, value, message):
+    raw = json.loads((folder / "manifest.json").read_text())
+    changed = {name: was if name != field else value for name, was in raw.items() if (name, value) != (field, None)}
+    (folder / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(InputError, match=rf"manifest.json: {message}"):
+        load_latents(config_of(folder), LABELLED)
+
+
+def test_one_version_of_each_image_is_not_mirrored(tmp_path):
+    once = dataclasses.replace(MANIFEST, flips=1, num_images=2, num_captions=0)
+    begin(tmp_path, once, None)
+    with write_shard(tmp_path, once, 0) as add:
+        add({"moments": np.ones((2, 1, 4, 4, 4), np.float16), "label": np.array([0, 1])})
+    assert len(load_latents(config_of(tmp_path), LABELLED)) == 2
+    with pytest.raises(InputError, match=r"was encoded without mirror images, got data\.flip True"):
+        load_latents(config_of(tmp_path, flip=True), LABELLED)
 
 
 def test_a_shard_is_whole_or_not_there(tmp_path):
@@ -149,6 +220,13 @@ def test_a_folder_is_gone_on_with_in_the_same_way_only(folder):
     for field, value in {"encoder_hash": "xyz", "scale_factor": 1.0, "num_images": 11, "source": "other"}.items():
         with pytest.raises(InputError, match=rf"was begun with {field} .*, got {value!r}: use another --output"):
             check_begun(folder, dataclasses.replace(MANIFEST, **{field: value}))
+
+
+def test_a_manifest_remembers_who_began_and_who_went_on(tmp_path):
+    for name, versions in (("vae", ("uvit 1", "torch 2")), ("elsewhere/vae", ("uvit 1", "torch 3"))):
+        begin(tmp_path, dataclasses.replace(MANIFEST, autoencoder=name, versions=versions), None)
+    expected = dataclasses.replace(MANIFEST, autoencoder="vae", versions=("uvit 1", "torch 2", "torch 3"))
+    assert read_manifest(tmp_path) == expected
 
 
 def test_beginning_again_puts_leftovers_away(folder):

@@ -385,11 +385,14 @@ def from_dict(cls: type[SectionT], raw: Any) -> SectionT:
     """Builds a section from what JSON holds: nested sections are dicts, tuples are lists.
 
     Raises:
-        InputError: not a dict, an unknown field, or a value that the section refuses.
+        InputError: not a dict, an unknown field, one that is missing, or a value that the section refuses.
     """
     if not isinstance(raw, dict):
         raise InputError(f"{cls.__name__} must be a JSON object, got {raw!r:.80}")
     hints = get_type_hints(cls)
+    for each in dataclasses.fields(cls):
+        if each.name not in raw and each.default is each.default_factory is dataclasses.MISSING:
+            raise InputError(f"{cls.__name__} must have a field {each.name!r}, got {', '.join(raw) or 'none'}")
     values = {}
     for name, value in raw.items():
         if name not in hints:

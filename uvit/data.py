@@ -30,15 +30,6 @@ MIN_IMAGES = 2
 MAX_CLASSES = 100_000
 
 
-SKIPPED_FILE = "skipped.txt"
-
-
-def describe_skipped(folder: Path) -> str:
-    """Says how many items were left out as broken, by a folder's list of them; nothing where there is none."""
-    path = folder / SKIPPED_FILE
-    return f"; {len(path.read_text().splitlines())} could not be read, listed in {path}" if path.is_file() else ""
-
-
 class Batch(NamedTuple):
     """Items of a data set."""
 
@@ -108,7 +99,7 @@ class Wanted:
     """What is read of a data set."""
 
     shape: tuple[int, int, int] | None
-    """(C, H, W) that images get; C is 1 for grey, 3 for RGB. None is that of the first image."""
+    """(C, H, W) that images get; C is 1 for grey, 3 for RGB. None is that of the first image, which all must have."""
     labels: bool | None
     """Whether labels are read; None is where the data has them."""
     captions: bool | None
@@ -237,6 +228,8 @@ class HubData:
 
     rows: Any
     shape: tuple[int, int, int]
+    cut: bool
+    """Whether images are cut to the shape; otherwise they must have it."""
     config: DataConfig
     image_column: str
     label_column: str | None
@@ -274,13 +267,24 @@ class HubData:
         if self.caption_column is not None and (not texts or None in texts):
             raise InputError(f"image {index} of the data must have a caption, got {stored!r}")
         channels, height, width = self.shape
-        file = row[self.image_column]
-        try:
+        with _named(index, row[self.image_column]) as file:
             image = open_image(file, channels)
-        except Exception as error:  # broken files make a decoder raise anything
-            name = file["path"] if file else None
-            raise InputError(f"image {index} of the data ({name}) cannot be read: {error}") from None
-        return fit_image(image, height, width, rng if self.config.crop == "random" else None), label, texts
+            if not self.cut and (image.height, image.width) != (height, width):
+                found = f"it is {image.height}x{image.width}, the first image {height}x{width}"
+                raise InputError(f"{found}: expected one size, or an image_size to which all are cut")
+            return fit_image(image, height, width, rng if self.config.crop == "random" else None), label, texts
+
+
+@contextlib.contextmanager
+def _named(index: int, file: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yields a row's image file; whatever is wrong with it becomes an error that names it."""
+    try:
+        if file is None:
+            raise InputError("there is none")
+        yield file
+    except Exception as error:  # broken files make a decoder raise anything
+        name = f" ({file['path']})" if file and file["path"] else ""
+        raise InputError(f"image {index} of the data{name} cannot be read: {error}") from None
 
 
 def load_images(config: DataConfig, wanted: Wanted, train: bool = True) -> ImageData:
@@ -372,12 +376,12 @@ def _load_hub(config: DataConfig, wanted: Wanted, split: str) -> HubData:
     rows = rows.select_columns(read).cast_column(image_column, datasets.Image(decode=False))  # decoded by open_image
     shape = wanted.shape
     if shape is None:
-        try:
-            first = open_image(rows[0][image_column], 3)
-        except Exception as error:  # as in HubData
-            raise InputError(f"image 0 of data {config.name!r} cannot be read: {error}") from None
+        with _named(0, rows[0][image_column]) as file:
+            first = open_image(file, 3)
         shape = (3, first.height, first.width)
-    return HubData(rows, shape, config, image_column, label_column, caption_column, class_names)
+    return HubData(
+        rows, shape, wanted.shape is not None, config, image_column, label_column, caption_column, class_names
+    )
 
 
 def _is_text(kind: Any) -> bool:

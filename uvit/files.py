@@ -9,6 +9,9 @@ from pathlib import Path
 
 from uvit.errors import InputError
 
+SKIPPED_FILE = "skipped.txt"
+"""A folder's list of the items that were left out as broken."""
+
 
 def make_directory(path: Path) -> None:
     """Makes a folder and those above it.
@@ -19,7 +22,9 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror}") from None
+        in_the_way = [each for each in (path, *path.parents) if os.path.lexists(each) and not os.path.isdir(each)]
+        reason = f"{in_the_way[0]} is not a folder" if in_the_way else error.strerror
+        raise InputError(f"cannot write to {path}: {reason}") from None
 
 
 @contextlib.contextmanager
@@ -56,6 +61,12 @@ def add_lines(path: Path, lines: Iterable[str]) -> list[str]:
     with open(path, "a") as file:
         file.writelines(f"{line}\n" for line in new)
     return new
+
+
+def describe_skipped(folder: Path) -> str:
+    """Says how many items were left out as broken, by a folder's list of them; nothing where there is none."""
+    path = folder / SKIPPED_FILE
+    return f"; {len(path.read_text().splitlines())} could not be read, listed in {path}" if path.is_file() else ""
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,9 @@ MANIFEST_FILE = "manifest.json"
 EMPTY_CONTEXT_FILE = "empty_context.npy"
 NAMES_ALONE = ("autoencoder", "text_encoder", "versions")
 """Fields of a manifest that may differ while the hashes agree."""
+SHARD_FACTS = ("source", "image_shape", "crop", "encoder_hash", "text_encoder_hash", "caption_column")
+"""Fields of a manifest that its shards repeat: by them a shard of another encoding is known."""
+FACT_PREFIX = b"uvit."
 NUM_FLIPS = 2
 """Versions of an image: as it is, and mirrored."""
 
@@ -65,12 +69,26 @@ class Manifest(Section):
     """Folder or hub name."""
     text_encoder_hash: str | None = None
     """SHA-256 of the text encoder's weights, its first 16 letters."""
+    caption_column: str | None = None
+    """Column of the data set that the captions were read from, where it has columns."""
     num_captions: int = 0
     """Captions of each image."""
     context_shape: tuple[int, int] = (0, 0)
     """(tokens, width) of a caption's features."""
     versions: tuple[str, ...] = ()
-    """Packages that made the latents."""
+    """Packages that made the latents, in the order in which they were first used."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_images", "shard_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("image_shape", "latent_shape"):
+            self._require(name, min(getattr(self, name)) >= 1, "positive")
+        self._require("flips", 1 <= self.flips <= NUM_FLIPS, f"1 to {NUM_FLIPS}")
+        self._require("scale_factor", self.scale_factor > 0, "above 0")
+        self._require("num_captions", self.num_captions >= 0, "at least 0")
+        if self.num_captions:
+            self._require("context_shape", min(self.context_shape) >= 1, "positive where there are captions")
 
     @property
     def num_shards(self) -> int:
@@ -86,6 +104,10 @@ class Manifest(Section):
         """Names a shard."""
         return f"shard-{shard:05d}-of-{self.num_shards:05d}.arrow"
 
+    def covered(self, shard: int) -> range:
+        """Says which images of the source a shard covers."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
     def features(self) -> datasets.Features:
         """The columns of a shard."""
         half = datasets.Value("float16")
@@ -98,6 +120,12 @@ class Manifest(Section):
             columns["context"] = datasets.List(half, length=self.num_captions * math.prod(self.context_shape))
         return datasets.Features(columns)
 
+    def schema(self) -> pa.Schema:
+        """The columns of a shard as Arrow knows them, with the facts that tie it to its manifest."""
+        schema = self.features().arrow_schema
+        facts = {FACT_PREFIX + name.encode(): json.dumps(getattr(self, name)) for name in SHARD_FACTS}
+        return schema.with_metadata({**schema.metadata, **facts})
+
 
 def is_latent_data(name: str | Path) -> bool:
     """Tells whether a data set's name is a folder of latents."""
@@ -108,9 +136,14 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Reads what a folder of latents holds.
 
     Raises:
-        InputError: a manifest that cannot be read.
+        InputError: a manifest that cannot be read, or that cannot be one.
     """
-    return from_dict(Manifest, read_json(Path(folder) / MANIFEST_FILE))
+    path = Path(folder) / MANIFEST_FILE
+    raw = read_json(path)
+    try:
+        return from_dict(Manifest, raw)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -191,7 +224,7 @@ def write_shard(folder: Path, manifest: Manifest, shard: int) -> Iterator[Callab
     Raises:
         InputError: it cannot be written.
     """
-    schema = manifest.features().arrow_schema
+    schema = manifest.schema()
     with (
         write_aside(folder / manifest.shard_file(shard)) as aside,
         pa.OSFile(str(aside), "wb") as file,
@@ -231,7 +264,7 @@ def load_latents(config: DataConfig, model: UViTConfig) -> LatentData:
             f"data {config.name!r} has {len(files) - len(missing)} of {len(files)} shards, {missing[0]} is not there: "
             "run the same encode.py command again"
         )
-    text = model.context_dim > 0
+    text, schema = model.context_dim > 0, manifest.schema()
     moments, labels = _Chunks(), []
     context, captions = _Chunks(), []
     for number, file in enumerate(files):
@@ -239,7 +272,11 @@ def load_latents(config: DataConfig, model: UViTConfig) -> LatentData:
             with pa.memory_map(str(file)) as mapped:
                 start = mapped.read_buffer().address
                 mapped.seek(0)
-                for batch in pa.ipc.open_stream(mapped):
+                stream = pa.ipc.open_stream(mapped)
+                _check_columns(file, stream.schema, schema)
+                count = 0
+                for batch in stream:
+                    count += len(batch)
                     moments.add(number, batch.column("moments"), start)
                     labels.append(batch.column("label").to_numpy())
                     if text:
@@ -247,6 +284,8 @@ def load_latents(config: DataConfig, model: UViTConfig) -> LatentData:
                         captions.append(batch.column("captions"))
         except (pa.ArrowException, KeyError, OSError) as error:
             raise InputError(f"{file} is not a whole shard of latents ({type(error).__name__})") from None
+        if count > len(manifest.covered(number)):
+            raise InputError(f"{file} must have {len(manifest.covered(number))} rows at most, got {count}")
     if sum(map(len, labels)) < MIN_IMAGES:
         raise InputError(f"data {config.name!r} must have {MIN_IMAGES} images or more, got {sum(map(len, labels))}")
     return LatentData(
@@ -256,8 +295,35 @@ def load_latents(config: DataConfig, model: UViTConfig) -> LatentData:
         np.concatenate(labels),
         context.rows(files, manifest.num_captions * math.prod(manifest.context_shape)) if text else None,
         pa.chunked_array(captions) if text else None,
-        torch.from_numpy(np.load(folder / EMPTY_CONTEXT_FILE))[None] if text else None,
+        _read_empty_context(folder / EMPTY_CONTEXT_FILE, manifest.context_shape) if text else None,
     )
+
+
+def _check_columns(file: Path, found: pa.Schema, expected: pa.Schema) -> None:
+    """Compares a shard with what its folder's manifest says of it."""
+    for name in expected.names:
+        kind = found.field(name).type if name in found.names else None
+        if kind != expected.field(name).type:
+            raise InputError(f"{file} must have {name} of type {expected.field(name).type}, got {kind}")
+    for name, value in expected.metadata.items():
+        made_with = (found.metadata or {}).get(name)
+        if name.startswith(FACT_PREFIX) and made_with != value:
+            was = "none" if made_with is None else made_with.decode(errors="replace")
+            fact = name.removeprefix(FACT_PREFIX).decode()
+            raise InputError(f"{file} is of another encoding: {fact} must be {value.decode()}, got {was}")
+
+
+def _read_empty_context(path: Path, shape: tuple[int, int]) -> Tensor:
+    """Returns the (1, tokens, width) features of the empty caption."""
+    try:
+        context = np.load(path, allow_pickle=False)
+    except Exception as error:  # a broken file raises anything
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}): run the same encode.py command again"
+        ) from None
+    if context.shape != shape or context.dtype != np.float16:
+        raise InputError(f"{path} must be {shape} float16, got {context.shape} {context.dtype}")
+    return torch.from_numpy(context)[None]
 
 
 class _Chunks:
@@ -294,6 +360,8 @@ def _check_fit(config: DataConfig, model: UViTConfig, manifest: Manifest) -> Non
     for name, (found, asked) in expected.items():
         if found != asked:
             raise InputError(f"data {config.name!r} was encoded with {name} {found}, got {asked}")
+    if config.flip and manifest.flips == 1:
+        raise InputError(f"data {config.name!r} was encoded without mirror images, got data.flip True")
     if config.autoencoder is None:
         made = f"latents of autoencoder {manifest.autoencoder!r}"
         raise InputError(f"data {config.name!r} has {made}, got data.autoencoder None")
@@ -338,8 +406,10 @@ def check_begun(folder: Path, manifest: Manifest) -> None:
 def begin(folder: Path, manifest: Manifest, empty_context: Tensor | None) -> None:
     """Puts away what an interrupted process has left half-written, and writes the manifest.
 
+    Where the folder was begun before, its manifest stays and only learns which packages go on with it.
+
     Args:
-        folder: the folder of latents.
+        folder: the folder of latents, checked by check_begun.
         manifest: what it will hold.
         empty_context: (tokens, width) features of the empty caption, for latents with captions.
 
@@ -351,4 +421,8 @@ def begin(folder: Path, manifest: Manifest, empty_context: Tensor | None) -> Non
     if empty_context is not None:
         with write_aside(folder / EMPTY_CONTEXT_FILE) as aside:
             np.save(aside, empty_context.half().cpu().numpy(), allow_pickle=False)
+    if is_latent_data(folder):
+        before = read_manifest(folder)
+        versions = tuple(dict.fromkeys(before.versions + manifest.versions))
+        manifest = dataclasses.replace(before, versions=versions)
     write_text(folder / MANIFEST_FILE, to_json(manifest))

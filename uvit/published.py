@@ -31,6 +31,13 @@ RANKS = {
 """Dimensions of the tensors that tell a model's sizes."""
 CLIP_CONTEXT = {"context_dim": 768, "num_context_tokens": 77}
 IMAGENET_CLASSES = 1000
+IMAGENET256_LATENTS: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 2,
+    "in_chans": 4,
+    "num_classes": IMAGENET_CLASSES,
+    "null_class": True,
+}
 # Stable Diffusion's autoencoder, and the one whose decoder alone was tuned further: both encode alike.
 SD_AUTOENCODER = "CompVis/stable-diffusion-v1-4/vae"
 SD_AUTOENCODER_EMA = "stabilityai/sd-vae-ft-ema"

@@ -209,6 +209,7 @@ def describe_drawing(given: Arguments, config: Config, model: UViT, encoders: En
         "guidance": describe_guidance(sampling.guidance).removeprefix("guidance "),
         "guidance_interval": "{:g} to {:g}".format(*sampling.guidance_interval),
         "sampler": f"{sampling.sampler}, {sampling.num_steps} steps ({spacing})",
+        "reuse": sampling.reuse,
         "seed": str(given.seed),
         "text_encoder": f"{config.data.text_encoder}, hash {encoders.text.weights_hash}" if encoders.text else "none",
         "decoder": f"{config.data.autoencoder}, hash {encoders.image.weights_hash}" if encoders.image else "none",

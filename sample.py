@@ -67,7 +67,8 @@ def main(arguments: Sequence[str]) -> None:
     sampling = config.sample
     print(
         f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, {describe_guidance(sampling.guidance)}, "
-        f"{sampling.sampler}, {sampling.num_steps} steps ({sampling.spacing}), seed {given.seed}"
+        f"{sampling.sampler}, {sampling.num_steps} steps ({sampling.spacing}), reuse {sampling.reuse}, "
+        f"seed {given.seed}"
     )
 
 

@@ -392,6 +392,14 @@ def test_evaluate_prints_two_figures_and_the_protocol(inside, capsys):
     assert saved["protocol"]["rounding"] == "uint8"
 
 
+def test_deep_features_are_reused(inside, capsys):
+    sample.main("--checkpoint runs/tiny --steps 8 --output whole.npz".split())
+    sample.main("--checkpoint runs/tiny --steps 8 --output reused.npz --reuse 1:3".split())
+    assert "reuse 1:3, seed 0" in capsys.readouterr().out
+    whole, reused = (read_npz(f"{name}.npz")[0].astype(float) for name in ("whole", "reused"))
+    assert 0 < np.abs(whole - reused).mean() < 10
+
+
 def figures(arguments, output="figures.json"):
     evaluate.main([*arguments.split(), "--output", output])
     return json.loads(Path(output).read_text())
@@ -588,6 +596,8 @@ BAD_INPUT = [
     ("evaluate", "--checkpoint nowhere", "checkpoint not found: nowhere"),
     ("evaluate", "--checkpoint runs/tiny --seed -1", "seed must be at least 0, got -1"),
     ("evaluate", "--checkpoint runs/tiny --num_images 7", "num_images must be a multiple of 10 classes"),
+    ("sample", "--checkpoint runs/tiny --reuse 2:2", "K of model.depth / 2 = 1 at most, got K 2"),
+    ("sample", "--checkpoint runs/tiny --reuse 1:1", "'none' or K:EVERY with K at least 1 and EVERY at least 2"),
     ("evaluate", "--checkpoint runs/tiny --steps 0", "num_steps must be at least 1, got 0"),
     ("evaluate", "", "give --checkpoint or --images, got neither"),
     ("evaluate", "--checkpoint runs/tiny --images x.npz --reference y", "give --checkpoint or --images, got both"),

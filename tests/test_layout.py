@@ -30,6 +30,7 @@ ORDER = [
     "loader",
     "diffusion",
     "samplers",
+    "reuse",
     "backbone",
     "checkpoint",
     "generate",

@@ -263,9 +263,52 @@ class UViT(nn.Module):
         Raises:
             InputError: (a ValueError) shapes that the model was not built for.
         """
-        self._check_inputs(x, timesteps, y, context)
-        config = self.config
+        return self.forward_reusing(x, timesteps, y, context)[0]
 
+    def forward_reusing(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        outer: int = 0,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predicts as `forward` does; given deep features of an earlier call, it runs the outer blocks alone.
+
+        The long skips nest, so the blocks inside the outermost ones see the image only through what comes out of
+        these; between neighbouring steps of a solver it hardly changes (as in DeepCache, arXiv 2312.00858).
+
+        Args:
+            x: as for `forward`, like the next three.
+            timesteps: (B,).
+            y: (B,).
+            context: (B, num_context_tokens, context_dim).
+            outer: pairs of in and out blocks that are run always, the outermost, 0 to depth / 2.
+            deep: (B, L, D) features of an earlier call with as many outer blocks; None computes them.
+
+        Returns:
+            (B, C, H, W), and the deep features: what came out of the blocks inside the outer ones.
+
+        Raises:
+            InputError: (a ValueError) shapes that the model was not built for, or more outer blocks than it has.
+        """
+        if not 0 <= outer <= len(self.in_blocks):
+            raise InputError(f"outer blocks must be 0 to depth / 2 = {len(self.in_blocks)}, got {outer}")
+        self._check_inputs(x, timesteps, y, context)
+        h, time = self._embed(x, timesteps, y, context)
+        skips = []
+        for block in self.in_blocks[:outer]:
+            h = self._run(block, h, time)
+            skips.append(h)
+        h = deep = self._run_deep(h, time, outer) if deep is None else deep
+        for block in self.out_blocks[len(self.out_blocks) - outer :]:
+            h = self._run(block, h, time, skips.pop())  # the last one in is the first one out
+        return self._to_image(h), deep
+
+    def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All tokens, and the embedded time."""
+        config = self.config
         time = timestep_embedding(timesteps.expand(len(x)), config.embed_dim)  # (B, D)
         time = self.time_embed(time.to(self.norm.weight.dtype))  # (B, D)
         tokens = [self.patch_embed(x)]  # (B, N, D), where N = H * W / patch_size ** 2
@@ -275,16 +318,22 @@ class UViT(nn.Module):
             tokens.insert(0, time[:, None])  # (B, 1, D)
         if y is not None:
             tokens.insert(0, self.label_emb(y)[:, None])  # (B, 1, D)
-        h = torch.cat(tokens, dim=1) + self.pos_embed  # (B, L, D), where L = extras + N
+        return torch.cat(tokens, dim=1) + self.pos_embed, time  # (B, L, D), where L = extras + N
 
+    def _run_deep(self, h: Tensor, time: Tensor, outer: int) -> Tensor:
+        """Runs the blocks inside the outer ones."""
         skips = []
-        for block in self.in_blocks:
+        for block in self.in_blocks[outer:]:
             h = self._run(block, h, time)
             skips.append(h)
         h = self._run(self.mid_block, h, time)
-        for block in self.out_blocks:
-            h = self._run(block, h, time, skips.pop())  # the last one in is the first one out
+        for block in self.out_blocks[: len(self.out_blocks) - outer]:
+            h = self._run(block, h, time, skips.pop())
+        return h
 
+    def _to_image(self, h: Tensor) -> Tensor:
+        """Tokens to what they predict."""
+        config = self.config
         h = self.norm(h)[:, config.num_extra_tokens :]  # (B, N, D)
         rows, columns = config.grid_shape
         if config.conv == "tokens":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import runpy
 import sys
 import types
@@ -290,6 +291,9 @@ class SampleConfig(Section):
     """w in w * cond + (1 - w) * uncond; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance acts; outside, only cond is computed."""
+    reuse: str = "none"
+    """`K:EVERY` computes the blocks inside the K outermost in/out pairs at every so manyth evaluation alone, and
+    extrapolates what comes out of them between: faster, with other images than `none`."""
     prompts: tuple[str, ...] = ()
     """Captions to draw from a text model where none are given; the data's first where empty."""
 
@@ -299,6 +303,14 @@ class SampleConfig(Section):
         self._require("t_end", 0 <= self.t_end < 0.5, "in [0, 0.5)")
         low, high = self.guidance_interval
         self._require("guidance_interval", 0 <= low <= high <= 1, "two times with 0 <= low <= high <= 1")
+        fits = self.reuse == "none" or re.fullmatch(r"[1-9]\d{0,3}:([2-9]|[1-9]\d{1,3})", self.reuse)
+        self._require("reuse", bool(fits), "'none' or K:EVERY with K at least 1 and EVERY at least 2, such as '1:3'")
+
+    @property
+    def reused(self) -> tuple[int, int] | None:
+        """(K, EVERY) of `reuse`; None for none."""
+        outer, _, every = self.reuse.partition(":")
+        return (int(outer), int(every)) if every else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +382,9 @@ class Config(Section):
                 "a run has labels or captions, got both model.num_classes "
                 f"{count} and model.context_dim {self.model.context_dim}"
             )
+        if self.sample.reused and self.sample.reused[0] > self.model.depth // 2:
+            given = f"got K {self.sample.reused[0]}"
+            raise InputError(f"sample.reuse must have K of model.depth / 2 = {self.model.depth // 2} at most, {given}")
         # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
         if not self.model.null_class and not self.model.context_dim:
             if self.train.label_dropout > 0:

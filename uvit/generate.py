@@ -31,6 +31,7 @@ from uvit.config import (
 from uvit.errors import InputError, did_you_mean
 from uvit.images import to_uint8
 from uvit.latents import EMPTY_CAPTION, NO_ENCODERS, Encoders, load_encoders
+from uvit.reuse import reuse_deep_features
 from uvit.samplers import ImageNoise, sample, sampling_times
 from uvit.weights import find_pretrained
 
@@ -60,6 +61,8 @@ class DrawArguments(Section):
     """Grid of times."""
     t_end: float | None = None
     """Last time of the grid."""
+    reuse: str | None = None
+    """K:EVERY reuses deep features, which is faster; none does not."""
     seed: int = 0
     """The same seed draws the same images at any batch size."""
     batch_size: int = 200
@@ -98,6 +101,7 @@ class DrawArguments(Section):
             sampler=self.sampler,
             spacing=self.spacing,
             t_end=self.t_end,
+            reuse=self.reuse,
         )
         data = _replace_given(config.data, text_encoder=self.text_encoder, autoencoder=self.autoencoder)
         config = dataclasses.replace(config, sample=sampling, data=data)
@@ -253,7 +257,9 @@ def generate_batches(
         keys, part = zip(*mine[start : start + batch_size])
         cond, uncond = _batch_conditions(part, config.model, encoders, device)
         tick = None if on_evaluation is None else functools.partial(on_evaluation, len(part))
-        x = sample(model, config.process, config.sample, ImageNoise(keys, shape, device), cond, uncond, tick)
+        reused = config.sample.reused
+        network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
+        x = sample(network, config.process, config.sample, ImageNoise(keys, shape, device), cond, uncond, tick)
         yield to_uint8(x if encoders.image is None else encoders.image.decode(x))
 
 

@@ -343,8 +343,10 @@ class UViT(nn.Module):
             InputError: (a ValueError) nothing there, broken files, or weights of another shape.
         """
         config, state_dict = read_pretrained(name_or_path, **_known_fields(fields))
-        model = cls(config)
         try:
+            with torch.device("meta"):  # sizes that the weights do not have are found before memory is taken for them
+                cls(config).load_state_dict(state_dict, strict=True, assign=True)
+            model = cls(config)
             model.load_state_dict(state_dict, strict=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split()[5:])[:200]

@@ -15,7 +15,7 @@ import tyro
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from uvit.errors import InputError
+from uvit.errors import InputError, printable
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     except InputError as error:
         # A loader's worker hands its error on with the traceback as text; the message is what follows the name.
         message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2]
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from uvit.errors import InputError
+from uvit.errors import InputError, printable
 
 
 def make_directory(path: Path) -> None:
@@ -48,7 +48,7 @@ def write_aside(path: Path) -> Iterator[Path]:
 
 def add_lines(path: Path, lines: Iterable[str]) -> list[str]:
     """Adds lines to a text file that it does not have yet, and returns these."""
-    wanted = dict.fromkeys(" ".join(line.split()) for line in lines)
+    wanted = dict.fromkeys(printable(" ".join(line.split())) for line in lines)
     if not wanted:
         return []
     known = set(path.read_text().splitlines()) if path.is_file() else set()

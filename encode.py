@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from uvit import __version__
 from uvit.cli import parse, process_state, run, warn_of_missing_processes
-from uvit.config import DataConfig, Section
+from uvit.config import MAX_BATCH, MAX_SIDE, MAX_WORKERS, DataConfig, Section
 from uvit.data import SKIPPED_FILE, Batch, ImageData, Wanted, describe_skipped, load_images
 from uvit.errors import InputError
 from uvit.files import add_lines
@@ -65,6 +65,7 @@ class Arguments(Section):
         for name in ("image_size", "num_captions", "batch_size", "shard_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
+        self._require_at_most(image_size=MAX_SIDE, num_workers=MAX_WORKERS, batch_size=MAX_BATCH)
         self._require("scale_factor", self.scale_factor > 0, "above 0")
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from os.path import isdir
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from accelerate import PartialState
 from uvit import __version__
 from uvit.checkpoint import checkpoint_dirs
 from uvit.cli import parse, process_state, run, warn_of_missing_processes
-from uvit.config import Config, DataConfig, Section
+from uvit.config import MAX_BATCH, MAX_IMAGES, MAX_SIDE, MAX_WORKERS, Config, DataConfig, Section
 from uvit.data import ImageData, Wanted, load_images
 from uvit.errors import InputError
 from uvit.evaluation import (
@@ -74,6 +75,7 @@ class Arguments(DrawArguments):
         super().__post_init__()
         self._require("num_images", self.num_images >= 2, "at least 2")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
+        self._require_at_most(num_images=MAX_IMAGES, num_workers=MAX_WORKERS)
         if bool(self.checkpoint) == bool(self.images):
             raise InputError(f"give --checkpoint or --images, got {'both' if self.images else 'neither'}")
         if self.images and self.reference in PARTS:
@@ -105,6 +107,8 @@ class StatisticsArguments(Section):
         self._require("batch_size", self.batch_size >= 1, "at least 1")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
         self._require("image_size", self.image_size is None or self.image_size >= 1, "at least 1")
+        self._require("image_size", (self.image_size or 1) <= MAX_SIDE, f"at most {MAX_SIDE:,}")
+        self._require_at_most(batch_size=MAX_BATCH, num_workers=MAX_WORKERS)
 
 
 def image_shape(config: Config, encoders: Encoders) -> tuple[int, int, int]:
@@ -276,7 +280,7 @@ def main(arguments: Sequence[str]) -> None:
         make_statistics(arguments[1:])
         return
     given = parse(Arguments, arguments, "evaluate.py", __doc__ or "")
-    in_run = given.checkpoint and Path(given.checkpoint).is_dir()
+    in_run = isdir(given.checkpoint)
     output = Path(given.output) if given.output else Path(given.checkpoint, "evaluation.json") if in_run else None
     state = process_state()
     warn_of_missing_processes(state.num_processes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +361,7 @@ class UViT(nn.Module):
             InputError: (a ValueError) a folder that cannot be written to, or that holds a run, whose config would go.
         """
         config_file = Path(directory) / CONFIG_FILE
-        if config_file.is_file():
+        if isfile(config_file):
             before = read_json(config_file)
             if not isinstance(before, dict) or "embed_dim" not in before:
                 what = "a run" if isinstance(before, dict) and "process" in before else "something else"

@@ -98,6 +98,7 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     A user's error is one line on standard error and exit status 2. Ctrl-C and SIGTERM end with 130 and 143, after the
     files being written have been put away.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack letters
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main(sys.argv[1:])

@@ -30,7 +30,7 @@ def write_aside(path: Path) -> Iterator[Path]:
         InputError: the file cannot be made, written or put in its place.
     """
     make_directory(path.parent)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"cannot write to {path}: it is a folder")
     target = path.resolve()  # a link stays a link
     # The suffix stays last: savers such as Pillow's choose the format by it.

@@ -21,9 +21,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from uvit.config import DataConfig, Section, UViTConfig, from_dict, read_json, to_json
+from uvit.config import MAX_SIDE, MAX_TOKENS, DataConfig, Section, UViTConfig, from_dict, read_json, to_json
 from uvit.data import MIN_IMAGES, Batch
-from uvit.errors import InputError
+from uvit.errors import InputError, printable
 from uvit.files import write_aside, write_text
 from uvit.latents import Encoders
 
@@ -31,6 +31,7 @@ MANIFEST_FILE = "manifest.json"
 EMPTY_CONTEXT_FILE = "empty_context.npy"
 NAMES_ALONE = ("autoencoder", "text_encoder", "versions")
 """Fields of a manifest that may differ while the hashes agree."""
+MAX_SHARDS = 100_000  # as many as their names have digits for
 NUM_FLIPS = 2
 """Versions of an image: as it is, and mirrored."""
 
@@ -72,9 +73,25 @@ class Manifest(Section):
     versions: tuple[str, ...] = ()
     """Packages that made the latents."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_images", "shard_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("image_shape", "latent_shape"):
+            self._require(name, all(1 <= side <= MAX_SIDE for side in getattr(self, name)), f"1 to {MAX_SIDE:,} each")
+        self._require(
+            "context_shape", all(0 <= side <= MAX_TOKENS for side in self.context_shape), f"0 to {MAX_TOKENS:,} each"
+        )
+        self._require("flips", 1 <= self.flips <= NUM_FLIPS, f"1 to {NUM_FLIPS}")
+        self._require("num_captions", 0 <= self.num_captions <= MAX_TOKENS, f"0 to {MAX_TOKENS:,}")
+        if self.num_shards > MAX_SHARDS:
+            raise InputError(
+                f"num_images and shard_size must give at most {MAX_SHARDS:,} shards, got {self.num_shards:,}"
+            )
+
     @property
     def num_shards(self) -> int:
-        return math.ceil(self.num_images / self.shard_size)
+        return -(-self.num_images // self.shard_size)
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
@@ -101,7 +118,7 @@ class Manifest(Section):
 
 def is_latent_data(name: str | Path) -> bool:
     """Tells whether a data set's name is a folder of latents."""
-    return (Path(name) / MANIFEST_FILE).is_file()
+    return os.path.isfile(Path(name) / MANIFEST_FILE)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -256,8 +273,21 @@ def load_latents(config: DataConfig, model: UViTConfig) -> LatentData:
         np.concatenate(labels),
         context.rows(files, manifest.num_captions * math.prod(manifest.context_shape)) if text else None,
         pa.chunked_array(captions) if text else None,
-        torch.from_numpy(np.load(folder / EMPTY_CONTEXT_FILE))[None] if text else None,
+        _read_empty_context(folder / EMPTY_CONTEXT_FILE, manifest.context_shape) if text else None,
     )
+
+
+def _read_empty_context(path: Path, shape: tuple[int, int]) -> Tensor:
+    try:
+        context = np.load(path, allow_pickle=False)
+    except Exception as error:  # broken bytes raise anything
+        raise InputError(
+            f"cannot read the context of the empty caption, {path}: {printable(str(error)):.100}"
+        ) from None
+    if not isinstance(context, np.ndarray) or context.shape != shape or context.dtype != np.float16:
+        found = f"{context.shape} {context.dtype}" if isinstance(context, np.ndarray) else type(context).__name__
+        raise InputError(f"{path} must hold float16 numbers of shape {shape}, got {found}")
+    return torch.from_numpy(context)[None]
 
 
 class _Chunks:

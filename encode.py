@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from uvit import __version__
 from uvit.cli import parse, process_state, run, warn_of_missing_processes
-from uvit.config import DataConfig, Section
+from uvit.config import MAX_BATCH, MAX_SIDE, MAX_WORKERS, DataConfig, Section
 from uvit.data import Batch, HubData, ImageData, Wanted, load_images
 from uvit.errors import InputError
 from uvit.files import SKIPPED_FILE, add_lines, describe_skipped
@@ -65,6 +65,7 @@ class Arguments(Section):
         for name in ("image_size", "num_captions", "batch_size", "shard_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
+        self._require_at_most(image_size=MAX_SIDE, num_workers=MAX_WORKERS, batch_size=MAX_BATCH)
         self._require("scale_factor", self.scale_factor > 0, "above 0")
         if self.text_encoder is None:
             self._require("caption_column", self.caption_column is None, "None without text_encoder")

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from os.path import exists, isdir
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from accelerate import PartialState
 from uvit import UViT, __version__
 from uvit.checkpoint import checkpoint_dirs
 from uvit.cli import parse, process_state, run, warn_of_missing_processes
-from uvit.config import Config, DataConfig, Section
+from uvit.config import MAX_BATCH, MAX_IMAGES, MAX_SIDE, MAX_WORKERS, Config, DataConfig, Section
 from uvit.data import ImageData, Wanted, load_images
 from uvit.errors import InputError
 from uvit.evaluation import (
@@ -97,6 +98,7 @@ class Arguments(DrawArguments):
         super().__post_init__()
         self._require("num_images", self.num_images >= 2, "at least 2")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
+        self._require_at_most(num_images=MAX_IMAGES, num_workers=MAX_WORKERS)
         if bool(self.checkpoint) == bool(self.images):
             raise InputError(f"give --checkpoint or --images, got {'both' if self.images else 'neither'}")
         if self.images and self.reference in PARTS:
@@ -109,10 +111,10 @@ class Arguments(DrawArguments):
     @property
     def output_file(self) -> Path:
         """Where the figures go."""
-        source = Path(self.images or self.checkpoint)
-        if self.output or not source.exists():
+        source = self.images or self.checkpoint
+        if self.output or not exists(source):
             return Path(self.output or RESULT_FILE)
-        return source / RESULT_FILE if source.is_dir() and not self.images else Path(f"{source}.{RESULT_FILE}")
+        return Path(source, RESULT_FILE) if isdir(source) and not self.images else Path(f"{Path(source)}.{RESULT_FILE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ class StatisticsArguments(Section):
         self._require("batch_size", self.batch_size >= 1, "at least 1")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
         self._require("image_size", self.image_size is None or self.image_size >= 1, "at least 1")
+        self._require("image_size", (self.image_size or 1) <= MAX_SIDE, f"at most {MAX_SIDE:,}")
+        self._require_at_most(batch_size=MAX_BATCH, num_workers=MAX_WORKERS)
 
 
 def image_shape(config: Config, encoders: Encoders) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from uvit.cli import parse, run
+from uvit.config import MAX_IMAGES
 from uvit.files import write_aside
 from uvit.generate import Condition, DrawArguments, condition_names, describe_guidance, find_conditions, generate
 from uvit.grid import image_grid
@@ -34,6 +35,7 @@ class Arguments(DrawArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("num_per_class", self.num_per_class >= 1, "at least 1")
+        self._require_at_most(num_per_class=MAX_IMAGES)
         self._require("output", Path(self.output).suffix.lower() in SUFFIXES, "a path ending in .png, .jpg or .npz")
 
 

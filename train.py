@@ -83,7 +83,7 @@ HARMLESS = {
 
 def check_same_run(config: Config, run_dir: Path) -> None:
     """Stops where the run folder holds a run that this config cannot go on with."""
-    if not (run_dir / "checkpoints").is_dir() or not (run_dir / CONFIG_FILE).is_file():
+    if not os.path.isdir(run_dir / "checkpoints") or not os.path.isfile(run_dir / CONFIG_FILE):
         return
     before, now = from_dict(Config, read_json(run_dir / CONFIG_FILE)), config
     for section, harmless in HARMLESS.items():

@@ -23,7 +23,7 @@ import encode
 import evaluate
 import sample
 import train
-from uvit import UViT
+from uvit import UViT, checkpoint
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import run
 from uvit.errors import InputError
@@ -49,7 +49,9 @@ config = Config(
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Everything in a folder; of folders inside, that they are there."""
+    found = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in found}
 
 
 @pytest.fixture(scope="session")
@@ -646,6 +648,25 @@ BAD_INPUT = [
     ("evaluate", "stats digits --output ref.txt", "output must be a path ending in .npz, got 'ref.txt'"),
     ("evaluate", "stats nowhere --output ref.npz", "cannot load split 'train' of data 'nowhere'"),
     ("evaluate", "stats digits --features pixels --output tiny.py/ref.npz", "cannot write to tiny.py"),
+    ("encode", "", "--data"),
+    ("encode", "--data nowhere --output out", "cannot load split 'train' of data 'nowhere'"),
+    ("encode", "--data photos --output out --image_size 0", "image_size must be at least 1, got 0"),
+    ("encode", "--data photos --output out --image_size 1000000", "image_size must be at most 16,384, got 1000000"),
+    ("encode", "--data photos --output out --image_size 8 --autoencoder nowhere", "autoencoder not found: nowhere"),
+    ("encode", "--data photos --output out --image_size 8 --autoencoder empty", "cannot read empty/config.json"),
+    ("encode", "--data one --output out --image_size 8", "must have 2 images or more, got 1"),
+    ("encode", "--data photos --output out --on_error ignore", "'ignore'"),
+    ("checkpoint", "", "the first argument must be one of convert, got 'nothing'"),
+    ("checkpoint", "convert nowhere out", "checkpoint not found: nowhere"),
+    ("checkpoint", "convert tiny.py out", "tiny.py is not a whole file of weights alone"),
+    ("checkpoint", "convert runs/tiny runs/told", "runs/told holds a run, whose config.json would go"),
+    ("checkpoint", "convert runs/tiny out --num_heads 3", "embed_dim 16 must be divisible by num_heads 3"),
+    ("train", "tiny.py --model.embed_dim 1000000000", "parameters, got up to 8.4e+19"),
+    ("train", "tiny.py --data.num_workers 100000", "num_workers must be at most 1,024, got 100000"),
+    ("sample", f"--checkpoint {'n' * 300}", "checkpoint not found: nnn"),
+    ("sample", "--checkpoint user/model/../../..", "checkpoint not found: user/model/../../.."),
+    ("sample", "--checkpoint runs/tiny --classes \x1b[31m", r"class must be 0 to 9 or a class name, got '\x1b[31m'"),
+    ("evaluate", "--checkpoint runs/tiny --num_images 99999999999", "num_images must be at most 10,000,000"),
 ]
 
 
@@ -688,7 +709,7 @@ def test_bad_input_is_one_line_and_exit_2(script, arguments, message, inside, mo
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments.split()])
     before = files_of(inside)
     with pytest.raises(SystemExit) as exit:
-        run(SCRIPTS[script].main)
+        run({**SCRIPTS, "checkpoint": checkpoint}[script].main)
     errors = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors

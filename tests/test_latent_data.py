@@ -135,7 +135,7 @@ def test_missing_and_broken_shards(folder):
     with pytest.raises(InputError, match=r"empty_context.npy cannot be read \(.*run the same encode.py command again"):
         load_latents(config_of(folder), TEXT)
     np.save(folder / EMPTY_CONTEXT_FILE, np.zeros((5, 7), np.float16))
-    with pytest.raises(InputError, match=r"empty_context.npy must be \(5, 6\) float16, got \(5, 7\) float16"):
+    with pytest.raises(InputError, match=r"empty_context.npy must hold float16 numbers of shape \(5, 6\), got \(5, 7\) float16"):
         load_latents(config_of(folder), TEXT)
     middle.unlink()
     with pytest.raises(InputError, match=r"has 2 of 3 shards, shard-00001-of-00003.arrow is not there: run the same"):
@@ -178,11 +178,11 @@ def test_a_shard_of_another_encoding(folder, tmp_path_factory, fields, message):
     [
         ("shard_size", 0, "shard_size must be at least 1, got 0"),
         ("num_images", 0, "num_images must be at least 1, got 0"),
-        ("image_shape", [8, 0], r"image_shape must be positive, got \(8, 0\)"),
-        ("latent_shape", [-2, 4, 4], r"latent_shape must be positive, got \(-2, 4, 4\)"),
+        ("image_shape", [8, 0], r"image_shape must be 1 to 16,384 each, got \(8, 0\)"),
+        ("latent_shape", [-2, 4, 4], r"latent_shape must be 1 to 16,384 each, got \(-2, 4, 4\)"),
         ("flips", 3, "flips must be 1 to 2, got 3"),
         ("scale_factor", 0, "scale_factor must be above 0, got 0"),
-        ("num_captions", -1, "num_captions must be at least 0, got -1"),
+        ("num_captions", -1, "num_captions must be 0 to 524,288, got -1"),
         ("context_shape", [0, 6], r"context_shape must be positive where there are captions, got \(0, 6\)"),
         ("encoder_hash", None, "Manifest must have a field 'encoder_hash', got source, num_images"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -392,8 +393,10 @@ class UViT(nn.Module):
             InputError: (a ValueError) nothing there, broken files, or weights of another shape.
         """
         config, state_dict = read_pretrained(name_or_path, **_known_fields(fields))
-        model = cls(config)
         try:
+            with torch.device("meta"):  # sizes that the weights do not have are found before memory is taken for them
+                cls(config).load_state_dict(state_dict, strict=True, assign=True)
+            model = cls(config)
             model.load_state_dict(state_dict, strict=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split()[5:])[:200]
@@ -407,7 +410,7 @@ class UViT(nn.Module):
             InputError: (a ValueError) a folder that cannot be written to, or that holds a run, whose config would go.
         """
         config_file = Path(directory) / CONFIG_FILE
-        if config_file.is_file():
+        if isfile(config_file):
             before = read_json(config_file)
             if not isinstance(before, dict) or "embed_dim" not in before:
                 what = "a run" if isinstance(before, dict) and "process" in before else "something else"

@@ -15,7 +15,7 @@ import tyro
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from uvit.errors import InputError
+from uvit.errors import InputError, printable
 
 T = TypeVar("T")
 
@@ -98,13 +98,14 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     A user's error is one line on standard error and exit status 2. Ctrl-C and SIGTERM end with 130 and 143, after the
     files being written have been put away.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack letters
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main(sys.argv[1:])
     except InputError as error:
         # A loader's worker hands its error on with the traceback as text; the message is what follows the name.
         message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2]
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import runpy
 import sys
 import types
+from collections import Counter
 from dataclasses import dataclass, field
+from glob import glob
+from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from uvit.errors import InputError, did_you_mean
+from uvit.errors import UNPRINTABLE, InputError, did_you_mean, shown
 
 ScheduleName = Literal["vp", "ldm", "cosine", "flow"]
 Kind = Literal["noise", "data", "v", "flow"]
@@ -25,7 +29,19 @@ SolverName = Literal["ddim", "heun", "dpmpp_2m", "unipc", "dpmpp_fast", "dpm_sol
 Spacing = Literal["uniform", "log_snr"]
 
 CONFIG_FILE = "config.json"
-SEED_LIMIT = 2**63
+MAX_JSON_BYTES = 2**26
+# What a config may ask for, checked before memory is taken; each is far beyond what anyone has trained or drawn.
+INT_LIMIT = 2**63
+MAX_PARAMETERS = 10**11
+MAX_DEPTH = 1_000
+MAX_TOKENS = 2**19
+MAX_SIDE = 2**14
+MAX_WORKERS = MAX_THREADS = 1_024
+MAX_BATCH = MAX_IMAGES = 10**7
+MAX_SAMPLER_STEPS = 100_000
+
+NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
+"""What no file system, tokenizer or font takes."""
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -48,6 +64,13 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _choices(hint: Any) -> list[str]:
+    """Lists the words that a type takes."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [word for arg in get_args(hint) for word in _choices(arg)]
+
+
 def _expected(hint: Any) -> str:
     """Names a type for a person: `one of 'a', 'b'` or `int`."""
     if get_origin(hint) is Literal:
@@ -67,12 +90,21 @@ class Section:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if not _fits(value, hint):
-                near = did_you_mean(value, get_args(hint)) if isinstance(value, str) else ""
-                raise InputError(f"{name} must be {_expected(hint)}, got {value!r}{near}")
+                near = did_you_mean(value, _choices(hint)) if isinstance(value, str) else ""
+                raise InputError(f"{name} must be {_expected(hint)}, got {shown(value)}{near}")
+            # Names are printed and may become paths; captions and names of classes come from data as they are.
+            self._require(name, not isinstance(value, str) or not UNPRINTABLE.search(value), "plain text in one line")
+            for item in value if isinstance(value, tuple) else (value,):
+                self._require(name, not isinstance(item, str) or not NO_TEXT.search(item), "text in whole characters")
+                self._require(name, not isinstance(item, int) or abs(item) < INT_LIMIT, f"below {INT_LIMIT} in size")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise InputError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+            raise InputError(f"{name} must be {expected}, got {shown(getattr(self, name))}")
+
+    def _require_at_most(self, **limits: int) -> None:
+        for name, limit in limits.items():
+            self._require(name, getattr(self, name) <= limit, f"at most {limit:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +183,17 @@ class UViTConfig(Section):
             if self.embed_dim % self.patch_size:
                 sizes = f"embed_dim {self.embed_dim} must be divisible by patch_size {self.patch_size}"
                 raise InputError(f"{sizes} with patch_embed 'conv'")
+        self._require_at_most(depth=MAX_DEPTH)
+        if self.num_tokens > MAX_TOKENS:
+            raise InputError(
+                f"img_size, patch_size and num_context_tokens must give at most {MAX_TOKENS:,} tokens, "
+                f"got {self.num_tokens:,}"
+            )
+        if self.most_parameters > MAX_PARAMETERS:
+            raise InputError(
+                f"the sizes of a model must give at most {MAX_PARAMETERS:,} parameters, "
+                f"got up to {self.most_parameters:.2g}"
+            )
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -167,6 +210,19 @@ class UViTConfig(Section):
     def num_extra_tokens(self) -> int:
         """Tokens before the patches: label, time and context."""
         return int(self.num_classes > 0) + int(self.time_conditioning == "token") + self.num_context_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all."""
+        return self.num_extra_tokens + math.prod(self.grid_shape)
+
+    @property
+    def most_parameters(self) -> float:
+        """A bound of the number of parameters, at any choice of options."""
+        dim, pixels = self.embed_dim, self.patch_size**2 * self.in_chans
+        per_block = dim * (10 * dim + 2 * dim * self.mlp_ratio)  # attention, adaptive norms, skip; MLP
+        per_token = pixels * 2 + self.num_tokens + self.num_classes + self.context_dim
+        return (self.depth + 1) * per_block + dim * per_token + 30 * dim**2 + 9 * self.in_chans**2
 
     @property
     def null_label(self) -> int | None:
@@ -240,6 +296,7 @@ class DataConfig(Section):
         self._require("name", bool(self.name.strip()), "the name of a data set or a folder")
         self._require("scale_factor", self.scale_factor > 0, "above 0")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
+        self._require_at_most(num_workers=MAX_WORKERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +357,7 @@ class SampleConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("num_steps", self.num_steps >= 1, "at least 1")
+        self._require_at_most(num_steps=MAX_SAMPLER_STEPS)
         self._require("t_end", 0 <= self.t_end < 0.5, "in [0, 0.5)")
         low, high = self.guidance_interval
         self._require("guidance_interval", 0 <= low <= high <= 1, "two times with 0 <= low <= high <= 1")
@@ -352,7 +410,7 @@ class TrainConfig(Section):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("sample_every", "seed", "num_threads"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
-        self._require("seed", self.seed < SEED_LIMIT, f"below {SEED_LIMIT}")
+        self._require_at_most(batch_size=MAX_BATCH, num_threads=MAX_THREADS)
         self._require("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         if self.batch_size % self.accumulation_steps:
@@ -403,7 +461,7 @@ def from_dict(cls: type[SectionT], raw: Any) -> SectionT:
         InputError: not a dict, an unknown field, one that is missing, or a value that the section refuses.
     """
     if not isinstance(raw, dict):
-        raise InputError(f"{cls.__name__} must be a JSON object, got {raw!r:.80}")
+        raise InputError(f"{cls.__name__} must be a JSON object, got {shown(raw)}")
     hints = get_type_hints(cls)
     for each in dataclasses.fields(cls):
         if each.name not in raw and each.default is each.default_factory is dataclasses.MISSING:
@@ -411,7 +469,7 @@ def from_dict(cls: type[SectionT], raw: Any) -> SectionT:
     values = {}
     for name, value in raw.items():
         if name not in hints:
-            raise InputError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, hints)}")
+            raise InputError(f"{cls.__name__} has no field {shown(name)}{did_you_mean(name, hints)}")
         if isinstance(hints[name], type) and issubclass(hints[name], Section):
             value = from_dict(hints[name], value)
         values[name] = tuple(value) if isinstance(value, list) else value
@@ -427,14 +485,31 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        InputError: no such file, or not JSON.
+        InputError: no such file, a huge one, or not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        with open(path, "rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    if len(text) > MAX_JSON_BYTES:
+        raise InputError(f"{path} must have at most {MAX_JSON_BYTES:,} bytes, got more")
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shown(name)} is there twice")
+    return made
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def load_config(path: str | Path) -> Config:
@@ -444,8 +519,8 @@ def load_config(path: str | Path) -> Config:
         InputError: no such file, a file without a Config named `config`, or values that a section refuses.
     """
     path = Path(path)
-    if not path.is_file():
-        known = [str(file) for file in sorted(path.parent.glob("*.py"))]
+    if not isfile(path):
+        known = [str(path.parent / name) for name in sorted(glob("*.py", root_dir=path.parent))]
         raise InputError(f"config file not found: {path}{did_you_mean(str(path), known)}")
     if path.suffix == ".json":
         return from_dict(Config, read_json(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -331,16 +332,17 @@ def _load_hub(config: DataConfig, wanted: Wanted, split: str) -> HubData:
     import datasets
 
     path = Path(config.name)
-    if path.is_dir() and not any(file.is_file() for file in path.rglob("*")):
+    is_folder = isdir(path)
+    if is_folder and not any(file.is_file() for file in path.rglob("*")):
         raise InputError(
             f"data folder {config.name} is empty: expected images, in a folder a class or not, or a saved data set"
         )
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if isfile(path / "dataset_dict.json") or isfile(path / "state.json"):
             saved = datasets.load_from_disk(config.name)
             rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
-            with quiet_hub(), _without_bars() if path.is_dir() else contextlib.nullcontext():
+            with quiet_hub(), _without_bars() if is_folder else contextlib.nullcontext():
                 rows = datasets.load_dataset(config.name, split=split)
     except Exception as error:  # the library raises a different kind for each way that data can be missing
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal may act on, or cannot print: control characters, changes of direction, halves of a character."""
 
 
 class InputError(ValueError):
     """A value from the user that cannot be used: says what was given and what was expected, in one line."""
+
+
+class _Shortened(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+        self.maxlong, self.maxlevel = 60, 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to spell out longer ones.
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"an integer of {x.bit_length()} bits"
+
+
+def shown(value: Any) -> str:
+    """Returns `repr(value)`, shortened where it is long or nested deeply: what a message shows of a value."""
+    return _Shortened().repr(value)
+
+
+def printable(text: str) -> str:
+    r"""Spells out what a terminal may act on, such as `\x1b`: for text that comes from data or a checkpoint."""
+    return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

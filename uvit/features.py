@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,21 @@ class PixelFeatures(Features):
         return to_unit_range(images).flatten(1), None
 
 
+@contextlib.contextmanager
+def _weights_alone() -> Iterator[None]:
+    """Keeps torch.load from running what a pickle holds, which torch-fidelity asks it to do."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 class InceptionFeatures(Features):
     """The Inception v3 of the FID, as torch-fidelity ports it: pooled features and logits.
 
@@ -75,9 +93,10 @@ class InceptionFeatures(Features):
                 f"features 'inception' need the package {package}, which is not installed: pip install {package}"
             ) from None
         if weights is not None:
-            read_published(_existing(weights))  # the library would run what a pickle holds
+            read_published(_existing(weights))
         try:
-            self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
+            with _weights_alone():
+                self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
         except Exception as error:  # no network, a broken download, weights of another network
             given = "cannot be downloaded; give a file with --feature_weights" if weights is None else f"in {weights}"
             raise InputError(f"Inception's weights {given}: {' '.join(str(error).split()):.150}") from None
@@ -135,7 +154,7 @@ class TimmFeatures(Features):
 
 
 def _existing(weights: str) -> Path:
-    if not Path(weights).is_file():
+    if not os.path.isfile(weights):
         raise InputError(f"no weights at {weights}")
     return Path(weights)
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from uvit.errors import InputError
+from uvit.errors import InputError, printable
 
 SKIPPED_FILE = "skipped.txt"
 """A folder's list of the items that were left out as broken."""
@@ -35,7 +35,7 @@ def write_aside(path: Path) -> Iterator[Path]:
         InputError: the file cannot be made, written or put in its place.
     """
     make_directory(path.parent)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"cannot write to {path}: it is a folder")
     target = path.resolve()  # a link stays a link
     # The suffix stays last: savers such as Pillow's choose the format by it.
@@ -53,7 +53,7 @@ def write_aside(path: Path) -> Iterator[Path]:
 
 def add_lines(path: Path, lines: Iterable[str]) -> list[str]:
     """Adds lines to a text file that it does not have yet, and returns these."""
-    wanted = dict.fromkeys(" ".join(line.split()) for line in lines)
+    wanted = dict.fromkeys(printable(" ".join(line.split())) for line in lines)
     if not wanted:
         return []
     known = set(path.read_text().splitlines()) if path.is_file() else set()

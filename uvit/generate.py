@@ -17,6 +17,7 @@ from uvit.backbone import UViT
 from uvit.cli import process_state
 from uvit.config import (
     CONFIG_FILE,
+    MAX_BATCH,
     Backend,
     Config,
     Section,
@@ -78,6 +79,7 @@ class DrawArguments(Section):
         super().__post_init__()
         self._require("seed", self.seed >= 0, "at least 0")
         self._require("batch_size", self.batch_size >= 1, "at least 1")
+        self._require_at_most(batch_size=MAX_BATCH)
         if self.guidance is not None and self.paper_scale is not None:
             raise InputError(f"give --guidance or --paper_scale, got both: {self.guidance:g} and {self.paper_scale:g}")
 

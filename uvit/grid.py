@@ -10,6 +10,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from uvit.errors import printable
+
 CELL = 64
 """Small images are enlarged by a whole factor until their shorter side has about this many pixels."""
 GAP = 2
@@ -32,7 +34,10 @@ def image_grid(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> I
     cells = rearrange(images.cpu().expand(-1, 3, -1, -1), "N C H W -> N H W C").numpy()
     cells = cells.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = cells.shape[1] + GAP, cells.shape[2] + GAP
-    wrapped = [textwrap.wrap(name, NAME_WIDTH, max_lines=NAME_LINES, placeholder=" …") for name in row_names]
+    wrapped = [
+        textwrap.wrap(printable(" ".join(name.split())), NAME_WIDTH, max_lines=NAME_LINES, placeholder=" …")
+        for name in row_names
+    ]
     most_lines = max(map(len, wrapped), default=1)
     font = ImageFont.load_default(size=max(12, min(height // (most_lines + 2), 24)))
     margin = round(max((font.getlength(line) for lines in wrapped for line in lines), default=0))

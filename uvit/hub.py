@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from glob import glob
+from os.path import isdir
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -36,11 +38,12 @@ def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
         InputError: nothing by that name that can be had.
     """
     path = Path(name)
-    if path.is_dir():
+    if isdir(path):
         return path
-    if path.is_absolute() or path.parent.is_dir():  # what has a folder on disk above it is not meant for the hub
-        near = did_you_mean(name, [str(folder) for folder in path.parent.glob("*") if folder.is_dir()])
-        raise InputError(f"{what} not found: {name}{near}")
+    # What has a folder on disk above it, or leads out of where it starts, is not meant for the hub.
+    if path.is_absolute() or isdir(path.parent) or ".." in path.parts:
+        folders = [str(path.parent / each).rstrip("/") for each in glob("*/", root_dir=path.parent)]
+        raise InputError(f"{what} not found: {name}{did_you_mean(name, folders)}")
     repository, folder = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
     try:

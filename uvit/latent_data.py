@@ -22,9 +22,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from uvit.config import DataConfig, Section, UViTConfig, from_dict, read_json, to_json
+from uvit.config import MAX_SIDE, MAX_TOKENS, DataConfig, Section, UViTConfig, from_dict, read_json, to_json
 from uvit.data import MIN_IMAGES, Batch
-from uvit.errors import InputError
+from uvit.errors import InputError, printable
 from uvit.files import write_aside, write_text
 from uvit.latents import Encoders
 
@@ -35,6 +35,7 @@ NAMES_ALONE = ("autoencoder", "text_encoder", "versions")
 SHARD_FACTS = ("source", "image_shape", "crop", "encoder_hash", "text_encoder_hash", "caption_column")
 """Fields of a manifest that its shards repeat: by them a shard of another encoding is known."""
 FACT_PREFIX = b"uvit."
+MAX_SHARDS = 100_000  # as many as their names have digits for
 NUM_FLIPS = 2
 """Versions of an image: as it is, and mirrored."""
 
@@ -83,16 +84,23 @@ class Manifest(Section):
         for name in ("num_images", "shard_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("image_shape", "latent_shape"):
-            self._require(name, min(getattr(self, name)) >= 1, "positive")
+            self._require(name, all(1 <= side <= MAX_SIDE for side in getattr(self, name)), f"1 to {MAX_SIDE:,} each")
+        self._require(
+            "context_shape", all(0 <= side <= MAX_TOKENS for side in self.context_shape), f"0 to {MAX_TOKENS:,} each"
+        )
         self._require("flips", 1 <= self.flips <= NUM_FLIPS, f"1 to {NUM_FLIPS}")
         self._require("scale_factor", self.scale_factor > 0, "above 0")
-        self._require("num_captions", self.num_captions >= 0, "at least 0")
+        self._require("num_captions", 0 <= self.num_captions <= MAX_TOKENS, f"0 to {MAX_TOKENS:,}")
         if self.num_captions:
             self._require("context_shape", min(self.context_shape) >= 1, "positive where there are captions")
+        if self.num_shards > MAX_SHARDS:
+            raise InputError(
+                f"num_images and shard_size must give at most {MAX_SHARDS:,} shards, got {self.num_shards:,}"
+            )
 
     @property
     def num_shards(self) -> int:
-        return math.ceil(self.num_images / self.shard_size)
+        return -(-self.num_images // self.shard_size)
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
@@ -129,7 +137,7 @@ class Manifest(Section):
 
 def is_latent_data(name: str | Path) -> bool:
     """Tells whether a data set's name is a folder of latents."""
-    return (Path(name) / MANIFEST_FILE).is_file()
+    return os.path.isfile(Path(name) / MANIFEST_FILE)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -308,7 +316,7 @@ def _check_columns(file: Path, found: pa.Schema, expected: pa.Schema) -> None:
     for name, value in expected.metadata.items():
         made_with = (found.metadata or {}).get(name)
         if name.startswith(FACT_PREFIX) and made_with != value:
-            was = "none" if made_with is None else made_with.decode(errors="replace")
+            was = "none" if made_with is None else printable(made_with.decode(errors="replace"))
             fact = name.removeprefix(FACT_PREFIX).decode()
             raise InputError(f"{file} is of another encoding: {fact} must be {value.decode()}, got {was}")
 
@@ -317,12 +325,13 @@ def _read_empty_context(path: Path, shape: tuple[int, int]) -> Tensor:
     """Returns the (1, tokens, width) features of the empty caption."""
     try:
         context = np.load(path, allow_pickle=False)
-    except Exception as error:  # a broken file raises anything
+    except Exception as error:  # broken bytes raise anything
         raise InputError(
             f"{path} cannot be read ({type(error).__name__}): run the same encode.py command again"
         ) from None
-    if context.shape != shape or context.dtype != np.float16:
-        raise InputError(f"{path} must be {shape} float16, got {context.shape} {context.dtype}")
+    if not isinstance(context, np.ndarray) or context.shape != shape or context.dtype != np.float16:
+        found = f"{context.shape} {context.dtype}" if isinstance(context, np.ndarray) else type(context).__name__
+        raise InputError(f"{path} must hold float16 numbers of shape {shape}, got {found}")
     return torch.from_numpy(context)[None]
 
 

@@ -8,20 +8,25 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import isfile
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from uvit.config import CONFIG_FILE, DataConfig, UViTConfig, read_json
+from uvit.config import CONFIG_FILE, MAX_DEPTH, DataConfig, UViTConfig, read_json
 from uvit.errors import InputError
 from uvit.hub import find_folder
 from uvit.weights import hash_weights
 
 EMPTY_CAPTION = ""
+AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
 CLIP_KINDS = ("clip", "clip_text_model")
 CACHED_CAPTIONS = 256
 DECODED_AT_ONCE = 8
@@ -55,6 +60,18 @@ def _loading(what: str, library: str) -> Iterator[ModuleType]:
         its_logging.set_verbosity(verbosity)
 
 
+def _check_depth(what: str, **counts: int) -> None:
+    for name, count in counts.items():
+        if count > MAX_DEPTH:
+            raise InputError(f"{what} must have {name} of at most {MAX_DEPTH:,}, got {count:,}")
+
+
+def _count_values(path: Path) -> int:
+    """Returns how many values a safetensors file holds, by its header."""
+    with safe_open(path, framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+
+
 class TextEncoder(nn.Module):
     """A frozen CLIP text encoder: captions to the last hidden states of all tokens, as the published text models take.
 
@@ -70,7 +87,7 @@ class TextEncoder(nn.Module):
         what = f"text encoder {name!r}"
         folder = find_folder(name, "text encoder", ("*.json", "*.txt", "model.safetensors"))
         config_file = folder / CONFIG_FILE
-        if not config_file.is_file():  # without one, the library takes a CLIP of its own sizes
+        if not isfile(config_file):  # without one, the library takes a CLIP of its own sizes
             raise InputError(f"{what} has no {CONFIG_FILE}")
         raw = read_json(config_file)
         kind = raw.get("model_type") if isinstance(raw, dict) else None
@@ -79,7 +96,11 @@ class TextEncoder(nn.Module):
         with _loading(what, "transformers") as transformers:
             config = transformers.CLIPTextConfig.from_pretrained(folder)
             self.context_shape = (config.max_position_embeddings, config.hidden_size)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            _check_depth(what, num_hidden_layers=config.num_hidden_layers)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            last = max(self.tokenizer.get_vocab().values())
+            if last >= config.vocab_size:
+                raise InputError(f"{what} knows {config.vocab_size} words, got a tokenizer with word {last}")
             network, report = transformers.CLIPTextModel.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True
             )
@@ -131,9 +152,20 @@ class Autoencoder(nn.Module):
     def __init__(self, name: str, scale_factor: float) -> None:
         super().__init__()
         what = f"autoencoder {name!r}"
-        folder = find_folder(name, "autoencoder", (CONFIG_FILE, "diffusion_pytorch_model.safetensors"))
+        folder = find_folder(name, "autoencoder", (CONFIG_FILE, AUTOENCODER_FILE))
         with _loading(what, "diffusers") as diffusers:
-            network = diffusers.AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+            config = read_json(folder / CONFIG_FILE)
+            _check_depth(what, layers_per_block=config["layers_per_block"], blocks=len(config["block_out_channels"]))
+            with torch.device("meta"):  # sizes that the weights do not have are found before memory is taken for them
+                asked = sum(each.numel() for each in diffusers.AutoencoderKL.from_config(config).parameters())
+            held = _count_values(folder / AUTOENCODER_FILE)
+            if asked > held:
+                raise InputError(f"{what} has weights of {held:,} values, expected {asked:,} by its {CONFIG_FILE}")
+            network, report = diffusers.AutoencoderKL.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                raise InputError(f"{what} is not an AutoencoderKL: it has no {min(report['missing_keys'])}")
         self.scale_factor = scale_factor
         self.latent_channels: int = network.config.latent_channels
         self.factor = 2 ** (len(network.config.block_out_channels) - 1)  # sides of an image over those of its latents

@@ -6,6 +6,7 @@ What is kept does not grow with the number of images. Each process gathers its o
 from __future__ import annotations
 
 import hashlib
+from os.path import isfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +106,7 @@ def save_statistics(path: Path, gaussian: Gaussian, **facts: Any) -> None:
 
 def is_statistics(path: Path) -> bool:
     """Tells whether a file is an .npz of statistics (some of ADM's hold images besides), or a broken one."""
-    if path.suffix != ".npz" or not path.is_file():
+    if path.suffix != ".npz" or not isfile(path):
         return False
     try:
         with np.load(path, allow_pickle=False) as arrays:

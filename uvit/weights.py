@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import warnings
 from collections.abc import Mapping
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from uvit.config import CONFIG_FILE, UViTConfig, from_dict, read_json
-from uvit.errors import InputError
+from uvit.errors import InputError, shown
 from uvit.files import write_aside
 from uvit.hub import find_folder
 from uvit.published import infer_config
@@ -50,7 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: no such file, an empty one, or one that is not safetensors.
     """
-    if not path.is_file():
+    if not isfile(path):
         raise InputError(f"no weights at {path}")
     try:
         return load_file(path)
@@ -73,7 +74,16 @@ def read_published(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} must hold tensors by name, got {type(weights).__name__}")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise InputError(f"{path} must hold tensors by name, got {type(value).__name__} by {name!r}")
+            raise InputError(f"{path} must hold tensors by name, got {type(value).__name__} by {shown(name)}")
+    # A pickle may repeat few values as a tensor of any size, which a model of that size would take memory for.
+    if any(value.layout is not torch.strided or value.device.type != "cpu" for value in weights.values()):
+        raise InputError(f"{path} must hold plain tensors, got other kinds")
+    storages = {(held := value.untyped_storage()).data_ptr(): held.nbytes() for value in weights.values()}
+    claimed = sum(value.nbytes for value in weights.values())
+    if claimed > sum(storages.values()):
+        raise InputError(
+            f"{path} must hold all values of its tensors, {claimed:,} bytes, got {sum(storages.values()):,}"
+        )
     return weights
 
 
@@ -86,10 +96,10 @@ def find_pretrained(name_or_path: str | Path) -> Path:
         InputError: nothing on disk by that name, and no hub model that can be had.
     """
     path, name = Path(name_or_path), str(name_or_path)
-    if path.is_dir():
+    if isdir(path):
         published = path / PUBLISHED_FILE
-        return published if published.is_file() and not (path / WEIGHTS_FILE).is_file() else path
-    if path.is_file():
+        return published if isfile(published) and not isfile(path / WEIGHTS_FILE) else path
+    if isfile(path):
         return path
     return find_folder(name, "checkpoint", (CONFIG_FILE, WEIGHTS_FILE))
 

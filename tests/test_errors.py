@@ -1,0 +1,58 @@
+"""Messages, and the table of them in docs/errors.md."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from uvit.errors import printable, shown
+
+ROOT = Path(__file__).parent.parent
+TABLES = (ROOT / "docs/errors.md").read_text().splitlines()
+ROWS = [line for line in TABLES if line.startswith("| ") and not line.startswith("| what went wrong |")]
+CODE = [*ROOT.glob("*.py"), *ROOT.glob("uvit/*.py")]
+
+
+def literals() -> list[str]:
+    """Every string of the code, with … for what an f-string fills in."""
+    found = []
+    for path in CODE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+LITERALS = literals()
+
+
+def test_the_table_has_every_command():
+    assert len(ROWS) >= 40
+
+
+@pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
+def test_messages_of_the_table_are_the_codes(row):
+    """What stands between the … of a message stands in a string of the code."""
+    _, wrong, printed, advice, _ = row.split("|")
+    assert wrong.strip()
+    assert advice.strip()
+    fragments = [part for message in re.findall(r"`(.*?)`", printed) for part in message.split("…") if len(part) > 2]
+    assert fragments
+    for fragment in fragments:
+        assert any(fragment in literal for literal in LITERALS), fragment
+
+
+def test_what_is_shown_of_a_value_is_short_and_printable():
+    assert shown("fast") == "'fast'" and shown((32, 33)) == "(32, 33)"
+    assert len(shown("x" * 10**6)) < 120 and len(shown(10**1000)) < 80
+    nested: list = []
+    for _ in range(5000):
+        nested = [nested]
+    assert len(shown(nested)) < 50
+    assert printable("a\x1b[31m\u202eb é 漢") == r"a\x1b[31m\u202eb é 漢"

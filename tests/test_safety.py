@@ -1,0 +1,342 @@
+"""Nothing that a file holds is run, takes memory that its weights do not need, or reaches the terminal as it is."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import resource
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoders import make_autoencoder, make_text_encoder
+from malicious import write_malicious
+from PIL import Image
+from test_cli import SCRIPTS, TEXT, TINY
+
+from uvit import UViT, UViTConfig, checkpoint
+from uvit.checkpoint import STATE_FILE
+from uvit.cli import run
+from uvit.config import Config, from_dict, read_json, to_json
+from uvit.errors import InputError, printable
+from uvit.features import build_features
+from uvit.files import add_lines
+from uvit.grid import image_grid
+from uvit.hub import find_folder
+from uvit.latent_data import EMPTY_CONTEXT_FILE, Manifest, begin, load_latents, read_manifest
+from uvit.latents import Autoencoder, TextEncoder
+from uvit.weights import read_published
+
+MAIN = {**{name: script.main for name, script in SCRIPTS.items()}, "checkpoint": checkpoint.main}
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch) -> Path:
+    """A folder with a config, a run that stands at a checkpoint, encoders and images; the hub is out of reach."""
+    (tmp_path / "tiny.py").write_text(TINY)
+    config = from_dict(Config, {"model": {"img_size": 8, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}})
+    UViT(config.model).save_pretrained(tmp_path / "run")
+    (tmp_path / "run/config.json").write_text(to_json(config))
+    make_text_encoder(tmp_path / "clip", num_tokens=24, width=8)
+    make_autoencoder(tmp_path / "vae")
+    for number in range(3):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"images/{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def refused(name, arguments, monkeypatch, capsys) -> str:
+    """Runs a command that must end with one line and exit status 2; returns the line."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
+    with pytest.raises(SystemExit) as exit:
+        run(MAIN[name])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+READ_IMAGES = "--reference images --features pixels"
+PLACES = [
+    ("train", "tiny.py --train.run_dir again", f"again/checkpoints/step_00000001/{STATE_FILE}"),
+    ("train", f"tiny.py {' '.join(TEXT)} --data.text_encoder clip --train.run_dir new", "clip/model.safetensors"),
+    ("train", "tiny.py --data.name npz.npz --train.run_dir new", "npz.npz"),
+    ("train", "tiny.py --data.name pickled --train.run_dir new", "pickled/data.pkl"),
+    ("train", "tiny.py --data.name scripted --train.run_dir new", "scripted/train.pickle"),
+    ("sample", "--checkpoint run", "run/model.safetensors"),
+    ("sample", "--checkpoint run", "run/config.json"),
+    ("sample", "--checkpoint weights.pth --config tiny.py", "weights.pth"),
+    ("sample", "--checkpoint reference --config tiny.py", "reference/nnet_ema.pth"),
+    ("evaluate", "--checkpoint run --num_images 2 --steps 1 --reference ref.npz", "ref.npz"),
+    ("evaluate", f"--images shown.npz {READ_IMAGES}", "shown.npz"),
+    ("evaluate", "--images images --reference ref.npz --features pixels", "ref.npz"),
+    ("evaluate", "--images images --reference images --features inception --feature_weights w.pth", "w.pth"),
+    (
+        "evaluate",
+        "--images images --reference images --features timm:test_vit --feature_weights w.safetensors",
+        "w.safetensors",
+    ),
+    ("evaluate", "--images images --reference images --features timm:test_vit --feature_weights w.bin", "w.bin"),
+    (
+        "evaluate",
+        "--checkpoint run --num_images 2 --steps 1 --classifier timm:test_vit --classifier_weights w.pth",
+        "w.pth",
+    ),
+    ("evaluate", "stats data.npz --output out.npz --features pixels", "data.npz"),
+    ("encode", "--data images --image_size 8 --autoencoder binary --output out", "binary/diffusion_pytorch_model.bin"),
+    (
+        "encode",
+        "--data images --image_size 8 --autoencoder vae --output out",
+        "vae/diffusion_pytorch_model.safetensors",
+    ),
+    ("train", f"tiny.py {' '.join(TEXT)} --data.text_encoder binary --train.run_dir new", "binary/pytorch_model.bin"),
+    ("encode", "--data images --image_size 8 --autoencoder vae --output begun", "begun/manifest.json"),
+    ("checkpoint", "convert weights.pth out", "weights.pth"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "place"), PLACES)
+def test_a_pickle_is_never_run(name, arguments, place, inside, monkeypatch, capsys):
+    config, proof = (inside / place).parent / "config.json", inside / "proof"
+    if config.parent.name == "binary":
+        config.parent.mkdir()
+        of = "vae" if "diffusion" in place else "clip"
+        for file in (inside / of).glob("*.json"):
+            (config.parent / file.name).write_bytes(file.read_bytes())
+    write_malicious(inside / place, proof)
+    if config.parent.name == "scripted":  # what data sets came with once
+        (config.parent / "scripted.py").write_text(f"import os\nos.mkdir({str(proof)!r})\n")
+    line = refused(name, arguments, monkeypatch, capsys)
+    assert any(part in line for part in Path(place).parts), line  # it is that file which was refused
+    assert not proof.exists()
+
+
+def test_the_traps_of_these_tests_do_spring(tmp_path):
+    """A test of safety that could not fail would prove nothing."""
+    for number, name in enumerate(("a.pth", "a.npz", "a.npy", "a.safetensors")):
+        path, proof = tmp_path / name, tmp_path / str(number)
+        write_malicious(path, proof)
+        if name == "a.pth":
+            torch.load(path, weights_only=False)
+        elif name == "a.safetensors":
+            pickle.loads(path.read_bytes())
+        else:
+            loaded = np.load(path, allow_pickle=True)
+            _ = loaded["mu"] if name == "a.npz" else loaded
+        assert proof.is_dir()
+
+
+def test_a_context_that_is_a_pickle_is_not_read(tmp_path, monkeypatch):
+    manifest = Manifest(
+        source="x",
+        num_images=2,
+        shard_size=2,
+        image_shape=(8, 8),
+        latent_shape=(4, 4, 4),
+        autoencoder="vae",
+        encoder_hash="a",
+        scale_factor=0.5,
+        text_encoder="clip",
+        text_encoder_hash="b",
+        num_captions=1,
+        context_shape=(24, 8),
+    )
+    from uvit.config import DataConfig
+    from uvit.latent_data import write_shard
+
+    begin(tmp_path, manifest, torch.zeros(24, 8))
+    with write_shard(tmp_path, manifest, 0) as add:
+        moments, context = np.zeros((2, 2, 8, 4, 4), np.float16), np.zeros((2, 1, 24, 8), np.float16)
+        add({"moments": moments, "label": np.zeros(2, np.int64), "captions": [["a"], ["b"]], "context": context})
+    model = UViTConfig(img_size=4, in_chans=4, context_dim=8, num_context_tokens=24)
+    data = DataConfig(name=str(tmp_path), autoencoder="vae", scale_factor=0.5)
+    assert len(load_latents(data, model)) == 2
+    write_malicious(tmp_path / EMPTY_CONTEXT_FILE, tmp_path / "proof")
+    with pytest.raises(InputError, match="empty_context.npy cannot be read"):
+        load_latents(data, model)
+    assert not (tmp_path / "proof").exists()
+    np.save(tmp_path / EMPTY_CONTEXT_FILE, np.zeros((24, 9), np.float16))
+    with pytest.raises(InputError, match=r"must hold float16 numbers of shape \(24, 8\), got \(24, 9\) float16"):
+        load_latents(data, model)
+
+
+def test_inceptions_cached_download_is_not_run(tmp_path, monkeypatch):
+    """What torch-fidelity keeps on disk, and what it reads again after it was checked."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    write_malicious(tmp_path / "hub/checkpoints" / URL_INCEPTION_V3.rpartition("/")[2], tmp_path / "proof")
+    with pytest.raises(InputError, match="Weights only load failed"):
+        build_features("inception", None, (3, 8, 8))
+    monkeypatch.setattr("uvit.features.read_published", lambda path: {})
+    write_malicious(tmp_path / "w.pth", tmp_path / "proof")
+    with pytest.raises(InputError, match="Weights only load failed"):
+        build_features("inception", str(tmp_path / "w.pth"), (3, 8, 8))
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.fixture
+def little_memory():
+    """Lets this process take 4 GB more than it has, so that a huge allocation fails at once."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+HUGE = [
+    ({"embed_dim": 10**9}, "parameters, got up to "),
+    ({"depth": 10**7}, "depth must be at most 1,000, got 10000000"),
+    ({"img_size": 10**6}, "must give at most 524,288 tokens, got 250,000,000,001"),
+    ({"img_size": [2, 10**15]}, "must give at most 524,288 tokens"),
+    ({"patch_size": 10**6, "img_size": 10**6}, "parameters, got up to "),
+    ({"in_chans": 10**5}, "do not fit their config: "),
+    ({"num_classes": 10**9}, "do not fit their config: "),
+    ({"mlp_ratio": 1e300}, "parameters, got up to "),
+    ({"mlp_ratio": 1e7}, "do not fit their config: "),
+    ({"embed_dim": 2**15}, "do not fit their config: "),
+    ({"context_dim": 10**9, "num_context_tokens": 77}, "do not fit their config: "),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize(("fields", "message"), HUGE)
+@pytest.mark.usefixtures("little_memory")
+def test_a_config_cannot_take_memory_that_its_weights_do_not_need(fields, message, inside):
+    config = read_json(inside / "run/config.json")["model"]
+    (inside / "run/config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(InputError, match=message):
+        UViT.from_pretrained("run")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize(
+    ("folder", "fields", "message"),
+    [
+        ("vae", {"latent_channels": 10**9}, "cannot be loaded"),
+        ("vae", {"block_out_channels": [8, 100_000]}, "has weights of 15,223 values, expected "),
+        ("vae", {"layers_per_block": 10**9}, "must have layers_per_block of at most 1,000"),
+        ("clip", {"hidden_size": 10**9}, "cannot be loaded"),
+        ("clip", {"vocab_size": 10**10}, "cannot be loaded"),
+        ("clip", {"num_hidden_layers": 10**9}, "must have num_hidden_layers of at most 1,000"),
+        ("clip", {"vocab_size": 5}, "knows 5 words, got a tokenizer with word 137"),
+    ],
+)
+@pytest.mark.usefixtures("little_memory")
+def test_an_encoders_config_neither(folder, fields, message, inside):
+    path = inside / folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(InputError, match=message):
+        Autoencoder(folder, 1.0) if folder == "vae" else TextEncoder(folder)
+
+
+def test_an_autoencoder_without_one_of_its_weights_is_refused(inside):
+    from safetensors.torch import load_file, save_file
+
+    path = inside / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["other"] = weights.pop("decoder.conv_in.weight")
+    save_file(weights, path)
+    with pytest.raises(InputError, match=r"is not an AutoencoderKL: it has no decoder.conv_in.weight"):
+        Autoencoder("vae", 1.0)
+
+
+def test_a_pickles_tensor_that_repeats_one_value_is_refused(tmp_path):
+    torch.save({"pos_embed": torch.zeros(1).expand(1, 10**9, 10**3)}, tmp_path / "a.pth")
+    assert (tmp_path / "a.pth").stat().st_size < 10_000
+    with pytest.raises(InputError, match=r"must hold all values of its tensors, 4,000,000,000,000 bytes, got 4"):
+        read_published(tmp_path / "a.pth")
+    shared = torch.zeros(1000)
+    torch.save({str(number): shared for number in range(9)}, tmp_path / "b.pth")
+    with pytest.raises(InputError, match=r"36,000 bytes, got 4,000"):
+        read_published(tmp_path / "b.pth")
+    torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "c.pth")
+    with pytest.raises(InputError, match="must hold plain tensors"):
+        read_published(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("shape", [[10**12], [2**63], [2**40, 2**40]])
+def test_a_header_that_claims_huge_tensors(shape, inside):
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}).encode()
+    (inside / "run/model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(InputError, match="is not a whole safetensors file"):
+        UViT.from_pretrained("run")
+
+
+BAD_JSON = [
+    ("[" * 100_000, "is not valid JSON: maximum recursion depth exceeded"),
+    ('{"train": {"seed": ' + "[" * 900 + "]" * 900 + "}}", "seed must be int, got "),
+    ('{"optim": {"lr": NaN}}', "is not valid JSON: NaN is no number"),
+    ('{"optim": {"lr": -Infinity}}', "is not valid JSON: -Infinity is no number"),
+    ('{"train": {"seed": ' + "9" * 5000 + "}}", "is not valid JSON: Exceeds the limit"),
+    ('{"train": {"seed": 1, "seed": 2}}', "is not valid JSON: 'seed' is there twice"),
+    ('{"train": {"seed": true}}', "seed must be int, got True"),
+    ('{"train": {"seed": 1e3}}', "seed must be int, got 1000.0"),
+    ('{"data": {"name": "a\\u001b[31m"}}', r"name must be plain text in one line, got 'a\x1b[31m'"),
+    ('{"data": {"name": "a\\nb"}}', "name must be plain text in one line"),
+    ('{"data": {"name": "a\\u202eb"}}', "name must be plain text in one line"),
+    ('{"sample": {"prompts": ["\\ud800"]}}', "prompts must be text in whole characters"),
+    ('{"data": {"num_workers": 100000}}', "num_workers must be at most 1,024, got 100000"),
+    ('{"train": {"num_threads": 100000}}', "num_threads must be at most 1,024, got 100000"),
+    ('{"sample": {"num_steps": 1000000000}}', "num_steps must be at most 100,000, got 1000000000"),
+    ('{"process": {"loss_space": "nois"}}', "loss_space must be "),
+    ("\udcff", "is not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_JSON, ids=range(len(BAD_JSON)))
+def test_json_that_is_no_config(text, message, inside, monkeypatch, capsys):
+    (inside / "run/config.json").write_bytes(text.encode(errors="surrogateescape"))
+    (inside / "run/checkpoints").mkdir()
+    line = refused("train", "tiny.py --train.run_dir run", monkeypatch, capsys)
+    assert message in line and len(line) < 500 and printable(line) == line
+
+
+def test_a_huge_json_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("uvit.config.MAX_JSON_BYTES", 100)
+    (tmp_path / "a.json").write_text("[" + "1," * 100 + "1]")
+    with pytest.raises(InputError, match="must have at most 100 bytes, got more"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shard_size": 0}, "shard_size must be at least 1, got 0"),
+        ({"num_images": 2**62}, "must give at most 100,000 shards"),
+        ({"latent_shape": [4, 10**9, 4]}, "latent_shape must be 1 to 16,384 each"),
+        ({"flips": 0}, "flips must be 1 to 2, got 0"),
+        ({"context_shape": [-1, 8]}, "context_shape must be 0 to 524,288 each"),
+        ({"source": "a\x1b]0;x\x07"}, "source must be plain text in one line"),
+    ],
+)
+def test_a_manifest_that_cannot_be(fields, message, tmp_path):
+    whole = {"source": "x", "num_images": 2, "shard_size": 2, "image_shape": [8, 8], "latent_shape": [4, 4, 4]}
+    whole |= {"autoencoder": "a", "encoder_hash": "b", "scale_factor": 0.5}
+    (tmp_path / "manifest.json").write_text(json.dumps(whole))
+    assert read_manifest(tmp_path).num_shards == 1
+    (tmp_path / "manifest.json").write_text(json.dumps({**whole, **fields}))
+    with pytest.raises(InputError, match=message):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["user/model/../../..", "../nowhere", "user/..", "n" * 300, "a/" + "n" * 300])
+def test_names_do_not_lead_out_of_the_hubs_folder(name, inside):
+    with pytest.raises(InputError, match=r"not found: |is no folder on disk"):
+        find_folder(name, "checkpoint", ("*",))
+
+
+def test_names_of_data_are_neither_acted_on_nor_made_paths(tmp_path, capsys):
+    """A class called by a path and a terminal's escape is drawn, listed and printed with its letters alone."""
+    name = "../../\x1b[31mred\nline\ud800"
+    picture = image_grid(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 1, [name, "b"])
+    assert picture.size[0] > 66
+    (line,) = add_lines(tmp_path / "skipped.txt", [f"image 1 ({name})"])
+    assert line == r"image 1 (../../\x1b[31mred line\ud800)" == (tmp_path / "skipped.txt").read_text().strip()
+    assert [path.name for path in tmp_path.iterdir()] == ["skipped.txt"]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from uvit.config import Config, DataConfig, TrainConfig, UViTConfig
 from uvit.data import Batch, ImageData, Wanted, load_images
 from uvit.errors import InputError
+from uvit.interrupt import leave_signals_to_the_parent
 from uvit.latent_data import is_latent_data, load_latents
 
 MAX_REPLACEMENTS = 20
@@ -157,4 +158,5 @@ def build_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_the_parent,
     )

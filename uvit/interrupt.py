@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -39,6 +40,17 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def leave_signals_to_the_parent(*_: object) -> None:
-    """Makes a loader's worker ignore them: a terminal sends Ctrl-C to all, and a worker ends when its parent does."""
+    """Makes a loader's worker ignore them: terminals and clusters signal it too, while its parent has a step to finish.
+
+    It ends with its parent all the same: by PyTorch's watch on it, or by `end_workers`.
+    """
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Ends the workers at exit: after an error, multiprocessing would wait forever for SIGTERM to end them."""
+    if workers := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes a worker's end for an error
+        for worker in workers:
+            worker.kill()

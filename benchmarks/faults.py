@@ -116,6 +116,7 @@ def start_life(run_dir: Path, counter: Counter, overrides: dict[str, Any]) -> in
         return pid
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
         log = os.open(run_dir.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -159,7 +160,7 @@ def newest_step(run_dir: Path) -> int:
 
 
 def kill(pid: int, run_dir: Path, delay: float, aim: bool, signum: int) -> bool:
-    """Sends a signal after a delay, or once a checkpoint is being written after it; tells whether it met a live process.
+    """Sends a signal after a delay, or once a checkpoint is being written after it; tells whether it met a live one.
 
     SIGINT goes to the whole group, as a terminal sends it; the others to the process alone.
     """

@@ -23,7 +23,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields what SIGTERM and SIGINT write to, instead of ending the process; a second Ctrl-C ends it at once."""
+    """Yields what SIGTERM and SIGINT write to, instead of ending the process; a second Ctrl-C ends it at once.
+
+    A signal that is ignored, as SIGINT is in a shell's background jobs, stays so.
+    """
     request = StopRequest()
 
     def ask(signum: int, frame: FrameType | None) -> None:
@@ -31,7 +34,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signum = request.signum or signum
 
-    before = {signum: signal.signal(signum, ask) for signum in SIGNALS}
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    before = {signum: handler for signum, handler in before.items() if handler is not signal.SIG_IGN}
+    for signum in before:
+        signal.signal(signum, ask)
     try:
         yield request
     finally:

@@ -10,11 +10,10 @@ import importlib.util
 import math
 import os
 import shutil
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from einops import rearrange
-from PIL import Image
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
@@ -50,7 +48,7 @@ from uvit.latent_data import check_encoders
 from uvit.latents import EMPTY_CAPTION, Encoders, load_encoders, sample_latents
 from uvit.loader import build_loader, check_batch, load_data
 from uvit.optim import build_optimizer, build_scheduler, load_optimizer_state
-from uvit.resume import METRICS_FILE, MetricsFile, Progress, check_same_run
+from uvit.resume import METRICS_FILE, MetricsFile, Progress, check_same_run, survive, tell
 from uvit.weights import WEIGHTS_FILE, write_weights
 
 USAGE = "train.py CONFIG"
@@ -93,13 +91,19 @@ def step_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def draw_grid(model: UViT, config: Config, encoders: Encoders) -> Image.Image:
-    """Draws the run's grid of samples."""
+def save_grid(accelerator: Accelerator, model: UViT, config: Config, encoders: Encoders, path: Path, step: int) -> None:
+    """Draws the run's grid of samples, writes it as a picture and tells the trackers; what fails there is warned of."""
     rows = find_conditions(config)[:GRID_ROWS]
     num_images = GRID_COLUMNS * (GRID_COLUMNS if rows == [None] else len(rows))
     conditions = [row for row in rows for _ in range(num_images // len(rows))]
     images = generate(model, config, conditions, config.train.seed, num_images, encoders)
-    return image_grid(images, GRID_COLUMNS, condition_names(rows, config))
+    picture = image_grid(images, GRID_COLUMNS, condition_names(rows, config))
+    with survive(str(path)), write_aside(path) as aside:
+        picture.save(aside)
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        with survive(f"to {tracker.name}", (Exception,)):
+            tracker.log_images({"samples": np.asarray(picture)[None]}, step=step, **layout)
 
 
 def first_captions(data: ImageData) -> tuple[str, ...]:
@@ -144,20 +148,6 @@ def training_loss(
     return diffusion_loss(partial(network, **condition), images, config.process, generator)
 
 
-def tell(text: str) -> None:
-    """Prints a line on standard error, above the bar."""
-    tqdm.write(text, file=sys.stderr)
-
-
-@contextmanager
-def survive(what: str, errors: tuple[type[Exception], ...] = (OSError, InputError)) -> Iterator[None]:
-    """Turns a failed write, such as on a full disk, into a warning: training can go on without it."""
-    try:
-        yield
-    except errors as error:
-        tell(f"warning: cannot write {what}, training goes on: {' '.join(str(error).split())}")
-
-
 def agree(
     accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, signum: int
 ) -> tuple[float, float, int]:
@@ -192,6 +182,21 @@ def open_checkpoint(accelerator: Accelerator, run_dir: Path) -> dict[str, Any] |
                 folder.rename(aside)
     (folder,) = broadcast_object_list(found)
     return None if folder is None else read_state(folder)
+
+
+def load_state(state: dict[str, Any], stateful: dict[str, Any], run_dir: Path) -> int:
+    """Puts every part of a run back to where a checkpoint has it; returns the steps that it has done.
+
+    Raises:
+        InputError: the checkpoint does not fit.
+    """
+    try:
+        for name, part in stateful.items():
+            load = partial(load_optimizer_state, part) if name == "optimizer" else part.load_state_dict
+            load(state[name])
+        return state["step"]
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f"the checkpoint in {run_dir} does not fit the config: {error!s:.200}") from None
 
 
 def save(config: Config, run_dir: Path, step: int, state: dict[str, Any], metrics: MetricsFile) -> None:
@@ -265,13 +270,7 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
 
     start = 0
     if (state := open_checkpoint(accelerator, run_dir)) is not None:
-        try:
-            start = state["step"]
-            for name, part in stateful.items():
-                load = partial(load_optimizer_state, optimizer) if part is optimizer else part.load_state_dict
-                load(state[name])
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise InputError(f"the checkpoint in {run_dir} does not fit the config: {error!s:.200}") from None
+        start = load_state(state, stateful, run_dir)
         if progress.num_processes != accelerator.num_processes:
             changed = [*changed, f"processes {progress.num_processes}, got {accelerator.num_processes}"]
             progress.num_processes = accelerator.num_processes
@@ -291,7 +290,7 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
     if settings.tracker != "none":
         accelerator.init_trackers("uvit", config=flat(config))
     generator = torch.Generator(device)
-    saved_step, failure = start, ""
+    saved_step = start
     ending: TrainingError | Interrupted | None = None
     clock, clock_step = time.perf_counter(), start
 
@@ -356,33 +355,29 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
                 bar.set_postfix_str(f"loss {average:.4f}, {rate:.0f} images/s")
                 clock, clock_step = time.perf_counter(), done
 
-            paused_at = time.perf_counter()
+            paused_at, failure = time.perf_counter(), ""
             if is_main and settings.sample_every and (done % settings.sample_every == 0 or is_end):
-                picture, path = draw_grid(ema.module, config, encoders), run_dir / "samples" / f"step_{done:08d}.png"
-                with survive(str(path)), write_aside(path) as aside:
-                    picture.save(aside)
-                for tracker in accelerator.trackers:
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    with survive(f"to {tracker.name}", (Exception,)):
-                        tracker.log_images({"samples": np.asarray(picture)[None]}, step=done, **layout)
+                path = run_dir / "samples" / f"step_{done:08d}.png"
+                save_grid(accelerator, ema.module, config, encoders, path, done)
             if is_main and not is_lost and (done % settings.save_every == 0 or is_end or signum):
                 try:
                     save(config, run_dir, done, {name: part.state_dict() for name, part in stateful.items()}, metrics)
                     saved_step = done
                 except (OSError, InputError) as error:
                     failure = f"step {done} could not be saved ({error}); {last_checkpoint(saved_step)}"
-                    if is_end:
-                        ending = TrainingError(failure)
-                    elif not signum:
-                        tell(f"warning: {failure}, training goes on and tries again")
             clock += time.perf_counter() - paused_at  # grids and checkpoints do not count in images/s
 
             if is_lost:
                 why = f"{progress.bad_steps} steps in a row had a loss or gradient that is not finite"
                 ending = TrainingError(f"{why}, the last step {done}; {last_checkpoint(saved_step)}")
+            elif is_end and failure:
+                ending = TrainingError(failure)
             elif signum and not is_end:
-                left = "saved" if saved_step == done else failure
-                ending = Interrupted(signum, f"at step {done} of {settings.num_steps} in {run_dir}, {left}")
+                ending = Interrupted(
+                    signum, f"at step {done} of {settings.num_steps} in {run_dir}, {failure or 'saved'}"
+                )
+            elif failure:
+                tell(f"warning: {failure}, training goes on and tries again")
             if ending is not None:
                 break
 

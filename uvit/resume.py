@@ -1,13 +1,18 @@
-"""What a run goes on with: its place, its lines of metrics, and whether the config is still that of the run."""
+"""How a run goes on: with its config, its place, its lines of metrics, and after writes that fail."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from uvit.config import CONFIG_FILE, Config, from_dict, read_json
 from uvit.errors import InputError
@@ -121,6 +126,20 @@ def check_same_run(config: Config, run_dir: Path) -> list[str]:
     if config.optim.decay != "constant" and before.train.num_steps != config.train.num_steps:
         harmless.append(f"so the {config.optim.decay} decay of the learning rate ends at another step")
     return other_run + harmless
+
+
+def tell(text: str) -> None:
+    """Prints a line on standard error, above the bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+@contextmanager
+def survive(what: str, errors: tuple[type[Exception], ...] = (OSError, InputError)) -> Iterator[None]:
+    """Turns a failed write, such as on a full disk, into a warning: training can go on without it."""
+    try:
+        yield
+    except errors as error:
+        tell(f"warning: cannot write {what}, training goes on: {' '.join(str(error).split())}")
 
 
 class MetricsFile:

@@ -442,6 +442,14 @@ def test_a_bad_number_in_one_process_is_left_out_by_both(shared, whole, tmp_path
 
 
 @pytest.mark.slow
+def test_another_number_of_processes_is_told_of(whole, tmp_path):
+    shutil.copytree(whole / "whole", tmp_path / "run")
+    assert live_together(arguments_of(whole, tmp_path / "run", "--train.num_steps", "8"), tmp_path) == [0, 0]
+    assert "train.num_steps 7, got 8; processes 1, got 2" in (tmp_path / "rank_0.log").read_text()
+    assert load_checkpoint(tmp_path / "run")["progress"]["num_processes"] == 2
+
+
+@pytest.mark.slow
 def test_fifty_kills_lose_no_more_than_the_steps_since_a_checkpoint(tmp_path):
     """The script itself raises where a run ends unequal, or a kill costs more."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -7,40 +7,58 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
+import math
 import os
-import sys
+import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 from einops import rearrange
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from uvit import UViT
 from uvit.attention import resolve_backend
-from uvit.checkpoint import load_checkpoint, save_checkpoint
-from uvit.cli import parse, run, warn_of_missing_processes
-from uvit.config import CONFIG_FILE, Config, from_dict, load_config, read_json, to_json
+from uvit.checkpoint import find_checkpoint, read_state, save_checkpoint
+from uvit.cli import is_first_process, parse, run, warn_of_missing_processes
+from uvit.config import CONFIG_FILE, Config, load_config, to_json
 from uvit.data import Batch, ImageData
 from uvit.diffusion import diffusion_loss
-from uvit.errors import InputError
-from uvit.files import SKIPPED_FILE, add_lines, describe_skipped, make_directory, write_aside, write_text
+from uvit.errors import InputError, Interrupted, TrainingError
+from uvit.files import (
+    SKIPPED_FILE,
+    add_lines,
+    describe_skipped,
+    hold,
+    make_directory,
+    remove_leftovers,
+    write_aside,
+    write_text,
+)
 from uvit.generate import condition_names, find_conditions, generate, set_threads
 from uvit.grid import image_grid
 from uvit.images import random_flip, to_unit_range
+from uvit.interrupt import stop_on_signals
 from uvit.latent_data import check_encoders
 from uvit.latents import EMPTY_CAPTION, Encoders, load_encoders, sample_latents
 from uvit.loader import build_loader, check_batch, load_data
-from uvit.optim import build_optimizer, build_scheduler
-from uvit.weights import write_weights
+from uvit.optim import build_optimizer, build_scheduler, load_optimizer_state
+from uvit.resume import METRICS_FILE, MetricsFile, Progress, check_same_run, survive, tell
+from uvit.weights import WEIGHTS_FILE, write_weights
 
 USAGE = "train.py CONFIG"
 GRID_ROWS, GRID_COLUMNS = 10, 8
@@ -71,29 +89,6 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=run_dir))
 
 
-# What may change when a run goes on; anything else would make it another run.
-HARMLESS = {
-    "model": {"attention", "gradient_checkpointing"},
-    "process": set(),
-    "data": {"num_workers", "test_split", "class_names"},
-    "optim": set(),
-    "train": {"run_dir", "num_steps", "num_threads", "log_every", "sample_every", "save_every", "keep", "tracker"},
-}
-
-
-def check_same_run(config: Config, run_dir: Path) -> None:
-    """Stops where the run folder holds a run that this config cannot go on with."""
-    if not os.path.isdir(run_dir / "checkpoints") or not os.path.isfile(run_dir / CONFIG_FILE):
-        return
-    before, now = from_dict(Config, read_json(run_dir / CONFIG_FILE)), config
-    for section, harmless in HARMLESS.items():
-        for field in dataclasses.fields(getattr(now, section)):
-            was, value = (getattr(getattr(each, section), field.name) for each in (before, now))
-            if was != value and field.name not in harmless:
-                held = f"{run_dir} holds a run with {section}.{field.name} {was!r}"
-                raise InputError(f"{held}, got {value!r}: use another --train.run_dir")
-
-
 def flat(config: Config) -> dict[str, str]:
     """Names every value of a config `section.field`, as trackers want them."""
     sections = dataclasses.asdict(config).items()
@@ -105,29 +100,25 @@ def step_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def save_grid(model: UViT, config: Config, encoders: Encoders, path: Path) -> np.ndarray:
-    """Draws the run's grid of samples, writes it as a picture and returns it as (H, W, 3)."""
+def save_grid(accelerator: Accelerator, model: UViT, config: Config, encoders: Encoders, path: Path, step: int) -> None:
+    """Draws the run's grid of samples, writes it as a picture and tells the trackers; what fails there is warned of."""
     rows = find_conditions(config)[:GRID_ROWS]
     num_images = GRID_COLUMNS * (GRID_COLUMNS if rows == [None] else len(rows))
     conditions = [row for row in rows for _ in range(num_images // len(rows))]
     images = generate(model, config, conditions, config.train.seed, num_images, encoders)
     picture = image_grid(images, GRID_COLUMNS, condition_names(rows, config))
-    with write_aside(path) as aside:
+    with survive(str(path)), write_aside(path) as aside:
         picture.save(aside)
-    return np.asarray(picture)
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        with survive(f"to {tracker.name}", (Exception,)):
+            tracker.log_images({"samples": np.asarray(picture)[None]}, step=step, **layout)
 
 
 def first_captions(data: ImageData) -> tuple[str, ...]:
     """Returns the data's first captions, each once, for the rows of a grid."""
     some = data.read(range(min(len(data), CAPTIONS_READ)), np.random.default_rng(0)).captions
     return tuple(dict.fromkeys(texts[0] for texts in some))[:GRID_ROWS]
-
-
-def keep_metrics(path: Path, step: int) -> None:
-    """Drops the lines after a step, which a run that goes on from there will write again."""
-    if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def training_loss(
@@ -166,6 +157,72 @@ def training_loss(
     return diffusion_loss(partial(network, **condition), images, config.process, generator)
 
 
+def agree(
+    accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, signum: int
+) -> tuple[float, float, int]:
+    """Returns the loss and the gradient's norm, means over all processes, and a signal that any of them got, or 0.
+
+    This is the one time in a step that the host waits for the device: an update must be known to be sound before it is
+    made, and all processes must leave it out, or stop, at the same step.
+    """
+    mine = torch.stack([loss, grad_norm.to(loss), torch.full_like(loss, signum)])
+    losses, norms, signals = zip(*accelerator.gather(mine).view(-1, len(mine)).tolist())
+    return sum(losses) / len(losses), sum(norms) / len(norms), int(max(signals))
+
+
+def last_checkpoint(step: int) -> str:
+    """Names the last good checkpoint; step 0 is none."""
+    return f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
+
+
+def open_checkpoint(accelerator: Accelerator, run_dir: Path) -> dict[str, Any] | None:
+    """Reads the newest whole checkpoint, the same in every process, or returns None where there is none.
+
+    Broken ones are told of and renamed, so that none is taken for a good one later.
+    """
+    found: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        found[0], broken = find_checkpoint(run_dir)
+        for folder, fault in broken.items():
+            tell(f"warning: {folder} is not a whole checkpoint ({fault}): passed over")
+            aside = folder.with_name(f"broken_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(OSError):
+                folder.rename(aside)
+    (folder,) = broadcast_object_list(found)
+    return None if folder is None else read_state(folder)
+
+
+def load_state(state: dict[str, Any], stateful: dict[str, Any], run_dir: Path) -> int:
+    """Puts every part of a run back to where a checkpoint has it; returns the steps that it has done.
+
+    Raises:
+        InputError: the checkpoint does not fit.
+    """
+    try:
+        for name, part in stateful.items():
+            load = partial(load_optimizer_state, part) if name == "optimizer" else part.load_state_dict
+            load(state[name])
+        return state["step"]
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f"the checkpoint in {run_dir} does not fit the config: {error!s:.200}") from None
+
+
+def save(config: Config, run_dir: Path, step: int, state: dict[str, Any], metrics: MetricsFile) -> None:
+    """Writes what a run has at a step; the checkpoint last, which says that the rest is there.
+
+    Raises:
+        InputError: a file cannot be written; the last checkpoint is still there.
+    """
+    if not (run_dir / CONFIG_FILE).is_file():
+        tell(f"warning: {run_dir / CONFIG_FILE} is gone, and written again")
+        write_text(run_dir / CONFIG_FILE, to_json(config))
+    with survive(str(metrics.path)):
+        metrics.sync()
+    write_weights(run_dir, state["ema"])
+    save_checkpoint(run_dir, step, state, config.train.keep)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Reads the command line, opens the run folder and trains."""
     config = read_arguments(arguments)
@@ -175,15 +232,29 @@ def main(arguments: Sequence[str]) -> None:
         prompts = first_captions(data)
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompts=prompts))
     run_dir = Path(config.train.run_dir or "")
-    check_same_run(config, run_dir)
+    changed = check_same_run(config, run_dir)
     encoders = load_encoders(config.data, config.model)
     check_encoders(data, config.data, encoders)
     make_directory(run_dir)
-    train(config, data, encoders, run_dir)
+    with hold(run_dir) if is_first_process() else nullcontext():
+        train(config, data, encoders, run_dir, changed)
 
 
-def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path) -> None:
-    """Trains to config.train.num_steps, from the newest checkpoint in the run folder where there is one."""
+def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, changed: Sequence[str] = ()) -> None:
+    """Trains to config.train.num_steps, from the newest whole checkpoint in the run folder where there is one.
+
+    Args:
+        config: the run.
+        data: its images.
+        encoders: its autoencoder and text encoder.
+        run_dir: its folder, which no other process writes to.
+        changed: what differs from the config that the folder's run had, to tell of.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT came; the step was finished and saved.
+        TrainingError: too many steps in a row were not finite, or the last checkpoint could not be written.
+        InputError: a checkpoint that does not fit, or data that cannot be read.
+    """
     settings = config.train
     torch.set_float32_matmul_precision("high")
     set_threads(config)
@@ -201,89 +272,128 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path) ->
     plain_model, encoders = UViT(config.model).to(device), encoders.to(device)
     ema = ModelEmaV3(plain_model, decay=settings.ema_decay)
     model, optimizer = accelerator.prepare(plain_model, build_optimizer(plain_model, config.optim))
-    scheduler = build_scheduler(optimizer, config.optim, settings.num_steps)
-    stateful = {"model": plain_model, "ema": ema.module, "optimizer": optimizer, "scheduler": scheduler}
+    progress = Progress(num_processes=accelerator.num_processes)
+    stateful = {"model": plain_model, "ema": ema.module, "optimizer": optimizer, "progress": progress}
     if accelerator.scaler is not None:
         stateful["scaler"] = accelerator.scaler
 
     start = 0
-    if (state := load_checkpoint(run_dir)) is not None:
-        start = state["step"]
-        try:
-            for name, part in stateful.items():
-                part.load_state_dict(state[name])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"the checkpoint in {run_dir} does not fit the config: {error!s:.200}") from None
-        accelerator.print(f"going on from step {start} of {settings.num_steps} in {run_dir}")
+    if (state := open_checkpoint(accelerator, run_dir)) is not None:
+        start = load_state(state, stateful, run_dir)
+        if progress.num_processes != accelerator.num_processes:
+            changed = [*changed, f"processes {progress.num_processes}, got {accelerator.num_processes}"]
+            progress.num_processes = accelerator.num_processes
+        different = f", with {'; '.join(changed)}" if changed else ""
+        accelerator.print(f"going on from step {start} of {settings.num_steps} in {run_dir}{different}")
     if start >= settings.num_steps:
         accelerator.print(f"nothing to do: {run_dir} has {start} steps (train.num_steps is {settings.num_steps})")
         return
+    scheduler = build_scheduler(optimizer, config.optim, settings.num_steps, start)
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a first update may be left out
 
     if is_main:
+        for file in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, "samples/step_*.png"):
+            remove_leftovers(run_dir / file)
         write_text(run_dir / CONFIG_FILE, to_json(config))
-        keep_metrics(run_dir / "metrics.jsonl", start)
-    generator = torch.Generator(device)
-    loader = build_loader(
-        data, config, start, accelerator.process_index, accelerator.num_processes, pin_memory=device.type == "cuda"
-    )
-    batches = iter(loader)
+        metrics = MetricsFile(run_dir / METRICS_FILE, start)
     if settings.tracker != "none":
         accelerator.init_trackers("uvit", config=flat(config))
-    running_loss, logged_at, logged_step = torch.zeros((), device=device), time.perf_counter(), start
+    generator = torch.Generator(device)
+    saved_step = start
+    ending: TrainingError | Interrupted | None = None
+    clock, clock_step = time.perf_counter(), start
 
     model.train()
-    with tqdm(
-        total=settings.num_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True
-    ) as progress:
+    with (
+        stop_on_signals() as request,
+        tqdm(total=settings.num_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True) as bar,
+    ):
+        loader = build_loader(
+            data, config, start, accelerator.process_index, accelerator.num_processes, pin_memory=device.type == "cuda"
+        )
+        batches = iter(loader)
         for step in range(start, settings.num_steps):
             # One optimizer step on a global batch, in parts that fit in memory.
+            total_loss = torch.zeros((), device=device)
             for part in range(settings.accumulation_steps):
                 batch = next(batches).to(device)
-                for line in add_lines(run_dir / SKIPPED_FILE, batch.skipped):
-                    progress.write(f"skipped: {line}", file=sys.stderr)
+                with survive(str(run_dir / SKIPPED_FILE)):
+                    for line in add_lines(run_dir / SKIPPED_FILE, batch.skipped):
+                        tell(f"skipped: {line}")
                 generator.manual_seed(step_seed(settings.seed, step, part, accelerator.process_index))
                 is_last = part == settings.accumulation_steps - 1
                 with nullcontext() if is_last else accelerator.no_sync(model):
                     loss = training_loss(model, config, encoders, batch, generator)
                     accelerator.backward(loss / settings.accumulation_steps)
-                running_loss += loss.detach() / settings.accumulation_steps
+                total_loss += loss.detach() / settings.accumulation_steps
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
 
-            if config.optim.grad_clip:
-                accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+            # The update, unless its numbers went wrong in any process.
+            mean_loss, norm, signum = agree(accelerator, total_loss, grad_norm, request.signum)
+            is_sound, scaler = math.isfinite(mean_loss) and math.isfinite(norm), accelerator.scaler
+            # Half precision overflows until its scale is small enough: that is no fault of the run.
+            is_overflow = not is_sound and scaler is not None and math.isfinite(mean_loss) and scaler.get_scale() >= 1
             lr = scheduler.get_last_lr()[0]
-            optimizer.step()
+            if is_sound:
+                optimizer.step()
+                ema.update(plain_model)
+            elif scaler is not None:
+                scaler.update()
             scheduler.step()
             optimizer.zero_grad()
-            ema.update(plain_model)
-            progress.update()
+            bar.update()
             done = step + 1
 
-            if done % settings.log_every == 0 or done == settings.num_steps:
-                mean_loss = accelerator.reduce(running_loss, "mean").item() / (done - logged_step)
-                rate = (done - logged_step) * settings.batch_size / (time.perf_counter() - logged_at)
-                metrics = {"loss": mean_loss, "lr": lr, "images_per_second": rate}
-                accelerator.log(metrics, step=done)
+            progress.count(mean_loss, is_sound, is_overflow)
+            if is_main and not is_sound and not is_overflow:
+                tell(f"warning: step {done} is left out: loss {mean_loss:g}, norm of the gradient {norm:g}")
+                with survive(str(metrics.path)):
+                    metrics.add(step=done, skipped=True, loss=mean_loss, grad_norm=norm)
+            is_lost = progress.bad_steps >= settings.max_bad_steps
+            is_end = done == settings.num_steps
+
+            if done % settings.log_every == 0 or is_end:
+                average = progress.take_loss()
+                rate = (done - clock_step) * settings.batch_size / (time.perf_counter() - clock)
+                numbers = {"loss": average, "lr": lr, "grad_norm": norm, "images_per_second": rate}
+                with survive(f"to {settings.tracker}", (Exception,)):
+                    accelerator.log(numbers, step=done)
                 if is_main:
-                    with open(run_dir / "metrics.jsonl", "a") as lines:
-                        print(json.dumps({"step": done, **metrics}), file=lines)
-                progress.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} images/s")
-                running_loss.zero_()
-                logged_step, logged_at = done, time.perf_counter()
+                    with survive(str(metrics.path)):
+                        metrics.add(step=done, **numbers)
+                bar.set_postfix_str(f"loss {average:.4f}, {rate:.0f} images/s")
+                clock, clock_step = time.perf_counter(), done
 
-            is_end, paused_at = done == settings.num_steps, time.perf_counter()
+            paused_at, failure = time.perf_counter(), ""
             if is_main and settings.sample_every and (done % settings.sample_every == 0 or is_end):
-                picture = save_grid(ema.module, config, encoders, run_dir / "samples" / f"step_{done:08d}.png")
-                for tracker in accelerator.trackers:
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"samples": picture[None]}, step=done, **layout)
-            if is_main and (done % settings.save_every == 0 or is_end):
-                write_weights(run_dir, ema.module.state_dict())
-                save_checkpoint(
-                    run_dir, done, {name: part.state_dict() for name, part in stateful.items()}, settings.keep
-                )
-            logged_at += time.perf_counter() - paused_at  # grids and checkpoints do not count in images/s
+                path = run_dir / "samples" / f"step_{done:08d}.png"
+                save_grid(accelerator, ema.module, config, encoders, path, done)
+            if is_main and not is_lost and (done % settings.save_every == 0 or is_end or signum):
+                try:
+                    save(config, run_dir, done, {name: part.state_dict() for name, part in stateful.items()}, metrics)
+                    saved_step = done
+                except (OSError, InputError) as error:
+                    failure = f"step {done} could not be saved ({error}); {last_checkpoint(saved_step)}"
+            clock += time.perf_counter() - paused_at  # grids and checkpoints do not count in images/s
 
+            if is_lost:
+                why = f"{progress.bad_steps} steps in a row had a loss or gradient that is not finite"
+                ending = TrainingError(f"{why}, the last step {done}; {last_checkpoint(saved_step)}")
+            elif is_end and failure:
+                ending = TrainingError(failure)
+            elif signum and not is_end:
+                ending = Interrupted(
+                    signum, f"at step {done} of {settings.num_steps} in {run_dir}, {failure or 'saved'}"
+                )
+            elif failure:
+                tell(f"warning: {failure}, training goes on and tries again")
+            if ending is not None:
+                break
+
+    accelerator.wait_for_everyone()  # a launcher ends all processes with the first, and the main one may be writing
     accelerator.end_training()
+    if ending is not None:
+        raise ending
     accelerator.print(
         f"{settings.num_steps} steps done; sample with: python sample.py --checkpoint {run_dir}"
         + describe_skipped(run_dir)

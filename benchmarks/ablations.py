@@ -113,7 +113,12 @@ def train_and_measure(given: Arguments, choice: str, seed: int) -> dict:
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         found = distances(Path(folder), load_config(Path(folder, CONFIG_FILE)))
     print(f"{choice}, seed {seed}: {found}", flush=True)
-    return {"choice": choice, "seed": seed, "loss": {x["step"]: x["loss"] for x in lines}, "frechet_ratio": found}
+    return {
+        "choice": choice,
+        "seed": seed,
+        "loss": {x["step"]: x["loss"] for x in lines if "skipped" not in x},
+        "frechet_ratio": found,
+    }
 
 
 def draw(given: Arguments, runs: list[dict], path: Path) -> None:

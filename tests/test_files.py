@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 
 import pytest
 
 from uvit.errors import InputError
-from uvit.files import make_directory, write_aside, write_text
+from uvit.files import append_lines, hold, make_directory, remove_leftovers, write_aside, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -46,3 +48,57 @@ def test_paths_that_cannot_be_written(tmp_path):
     with pytest.raises(InputError, match=r"cannot write to .*file: .*file is not a folder"):
         make_directory(tmp_path / "file")
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_lines_are_added_all_or_none(tmp_path):
+    path = tmp_path / "lines.txt"
+    append_lines(path, ["one", "two"])
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # a disk with room for 20 bytes of a file
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_lines(path, ["three", "four" * 10])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert path.read_text() == "one\ntwo\n"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".step_1-77.png", ".step_2-78.png", ".other-77.png", "step_1.png"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".step_3-79").mkdir()
+    remove_leftovers(tmp_path / "step_*.png")
+    remove_leftovers(tmp_path / "step_*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other-77.png", "step_1.png"]
+
+
+def test_a_held_folder_is_free_again_once_its_holder_is_killed_though_its_child_lives(tmp_path):
+    reading, writing = os.pipe()
+    if not (holder := os.fork()):
+        with hold(tmp_path):
+            if not (child := os.fork()):
+                signal.pause()
+            os.write(writing, child.to_bytes(4, "little"))
+            signal.pause()
+    child = int.from_bytes(os.read(reading, 4), "little")
+    try:
+        with (
+            pytest.raises(InputError, match=f"is in use by process {holder} on .*: wait for it to end"),
+            hold(tmp_path),
+        ):
+            pass
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        with hold(tmp_path):
+            assert (tmp_path / ".lock").is_file()
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_held(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"cannot write to .*nowhere: No such file or directory"),
+        hold(tmp_path / "nowhere"),
+    ):
+        pass

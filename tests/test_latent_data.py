@@ -135,7 +135,9 @@ def test_missing_and_broken_shards(folder):
     with pytest.raises(InputError, match=r"empty_context.npy cannot be read \(.*run the same encode.py command again"):
         load_latents(config_of(folder), TEXT)
     np.save(folder / EMPTY_CONTEXT_FILE, np.zeros((5, 7), np.float16))
-    with pytest.raises(InputError, match=r"empty_context.npy must hold float16 numbers of shape \(5, 6\), got \(5, 7\) float16"):
+    with pytest.raises(
+        InputError, match=r"empty_context.npy must hold float16 numbers of shape \(5, 6\), got \(5, 7\) float16"
+    ):
         load_latents(config_of(folder), TEXT)
     middle.unlink()
     with pytest.raises(InputError, match=r"has 2 of 3 shards, shard-00001-of-00003.arrow is not there: run the same"):

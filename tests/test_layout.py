@@ -12,12 +12,14 @@ PACKAGE = Path(__file__).parent.parent / "uvit"
 # What each module may import of ours: only what stands above it.
 ORDER = [
     "errors",
+    "interrupt",
     "files",
     "hub",
     "attention",
     "metrics",
     "grid",
     "config",
+    "resume",
     "cli",
     "published",
     "weights",

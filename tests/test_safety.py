@@ -157,7 +157,7 @@ def test_a_context_that_is_a_pickle_is_not_read(tmp_path, monkeypatch):
     data = DataConfig(name=str(tmp_path), autoencoder="vae", scale_factor=0.5)
     assert len(load_latents(data, model)) == 2
     write_malicious(tmp_path / EMPTY_CONTEXT_FILE, tmp_path / "proof")
-    with pytest.raises(InputError, match="empty_context.npy cannot be read"):
+    with pytest.raises(InputError, match=r"empty_context.npy cannot be read"):
         load_latents(data, model)
     assert not (tmp_path / "proof").exists()
     np.save(tmp_path / EMPTY_CONTEXT_FILE, np.zeros((24, 9), np.float16))

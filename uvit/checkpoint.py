@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,56 +21,132 @@ import tyro
 from uvit.backbone import UViT
 from uvit.cli import parse, run
 from uvit.errors import InputError
-from uvit.files import make_directory
+from uvit.files import aside_of, make_directory, remove_leftovers, sync
 
 STATE_FILE = "training_state.pt"
+MARKER_FILE = "complete.json"
+"""Written last: its state file's size and hash, so that a torn copy is known from a whole one."""
+PREFIX = "step_"
 
 
 def checkpoint_dirs(run_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step_*"))
+    found = [path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]))
+
+
+def _describe(path: Path, thorough: bool = True) -> dict[str, Any]:
+    """Returns what the marker says of a state file; only what is known without reading it where not `thorough`."""
+    if not thorough:
+        return {"size": path.stat().st_size}
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> None:
-    """Writes RUN/checkpoints/step_NNNNNNNN and removes all but the `keep` newest.
+    """Writes RUN/checkpoints/step_NNNNNNNN, whole or not at all, and then removes all but the `keep` newest.
 
     Args:
         run_dir: folder of the run.
         step: optimizer steps done.
         state: state dicts of everything that must go on where it stopped.
         keep: checkpoints to keep.
+
+    Raises:
+        InputError: it cannot be written; the checkpoints before it are still there.
     """
-    parent = run_dir / "checkpoints"
-    make_directory(parent)
-    target = parent / f"step_{step:08d}"
-    aside = Path(tempfile.mkdtemp(dir=parent, prefix="."))
+    target = run_dir / "checkpoints" / f"{PREFIX}{step:08d}"
+    make_directory(target.parent)
+    remove_leftovers(target.with_name(f"{PREFIX}*"))
+    aside = aside_of(target)
     try:
-        torch.save({"step": step, **state}, aside / STATE_FILE)
-        shutil.rmtree(target, ignore_errors=True)
+        aside.mkdir()
+        with open(aside / STATE_FILE, "wb") as file:
+            torch.save({"step": step, **state}, file)
+        sync(aside / STATE_FILE)
+        (aside / MARKER_FILE).write_text(json.dumps(_describe(aside / STATE_FILE)) + "\n")
+        sync(aside / MARKER_FILE)
+        sync(aside)
+        shutil.rmtree(target, ignore_errors=True)  # a step that is saved again
         aside.replace(target)
+        sync(target.parent)
+    except (OSError, RuntimeError) as error:  # torch.save hides the reason behind a RuntimeError of its own
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise InputError(f"cannot write {target}: {getattr(reason, 'strerror', None) or reason}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for old in checkpoint_dirs(run_dir)[:-keep]:
-        shutil.rmtree(old)
+    num_whole = 0
+    for folder in reversed(checkpoint_dirs(run_dir)):
+        if num_whole >= keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif _find_fault(folder, thorough=False) is None:
+            num_whole += 1
 
 
-def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
-    """Reads the newest checkpoint of a run, on the CPU, or returns None where there is none.
+def _find_fault(folder: Path, thorough: bool = True) -> str | None:
+    """Says what is wrong with a checkpoint, or returns None for a whole one; `thorough` reads all of it."""
+    try:
+        marker = json.loads((folder / MARKER_FILE).read_text())
+        found = _describe(folder / STATE_FILE, thorough)
+        if not thorough and isinstance(marker, dict):
+            marker.pop("sha256", None)
+    except FileNotFoundError as error:
+        return f"it has no {Path(error.filename).name}"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    except ValueError:
+        return f"its {MARKER_FILE} is not JSON"
+    return None if marker == found else f"its {STATE_FILE} is not what {MARKER_FILE} says"
+
+
+def find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """Returns the newest whole checkpoint of a run, and what is wrong with newer ones.
+
+    Returns:
+        Its folder, or None where there is no checkpoint at all; and the broken ones passed over, with their faults.
+
+    Raises:
+        InputError: there are checkpoints, but none is whole.
+    """
+    broken: dict[Path, str] = {}
+    for folder in reversed(checkpoint_dirs(run_dir)):
+        if (fault := _find_fault(folder)) is None:
+            return folder, broken
+        broken[folder] = fault
+    if broken:
+        folder, fault = next(iter(broken.items()))
+        raise InputError(f"{folder} is not a whole checkpoint ({fault}), and no older one is: remove it to start anew")
+    return None, broken
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Reads a checkpoint on the CPU, without running what a pickle may hold.
 
     Raises:
         InputError: the file is not a whole checkpoint.
     """
-    found = checkpoint_dirs(run_dir)
-    if not found:
-        return None
-    path = found[-1] / STATE_FILE
+    path = folder / STATE_FILE
     try:
         with warnings.catch_warnings(action="ignore"):  # as in uvit.weights
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the broken bytes lead to
-        raise InputError(
-            f"{path} is not a whole checkpoint ({type(error).__name__}): remove its folder to go on"
-        ) from None
+        raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}): remove its folder") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path} must hold a dict, got {type(state).__name__}")
+    return state
+
+
+def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
+    """Reads the newest whole checkpoint of a run, on the CPU, or returns None where there is none.
+
+    Raises:
+        InputError: as find_checkpoint and read_state.
+    """
+    folder, _ = find_checkpoint(run_dir)
+    return None if folder is None else read_state(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import psutil
 import tyro
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 
-from uvit.errors import InputError, printable
+from uvit.errors import InputError, Interrupted, TrainingError, printable
 
 T = TypeVar("T")
 
@@ -92,11 +92,16 @@ def warn_of_missing_processes(running: int) -> None:
         print(f"warning: {started}: {advice}", file=sys.stderr)
 
 
-def run(main: Callable[[Sequence[str]], object]) -> None:
-    """Runs a script's main on the command line.
+def is_first_process() -> bool:
+    """Tells, by the launcher's environment, whether this process is the one that writes; before any device starts."""
+    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
 
-    A user's error is one line on standard error and exit status 2. Ctrl-C and SIGTERM end with 130 and 143, after the
-    files being written have been put away.
+
+def run(main: Callable[[Sequence[str]], object]) -> None:
+    """Runs a script's main on the command line, and turns what ends it into one line on standard error and a status.
+
+    A user's error ends with 2; a run that cannot go on, with 1; Ctrl-C and SIGTERM with 130 and 143, after the files
+    being written have been put away. What every process meets alike is printed by the first.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack letters
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -107,6 +112,10 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
         message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2]
         print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
         sys.exit(2)
+    except (TrainingError, Interrupted) as end:
+        if is_first_process():
+            print(f"error: {end}" if isinstance(end, TrainingError) else end, file=sys.stderr)
+        sys.exit(1 if isinstance(end, TrainingError) else 128 + end.signum)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

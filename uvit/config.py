@@ -401,12 +401,25 @@ class TrainConfig(Section):
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
     """Newest checkpoints kept for resuming."""
+    resume_anyway: bool = False
+    """Go on with a run whose config differs in what makes it another run, with this config's values; the weights and
+    the optimizer's state must still fit."""
+    max_bad_steps: int = 20
+    """Steps in a row with a loss or gradient that is not finite, each left out, after which the run stops."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics and grids go, besides metrics.jsonl and samples/."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_steps", "batch_size", "accumulation_steps", "log_every", "save_every", "keep"):
+        for name in (
+            "num_steps",
+            "batch_size",
+            "accumulation_steps",
+            "log_every",
+            "save_every",
+            "keep",
+            "max_bad_steps",
+        ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("sample_every", "seed", "num_threads"):
             self._require(name, getattr(self, name) >= 0, "at least 0")

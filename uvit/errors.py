@@ -1,10 +1,11 @@
-"""The one exception for what a user got wrong."""
+"""The exceptions that end a command with one line: `uvit.cli.run` turns them into exit statuses."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import reprlib
+import signal
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,23 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\
 
 class InputError(ValueError):
     """A value from the user that cannot be used: says what was given and what was expected, in one line."""
+
+
+class TrainingError(Exception):
+    """A run that cannot go on, though nothing given was wrong: says why, and what is left of it, in one line."""
+
+
+class Interrupted(Exception):
+    """A command that a signal ended in good order.
+
+    Args:
+        signum: the signal.
+        left: what was done before the end, for the user.
+    """
+
+    def __init__(self, signum: int, left: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} {left}")
+        self.signum = signum
 
 
 class _Shortened(reprlib.Repr):

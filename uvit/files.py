@@ -1,9 +1,15 @@
-"""Files that are whole or not there: written aside, then renamed."""
+"""Files that are whole or not there: written aside, flushed to the disk, then renamed; and folders held by one process.
+
+A kill leaves at most a hidden file or folder beside the whole ones, which `remove_leftovers` removes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +17,8 @@ from uvit.errors import InputError, printable
 
 SKIPPED_FILE = "skipped.txt"
 """A folder's list of the items that were left out as broken."""
+
+LOCK_FILE = ".lock"
 
 
 def make_directory(path: Path) -> None:
@@ -27,6 +35,32 @@ def make_directory(path: Path) -> None:
         raise InputError(f"cannot write to {path}: {reason}") from None
 
 
+def sync(path: Path) -> None:
+    """Waits until a file, or the names that a folder holds, are on the disk and outlive a loss of power."""
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # not all systems sync folders
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def aside_of(path: Path) -> Path:
+    """Returns the hidden path beside `path` at which this process makes what will take its place."""
+    # The suffix stays last: savers such as Pillow's choose the format by it.
+    return path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed processes were making for `path`, whose name may be a pattern such as `step_*.png`."""
+    for leftover in path.parent.glob(f".{path.stem}-*{path.suffix}"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+
 @contextlib.contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; it takes its place once the block has ended without an error.
@@ -38,12 +72,13 @@ def write_aside(path: Path) -> Iterator[Path]:
     if os.path.isdir(path):
         raise InputError(f"cannot write to {path}: it is a folder")
     target = path.resolve()  # a link stays a link
-    # The suffix stays last: savers such as Pillow's choose the format by it.
-    aside = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
+    aside = aside_of(target)
     try:
         aside.touch()
         yield aside
+        sync(aside)
         aside.replace(target)
+        sync(target.parent)
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
     finally:
@@ -51,15 +86,36 @@ def write_aside(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Adds lines to a text file, all or none of them.
+
+    Raises:
+        OSError: they cannot be written, such as on a full disk.
+    """
+    content = "".join(f"{line}\n" for line in lines).encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(content):
+                written += file.write(content[written:])
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 def add_lines(path: Path, lines: Iterable[str]) -> list[str]:
-    """Adds lines to a text file that it does not have yet, and returns these."""
+    """Adds lines to a text file that it does not have yet, and returns these.
+
+    Raises:
+        OSError: as append_lines.
+    """
     wanted = dict.fromkeys(printable(" ".join(line.split())) for line in lines)
     if not wanted:
         return []
     known = set(path.read_text().splitlines()) if path.is_file() else set()
     new = [line for line in wanted if line not in known]
-    with open(path, "a") as file:
-        file.writelines(f"{line}\n" for line in new)
+    append_lines(path, new)
     return new
 
 
@@ -73,3 +129,41 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all."""
     with write_aside(path) as aside:
         aside.write_text(text)
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keeps other processes from holding a folder, until the block ends or this process does, however it does.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written to.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    path = folder / LOCK_FILE
+    try:
+        path.touch()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+    with open(path, "a+") as file:
+        try:
+            # A record lock is the process's own; flock's would live on in the loader's workers after a crash.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise InputError(
+                f"{folder} is in use by {file.read() or 'another process'}: wait for it to end, or use another folder"
+            ) from None
+        except OSError as error:
+            print(f"warning: cannot lock {folder} ({error.strerror}): start no second run in it", file=sys.stderr)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()

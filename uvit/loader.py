@@ -6,6 +6,7 @@ so a resumed run sees the data that an uninterrupted one would, whatever the num
 
 from __future__ import annotations
 
+import atexit
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from uvit.config import Config, DataConfig, TrainConfig, UViTConfig
 from uvit.data import Batch, ImageData, Wanted, load_images
 from uvit.errors import InputError
+from uvit.interrupt import end_workers, leave_signals_to_the_parent
 from uvit.latent_data import is_latent_data, load_latents
 
 MAX_REPLACEMENTS = 20
@@ -150,6 +152,8 @@ def build_loader(
     part_size = check_batch(config.train, world_size)
     sampler = StepSampler(len(data), part_size, config.train.seed, start_step * accumulation, rank, world_size)
     workers = config.data.num_workers
+    if workers:
+        atexit.register(end_workers)
     return DataLoader(
         _Batches(data),
         sampler=sampler,
@@ -157,4 +161,5 @@ def build_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_the_parent,
     )

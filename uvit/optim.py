@@ -56,7 +56,26 @@ def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int
+    optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int, done: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Builds the learning-rate schedule over `num_steps` updates."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, num_steps, config))
+    """Builds the learning-rate schedule over `num_steps` updates, `done` of which were made."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, num_steps, config), last_epoch=done - 1
+    )
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads the moments of a saved optimizer; learning rates and the like stay those that this one was built with.
+
+    Raises:
+        ValueError: the state is that of another optimizer.
+    """
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    saved = [group.keys() - {"params", "initial_lr"} for group in state["param_groups"]]
+    if saved != [group.keys() for group in own]:
+        raise ValueError("its optimizer is another one")
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, own):
+        group.update(values)

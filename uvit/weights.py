@@ -39,10 +39,18 @@ def hash_weights(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
-    """Writes a state dict as DIRECTORY/model.safetensors."""
+    """Writes a state dict as DIRECTORY/model.safetensors, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    with write_aside(directory / WEIGHTS_FILE) as aside:
-        save_file(tensors, aside, metadata={"format": "pt"})
+    path = directory / WEIGHTS_FILE
+    try:
+        with write_aside(path) as aside:
+            save_file(tensors, aside, metadata={"format": "pt"})
+    except SafetensorError as error:  # how it tells of a full disk
+        raise InputError(f"cannot write to {path}: {error}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

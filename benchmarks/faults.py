@@ -1,0 +1,324 @@
+"""Does a run that is killed again and again end as one that never was? `python benchmarks/faults.py`
+
+Trains a small model of digits to the end; then the same in another folder, killed at random moments, a third of them
+while a checkpoint is being written, and started again with the same command each time. Compares the last checkpoint,
+the weights, the grids and the lines of metrics bit for bit, and counts the steps that each kill cost. Then measures
+what saving costs, and how soon a resumed run does its first step. Writes benchmarks/results/faults.json.
+
+A life is a process of its own that runs train.py's main, with loader workers of its own, and is really killed. It is
+forked from this script, which has the libraries imported already: 50 lives would else spend their time on imports.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from uvit.checkpoint import PREFIX, load_checkpoint  # noqa: E402
+from uvit.cli import parse, run  # noqa: E402
+from uvit.errors import TrainingError  # noqa: E402
+from uvit.resume import METRICS_FILE  # noqa: E402
+from uvit.weights import WEIGHTS_FILE  # noqa: E402
+
+RESULT = Path(__file__).parent / "results" / "faults.json"
+CONFIG = str(ROOT / "configs" / "digits.py")
+SAVE_EVERY = 20
+# With all that a resumed run must take up: workers, parts of a batch, flips, dropped labels, lines between checkpoints.
+SMALL = {
+    "model.embed_dim": 16,
+    "model.depth": 2,
+    "model.num_heads": 2,
+    "data.num_workers": 2,
+    "data.flip": True,
+    "train.accumulation_steps": 2,
+    "train.label_dropout": 0.2,
+    "train.log_every": 7,
+    "train.save_every": SAVE_EVERY,
+    "train.sample_every": 250,
+    "train.tracker": "none",
+    "sample.num_steps": 2,
+}
+SIGNALS = {signal.SIGKILL: 0.7, signal.SIGTERM: 0.15, signal.SIGINT: 0.15}
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    kills: int = 50
+    """Lives that are ended."""
+    num_steps: int = 1500
+    """Steps of the run."""
+    seed: int = 0
+    """Seed of the moments and signals."""
+    costs: bool = True
+    """Measure what saving costs and how long a start takes, too."""
+    output: str | None = str(RESULT)
+    """File for the figures; None is none."""
+
+
+class Counter:
+    """Numbers that a life writes and this script reads: steps begun, and when the first one ended."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 16)  # shared with every fork
+
+    @property
+    def steps(self) -> int:
+        return struct.unpack_from("q", self.memory, 0)[0]
+
+    @property
+    def first_step_at(self) -> float:
+        return struct.unpack_from("d", self.memory, 8)[0]
+
+    def reset(self) -> None:
+        self.memory[:] = bytes(16)
+
+    def watch(self) -> None:
+        """Counts the steps of this process by the call that every step makes once."""
+        original = train.agree
+
+        def agree(*arguments: Any) -> Any:
+            told = original(*arguments)
+            struct.pack_into("q", self.memory, 0, self.steps + 1)
+            if self.steps == 1:
+                struct.pack_into("d", self.memory, 8, time.monotonic())
+            return told
+
+        train.agree = agree
+
+
+def start_life(run_dir: Path, counter: Counter, overrides: dict[str, Any]) -> int:
+    """Forks a process that runs the command line in a process group of its own; returns its id."""
+    counter.reset()
+    if pid := os.fork():
+        return pid
+    try:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+        log = os.open(run_dir.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        flags = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+        sys.argv = ["train.py", CONFIG, "--train.run_dir", str(run_dir), *flags]
+        counter.watch()
+        run(train.main)
+        status = 0
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    # What an interpreter does at its end; returning would go on with this script.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def end_of(pid: int) -> int:
+    """Waits for a life and returns its exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def has_ended(pid: int) -> bool:
+    """Tells whether a life is over, without taking its status."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def is_writing(run_dir: Path) -> bool:
+    """Tells whether a checkpoint is half-written."""
+    folder = run_dir / "checkpoints"
+    return folder.is_dir() and any(name.startswith(f".{PREFIX}") for name in os.listdir(folder))
+
+
+def newest_step(run_dir: Path) -> int:
+    """Returns the step of the newest whole checkpoint, 0 for none."""
+    state = load_checkpoint(run_dir)
+    return 0 if state is None else state["step"]
+
+
+def kill(pid: int, run_dir: Path, delay: float, aim: bool, signum: int) -> bool:
+    """Sends a signal after a delay, or once a checkpoint is being written after it; tells whether it met a live one.
+
+    SIGINT goes to the whole group, as a terminal sends it; the others to the process alone.
+    """
+    until = time.monotonic() + delay
+    while not has_ended(pid) and (time.monotonic() < until or (aim and not is_writing(run_dir))):
+        time.sleep(0.0005)
+    if has_ended(pid):
+        return False
+    if signum == signal.SIGINT:
+        os.killpg(pid, signum)
+    else:
+        os.kill(pid, signum)
+    return True
+
+
+def killed_run(given: Arguments, run_dir: Path, start_time: float, step_time: float) -> dict[str, Any]:
+    """Kills a run until it has had its number, then lets it end; returns the figures."""
+    rng, counter = random.Random(given.seed), Counter()
+    overrides = {**SMALL, "train.num_steps": given.num_steps}
+    signals: dict[str, int] = {}
+    lost, while_writing, saved = [], 0, 0
+    while (left := given.kills - len(lost)) > 0:
+        # On average, half of what would spread the kills over the steps that are left: the run must not end early.
+        delay = rng.uniform(0, start_time + step_time * (given.num_steps - saved) / (left + 1))
+        aim = rng.random() < 1 / 3
+        (signum,) = [signal.SIGKILL] if aim else rng.choices(list(SIGNALS), list(SIGNALS.values()))
+        pid = start_life(run_dir, counter, overrides)
+        met = kill(pid, run_dir, delay, aim, signum)
+        status = end_of(pid)
+        if not met:
+            raise TrainingError(f"a life ended by itself, with status {status}: see {run_dir.with_suffix('.log')}")
+        if status != STATUS.get(signum, -signum):
+            raise TrainingError(f"signal {signum} ended a life with status {status}")
+        while_writing += is_writing(run_dir)
+        reached, saved = saved + counter.steps, newest_step(run_dir)
+        lost.append(reached - saved)
+        signals[signal.Signals(signum).name] = signals.get(signal.Signals(signum).name, 0) + 1
+        print(f"kill {len(lost)}: {signal.Signals(signum).name} at step {reached}, {lost[-1]} lost", flush=True)
+    status = end_of(start_life(run_dir, counter, overrides))
+    if status:
+        raise TrainingError(f"the last life ended with status {status}")
+    log = run_dir.with_suffix(".log").read_text(errors="replace")
+    return {
+        "kills": len(lost),
+        "signals": signals,
+        "kills_while_a_checkpoint_was_written": while_writing,
+        "steps_lost_most": max(lost),
+        "steps_lost_mean": statistics.mean(lost),
+        "tracebacks": log.count("Traceback"),
+    }
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Tells whether two states are the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(equal, one, other))
+    return type(one) is type(other) and one == other
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def compare(one: Path, other: Path) -> dict[str, bool]:
+    """Compares what two runs left."""
+    weights = [(folder / WEIGHTS_FILE).read_bytes() for folder in (one, other)]
+    grids = [{path.name: path.read_bytes() for path in (folder / "samples").iterdir()} for folder in (one, other)]
+    return {
+        "checkpoint": equal(load_checkpoint(one), load_checkpoint(other)),
+        "metrics": lines_of(one) == lines_of(other),
+        "weights": weights[0] == weights[1],
+        "grids": grids[0] == grids[1],
+        "nothing_left_over": not any(path.name.startswith(".") for path in other.rglob("*")),
+    }
+
+
+def timed_start(run_dir: Path, overrides: dict[str, Any]) -> tuple[float, float]:
+    """Runs a life to its end; returns the seconds to its first step, and those after it."""
+    counter, started = Counter(), time.monotonic()
+    if status := end_of(start_life(run_dir, counter, overrides)):
+        raise TrainingError(f"a life ended with status {status}: see {run_dir.with_suffix('.log')}")
+    return counter.first_step_at - started, time.monotonic() - counter.first_step_at
+
+
+@contextmanager
+def timed(name: str, found: list[float]) -> Iterator[None]:
+    """Adds up the seconds that a function of train.py takes."""
+    original = getattr(train, name)
+
+    def timing(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return original(*arguments)
+        finally:
+            found.append(time.perf_counter() - started)
+
+    setattr(train, name, timing)
+    try:
+        yield
+    finally:
+        setattr(train, name, original)
+
+
+def costs(folder: Path) -> dict[str, float]:
+    """Measures configs/digits.py: a save against the 500 steps before it, and a fresh start against a resumed one."""
+    steps = 500
+    shared = {"train.sample_every": 0, "train.tracker": "none", "train.save_every": steps}
+    fresh, taken = timed_start(folder / "costs", {**shared, "train.num_steps": steps})
+    resumed, _ = timed_start(folder / "costs", {**shared, "train.num_steps": steps + 10})
+    # In this process, so that the time of each save is seen; no life is forked from here on.
+    saves: list[float] = []
+    flags = [text for name, value in shared.items() for text in (f"--{name}", str(value))]
+    with timed("save", saves):
+        train.main([CONFIG, "--train.run_dir", str(folder / "saves"), *flags, "--train.num_steps", "10"])
+        for number in range(11, 20):
+            train.main([CONFIG, "--train.run_dir", str(folder / "saves"), *flags, "--train.num_steps", str(number)])
+    save = statistics.median(saves)
+    return {
+        "seconds_of_500_steps": taken,
+        "seconds_of_a_save": save,
+        "share_of_saving_at_save_every_500": save / (taken - save),
+        "seconds_to_first_step_fresh": fresh,
+        "seconds_to_first_step_resumed": resumed,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Kills, compares, measures and writes the figures.
+
+    Raises:
+        TrainingError: the runs are not equal, or a kill cost more than the steps since a checkpoint.
+    """
+    given = parse(Arguments, arguments, "faults.py", __doc__ or "", default=Arguments())
+    folder = Path(tempfile.mkdtemp())  # a TemporaryDirectory would be removed at the end of every fork
+    try:
+        whole, parts = folder / "whole", folder / "parts"
+        start_time, taken = timed_start(whole, {**SMALL, "train.num_steps": given.num_steps})
+        results: dict[str, Any] = {"num_steps": given.num_steps, "save_every": SAVE_EVERY}
+        results |= killed_run(given, parts, start_time, taken / given.num_steps)
+        results["equal"] = compare(whole, parts)
+        if given.costs:
+            results["costs"] = costs(folder)
+    finally:
+        shutil.rmtree(folder)
+    print(json.dumps(results, indent=2))
+    if given.output is not None:
+        Path(given.output).write_text(json.dumps({**describe_machine(), **results}, indent=2) + "\n")
+    unequal = [name for name, holds in results["equal"].items() if not holds]
+    most, tracebacks = results["steps_lost_most"], results["tracebacks"]
+    if unequal or most > SAVE_EVERY or tracebacks:
+        raise TrainingError(f"not equal: {unequal}, steps lost by one kill: {most}, tracebacks: {tracebacks}")
+
+
+if __name__ == "__main__":
+    run(main)

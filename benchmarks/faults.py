@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import mmap
 import os
 import random
@@ -159,13 +160,27 @@ def newest_step(run_dir: Path) -> int:
     return 0 if state is None else state["step"]
 
 
-def kill(pid: int, run_dir: Path, delay: float, aim: bool, signum: int) -> bool:
-    """Sends a signal after a delay, or once a checkpoint is being written after it; tells whether it met a live one.
+def kill(
+    pid: int, run_dir: Path, until: float, counter: Counter, steps: float, aim: bool, signum: int, rng: random.Random
+) -> bool:
+    """Sends a signal to a life, SIGINT to its whole group as a terminal does.
 
-    SIGINT goes to the whole group, as a terminal sends it; the others to the process alone.
+    Args:
+        pid: the life.
+        run_dir: its run.
+        until: time to send it at.
+        counter: the life's; after `steps` steps the signal is sent before that time.
+        steps: how many.
+        aim: wait then until a checkpoint is being written.
+        signum: the signal.
+        rng: spreads the moment over a step.
+
+    Returns:
+        Whether it met a live process.
     """
-    until = time.monotonic() + delay
-    while not has_ended(pid) and (time.monotonic() < until or (aim and not is_writing(run_dir))):
+    while not has_ended(pid) and time.monotonic() < until and counter.steps < steps:
+        time.sleep(rng.uniform(0, 0.01))
+    while aim and not has_ended(pid) and not is_writing(run_dir):
         time.sleep(0.0005)
     if has_ended(pid):
         return False
@@ -176,19 +191,22 @@ def kill(pid: int, run_dir: Path, delay: float, aim: bool, signum: int) -> bool:
     return True
 
 
-def killed_run(given: Arguments, run_dir: Path, start_time: float, step_time: float) -> dict[str, Any]:
+def killed_run(given: Arguments, run_dir: Path, start_time: float) -> dict[str, Any]:
     """Kills a run until it has had its number, then lets it end; returns the figures."""
     rng, counter = random.Random(given.seed), Counter()
     overrides = {**SMALL, "train.num_steps": given.num_steps}
     signals: dict[str, int] = {}
     lost, while_writing, saved = [], 0, 0
     while (left := given.kills - len(lost)) > 0:
-        # On average, half of what would spread the kills over the steps that are left: the run must not end early.
-        delay = rng.uniform(0, start_time + step_time * (given.num_steps - saved) / (left + 1))
-        aim = rng.random() < 1 / 3
+        # At any moment of the steps to come, or before them; within a share of all, so that no life ends by itself.
+        share = (given.num_steps - saved) / (left + 1)
+        is_early = rng.random() < 0.2
+        steps = share if is_early else rng.uniform(0, share)
+        until = time.monotonic() + rng.uniform(0, start_time) if is_early else math.inf
+        aim = rng.random() < 1 / 3 and given.num_steps - saved > share + 2 * SAVE_EVERY
         (signum,) = [signal.SIGKILL] if aim else rng.choices(list(SIGNALS), list(SIGNALS.values()))
         pid = start_life(run_dir, counter, overrides)
-        met = kill(pid, run_dir, delay, aim, signum)
+        met = kill(pid, run_dir, until, counter, steps, aim, signum, rng)
         status = end_of(pid)
         if not met:
             raise TrainingError(f"a life ended by itself, with status {status}: see {run_dir.with_suffix('.log')}")
@@ -280,8 +298,7 @@ def costs(folder: Path) -> dict[str, float]:
     saves: list[float] = []
     flags = [text for name, value in shared.items() for text in (f"--{name}", str(value))]
     with timed("save", saves):
-        train.main([CONFIG, "--train.run_dir", str(folder / "saves"), *flags, "--train.num_steps", "10"])
-        for number in range(11, 20):
+        for number in range(10, 20):
             train.main([CONFIG, "--train.run_dir", str(folder / "saves"), *flags, "--train.num_steps", str(number)])
     save = statistics.median(saves)
     return {
@@ -303,9 +320,9 @@ def main(arguments: list[str]) -> None:
     folder = Path(tempfile.mkdtemp())  # a TemporaryDirectory would be removed at the end of every fork
     try:
         whole, parts = folder / "whole", folder / "parts"
-        start_time, taken = timed_start(whole, {**SMALL, "train.num_steps": given.num_steps})
+        start_time, _ = timed_start(whole, {**SMALL, "train.num_steps": given.num_steps})
         results: dict[str, Any] = {"num_steps": given.num_steps, "save_every": SAVE_EVERY}
-        results |= killed_run(given, parts, start_time, taken / given.num_steps)
+        results |= killed_run(given, parts, start_time)
         results["equal"] = compare(whole, parts)
         if given.costs:
             results["costs"] = costs(folder)

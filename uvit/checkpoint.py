@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from uvit.backbone import UViT
 from uvit.cli import parse, run
 from uvit.errors import InputError
 from uvit.files import aside_of, make_directory, remove_leftovers, sync
+from uvit.weights import load_without_code
 
 STATE_FILE = "training_state.pt"
 MARKER_FILE = "complete.json"
@@ -130,9 +130,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE_FILE
     try:
-        with warnings.catch_warnings(action="ignore"):  # as in uvit.weights
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the broken bytes lead to
+        state = load_without_code(path)
+    except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}): remove its folder") from None
     if not isinstance(state, dict):
         raise InputError(f"{path} must hold a dict, got {type(state).__name__}")

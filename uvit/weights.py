@@ -67,6 +67,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+def load_without_code(path: Path) -> Any:
+    """Reads a file of torch.save on the CPU; a pickle's code is not run, nor warned of before it is refused.
+
+    Raises:
+        Exception: whatever broken bytes, or a pickle with code, lead to.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_published(path: Path) -> dict[str, Tensor]:
     """Reads a state dict of the reference code, a `.pth` file, without running what a pickle may hold.
 
@@ -74,9 +85,8 @@ def read_published(path: Path) -> dict[str, Tensor]:
         InputError: a file that is not whole, or that holds anything but tensors by name.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch tells of a foreign pickle before it refuses it
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the broken bytes lead to
+        weights = load_without_code(path)
+    except Exception as error:
         raise InputError(f"{path} is not a whole file of weights alone ({type(error).__name__})") from None
     if not isinstance(weights, dict):
         raise InputError(f"{path} must hold tensors by name, got {type(weights).__name__}")

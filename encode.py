@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from uvit.data import Batch, HubData, ImageData, Wanted, load_images
 from uvit.errors import InputError
 from uvit.files import SKIPPED_FILE, add_lines, describe_skipped
 from uvit.images import to_unit_range
-from uvit.latent_data import Manifest, begin, check_begun, write_shard
+from uvit.latent_data import Manifest, begin, check_begun, is_whole, write_shard
 from uvit.latents import EMPTY_CAPTION, Autoencoder, TextEncoder
 from uvit.loader import read_in_parts
 from uvit.published import SD_AUTOENCODER
@@ -80,7 +81,8 @@ def build_manifest(
     if given.image_size % autoencoder.factor:
         raise InputError(f"image_size must be divisible by {autoencoder.factor}, got {given.image_size}")
     return Manifest(
-        source=f"{given.data}, {given.split}",
+        source=f"{os.path.normpath(given.data)}, {given.split}",
+        fingerprint=data.fingerprint if isinstance(data, HubData) else None,
         num_images=len(data),
         shard_size=given.shard_size,
         image_shape=(given.image_size, given.image_size),
@@ -104,7 +106,10 @@ def encode_batch(
     """Returns the columns of a shard for a batch of images."""
     images = to_unit_range(batch.images)
     both = torch.stack([autoencoder.encode(images), autoencoder.encode(images.flip(-1))], dim=1)  # (B, 2, 2C, h, w)
-    rows: dict[str, Any] = {"moments": both.half().cpu().numpy(), "label": batch.labels.cpu().numpy()}
+    moments = both.half()
+    if not moments.isfinite().all():
+        raise InputError(f"autoencoder {manifest.autoencoder!r} gives moments that float16 cannot hold, such as NaN")
+    rows: dict[str, Any] = {"moments": moments.cpu().numpy(), "label": batch.labels.cpu().numpy()}
     if text_encoder is not None:
         captions = [[texts[n % len(texts)] for n in range(manifest.num_captions)] for texts in batch.captions]
         context = text_encoder([text for texts in captions for text in texts])  # (B · captions, tokens, width)
@@ -122,7 +127,7 @@ def encode(
 ) -> None:
     """Encodes this process's share of the shards that are not there yet."""
     folder = Path(given.output)
-    missing = [shard for shard in range(manifest.num_shards) if not (folder / manifest.shard_file(shard)).is_file()]
+    missing = [shard for shard in range(manifest.num_shards) if not is_whole(folder / manifest.shard_file(shard))]
     state.wait_for_everyone()  # everyone has looked before anyone writes
     parts: dict[int, list[range]] = {}
     for shard in missing[state.process_index :: state.num_processes]:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from uvit.metrics import (
     MIN_KERNEL_IMAGES,
     SCORE_SPLITS,
     Gaussian,
+    describe_statistics,
     frechet_distance,
     is_statistics,
     kernel_distance,
@@ -168,13 +170,13 @@ def own_part(config: Config, shape: tuple[int, int, int], part: str) -> ImageDat
 
 
 def find_reference(
-    given: Arguments, config: Config | None, shape: tuple[int, int, int], features: str, num_features: int
+    given: Arguments, config: Config | None, shape: tuple[int, int, int], features: str, network: Features
 ) -> Gaussian | ImageData:
     """Returns what --reference names: images, or the statistics of images."""
     if config is not None and given.reference in PARTS:
         return own_part(config, shape, given.reference)
     if is_statistics(Path(given.reference)):
-        return load_statistics(Path(given.reference), features, num_features, shape[1:])
+        return load_statistics(Path(given.reference), features, network.num_features, shape[1:], network.weights_hash)
     captions = True if config is not None and config.model.context_dim else None
     column = given.caption_column or (config.data.caption_column if config else None)
     data = DataConfig(name=given.reference, train_split=given.split, caption_column=column)
@@ -195,14 +197,16 @@ def find_conditions(
     return choose_captions(reference, given.num_images, given.label_mode, given.seed)
 
 
-def describe_drawing(given: Arguments, config: Config, model: UViT, encoders: Encoders) -> dict[str, str]:
+def describe_drawing(
+    given: Arguments, config: Config, model: UViT, encoders: Encoders, conditions: Sequence[Condition]
+) -> dict[str, str]:
     """Says how images were drawn."""
     sampling, count = config.sample, f"{given.num_images} drawn"
     if config.model.num_classes:
         each = f", {given.num_images // config.model.num_classes} a class"
         count += each if given.label_mode == "balanced" else ", labels at random"
     elif config.model.context_dim:
-        count += f", captions of the reference, {given.label_mode}"
+        count += f", {len(set(conditions))} different captions of the reference, {given.label_mode}"
     steps, times = checkpoint_dirs(Path(given.checkpoint)), sampling_times(config.process, sampling)
     spacing = f"{resolve_spacing(config.process, sampling)} from t = {times[0]:g} to {times[-1]:g}"
     return {
@@ -243,6 +247,7 @@ def make_statistics(arguments: Sequence[str]) -> None:
     data = load_images(source, Wanted(shape, labels=False, captions=False))
     network = build_features(given.features, given.feature_weights, data.shape)
     state, output = process_state(), Path(given.output)
+    warn_of_missing_processes(state.num_processes)
     network.to(state.device)
     # The output is opened first: a path that cannot be written is found before the work, not after it.
     with write_aside(output) if state.is_main_process else nullcontext(output) as aside:
@@ -250,7 +255,7 @@ def make_statistics(arguments: Sequence[str]) -> None:
         moments = Judged(network, len(data), state).look(batches).moments
         if state.is_main_process:
             facts = {"features": given.features, "image_size": data.shape[1:], "num_images": moments.count}
-            save_statistics(aside, moments.gaussian, **facts)
+            save_statistics(aside, moments.gaussian, **facts, weights_hash=str(network.weights_hash))
     if state.is_main_process:
         described = f"{describe_features(given.features, network)}; statistics' hash {moments.gaussian.hash}"
         print(f"{moments.count} images of {given.data} to {given.output}: {described}")
@@ -281,7 +286,7 @@ def measure(given: Arguments, state: PartialState) -> tuple[dict[str, Any], dict
     small = math.prod(shape) <= MAX_SMALL
     features = {"auto": PIXELS if small else INCEPTION}.get(given.features, given.features)
     network = build_features(features, given.feature_weights, shape)
-    reference = find_reference(given, config, shape, features, network.num_features)
+    reference = find_reference(given, config, shape, features, network)
     if config is not None:
         conditions, labels = find_conditions(given, config, reference)
     if not isinstance(reference, Gaussian):
@@ -318,13 +323,16 @@ def measure(given: Arguments, state: PartialState) -> tuple[dict[str, Any], dict
             encoders=encoders,
         )
         judged = Judged(network, given.num_images, state).look(batches, classifier)
-        protocol = describe_drawing(given, config, model, encoders)
+        protocol = describe_drawing(given, config, model, encoders, conditions)
     protocol["images"] += f", hash {judged.hash}"
+    if state.is_main_process and judged.moments.count <= network.num_features:
+        few = f"{judged.moments.count} images for {network.num_features} features"
+        print(f"warning: {few}: with so few, a Fréchet distance says little", file=sys.stderr)
 
     results: dict[str, Any] = {}
     if isinstance(reference, Gaussian):
         target = reference
-        protocol["reference"] = f"{given.reference}: statistics, hash {target.hash}"
+        protocol["reference"] = f"{given.reference}: {describe_statistics(Path(given.reference))}, hash {target.hash}"
     else:
         seen = read(reference, classifier)
         target, count = seen.moments.gaussian, f"{seen.moments.count} images"

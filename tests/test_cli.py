@@ -30,6 +30,7 @@ from uvit.errors import InputError
 from uvit.features import TimmFeatures
 from uvit.files import write_aside
 from uvit.samplers import SOLVERS
+from uvit.weights import read_weights, write_weights
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate, "encode": encode}
@@ -343,7 +344,7 @@ def test_a_moved_text_encoder_is_given_by_name(inside, monkeypatch):
 def test_evaluate_draws_captions_of_every_class(inside, capsys):
     evaluate.main("--checkpoint runs/told --num_images 20 --steps 2".split())
     printed = capsys.readouterr().out
-    assert "images 20 drawn, captions of the reference" in printed and "recognised " in printed
+    assert "images 20 drawn, 10 different captions of the reference" in printed and "recognised " in printed
 
 
 def test_latents_are_drawn_as_images(tmp_path, monkeypatch):
@@ -598,6 +599,8 @@ BAD_INPUT = [
     ("evaluate", "--checkpoint nowhere", "checkpoint not found: nowhere"),
     ("evaluate", "--checkpoint runs/tiny --seed -1", "seed must be at least 0, got -1"),
     ("evaluate", "--checkpoint runs/tiny --num_images 7", "num_images must be a multiple of 10 classes"),
+    ("sample", "--checkpoint nan", "weights of nan must be finite, got NaN or infinity"),
+    ("evaluate", "--images texts --reference digits", "data 'texts' must have a column of images, got columns text"),
     ("sample", "--checkpoint runs/tiny --reuse 2:2", "K of model.depth / 2 = 1 at most, got K 2"),
     ("sample", "--checkpoint runs/tiny --reuse 1:1", "'none' or K:EVERY with K at least 1 and EVERY at least 2"),
     ("evaluate", "--checkpoint runs/tiny --steps 0", "num_steps must be at least 1, got 0"),
@@ -686,6 +689,11 @@ def scenery(told) -> None:
     (finished / "other" / "config.json").write_text(config.replace('"embed_dim": 16', '"embed_dim": 32'))
     (finished / "other" / "model.safetensors").write_bytes((finished / "runs/tiny/model.safetensors").read_bytes())
     UViT(depth=2, embed_dim=8, num_heads=1).save_pretrained(finished / "bare")
+    shutil.copytree(finished / "runs/tiny", finished / "nan")
+    weights = read_weights(finished / "nan/model.safetensors")
+    write_weights(finished / "nan", {name: tensor * torch.nan for name, tensor in weights.items()})
+    (finished / "texts").mkdir()
+    (finished / "texts/words.txt").write_text("a word\n")
     save_folder(finished / "folder.png", classes=[str(digit) for digit in range(10)], count=1)
     save_folder(finished / "one", classes="a", count=1)
     np.savez(finished / "other.npz", mu=np.zeros(3), sigma=np.eye(3), features="inception")

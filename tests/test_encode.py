@@ -28,6 +28,7 @@ from uvit.checkpoint import load_checkpoint
 from uvit.cli import run
 from uvit.config import DataConfig, UViTConfig
 from uvit.data import Wanted, load_images, read_all
+from uvit.errors import InputError
 from uvit.images import to_unit_range
 from uvit.latent_data import load_latents
 from uvit.latents import Autoencoder, TextEncoder
@@ -165,6 +166,32 @@ def test_a_killed_command_goes_on(place, tmp_path, monkeypatch):
     every = range(4000)
     ours, whole = (data.read(every, np.random.default_rng(0)).images for data in (ours, whole))
     torch.testing.assert_close(ours, whole, rtol=2e-3, atol=2e-3)
+
+
+def test_a_source_that_changed_is_not_gone_on_with(tmp_path, place, monkeypatch):
+    """As many images, but not the same: rows would be missing and others doubled."""
+    monkeypatch.chdir(place)
+    save_folder(tmp_path / "some")
+    shared = ["--image_size", "16", "--autoencoder", "vae", "--output", str(tmp_path / "out"), "--shard_size", "2"]
+    encode.main(["--data", f"{tmp_path}/some/", *shared])
+    last = tmp_path / "out/shard-00002-of-00003.arrow"
+    last.unlink()
+    encode.main(["--data", f"{tmp_path}/some", *shared])
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-8])
+    encode.main(["--data", f"{tmp_path}/some", *shared])
+    assert last.read_bytes() == whole  # a cut shard is made anew
+    (tmp_path / "some/cat/0.png").rename(tmp_path / "some/dog/9.png")
+    with pytest.raises(InputError, match=r"was begun with fingerprint '.*', got '.*': use another --output"):
+        encode.main(["--data", f"{tmp_path}/some", *shared])
+
+
+def test_moments_that_half_precision_cannot_hold(tmp_path, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, images: torch.full((len(images), 8, 8, 8), 1e6))
+    with pytest.raises(InputError, match="autoencoder 'vae' gives moments that float16 cannot hold"):
+        encode.main(["--data", "photos", "--image_size", "16", "--autoencoder", "vae", "--output", f"{tmp_path}/out"])
+    assert not list((tmp_path / "out").glob("shard*"))
 
 
 @pytest.mark.slow

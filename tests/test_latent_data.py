@@ -6,6 +6,7 @@ import pickle
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -126,7 +127,12 @@ def test_latents_that_do_not_fit(folder):
 def test_missing_and_broken_shards(folder):
     middle = folder / MANIFEST.shard_file(1)
     whole = middle.read_bytes()
-    for content in (b"", b"garbage", whole[: len(whole) // 2]):
+    with pa.memory_map(str(middle)) as mapped:
+        stream = pa.ipc.open_stream(mapped)
+        stream.read_next_batch()
+        between_messages = mapped.tell()
+    assert len(load_latents(config_of(folder), LABELLED)) == 10 and between_messages < len(whole) - 8
+    for content in (b"", b"garbage", whole[: len(whole) // 2], whole[:between_messages], whole[:-8]):
         middle.write_bytes(content)
         with pytest.raises(InputError, match=r"shard-00001-of-00003.arrow is not a whole shard of latents"):
             load_latents(config_of(folder), LABELLED)
@@ -186,7 +192,7 @@ def test_a_shard_of_another_encoding(folder, tmp_path_factory, fields, message):
         ("scale_factor", 0, "scale_factor must be above 0, got 0"),
         ("num_captions", -1, "num_captions must be 0 to 524,288, got -1"),
         ("context_shape", [0, 6], r"context_shape must be positive where there are captions, got \(0, 6\)"),
-        ("encoder_hash", None, "Manifest must have a field 'encoder_hash', got source, num_images"),
+        ("encoder_hash", None, "Manifest must have a field 'encoder_hash', got source, fingerprint"),
     ],
 )
 def test_a_manifest_that_cannot_be_one(folder, field, value, message):

@@ -178,6 +178,10 @@ def test_statistics_that_do_not_fit(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             load_statistics(path, features, width, size)
+    save_statistics(path, gaussian, features="inception", weights_hash="one")
+    assert load_statistics(path, "inception", 4, (8, 8), "one").mean.shape == (4,)
+    with pytest.raises(InputError, match="holds statistics of 'inception' with weights one, expected two"):
+        load_statistics(path, "inception", 4, (8, 8), "two")
     np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 4)))
     with pytest.raises(InputError, match=r"must hold mu \(D,\) and sigma \(D, D\), got \(3,\) and \(3, 4\)"):
         load_statistics(path, "pixels", 3, (1, 1))

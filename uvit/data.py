@@ -228,6 +228,8 @@ class HubData:
     """Images of a Hugging Face data set, decoded, cropped and converted as they are read."""
 
     rows: Any
+    fingerprint: str
+    """Tells the content of data sets apart."""
     shape: tuple[int, int, int]
     cut: bool
     """Whether images are cut to the shape; otherwise they must have it."""
@@ -347,10 +349,6 @@ def _load_hub(config: DataConfig, wanted: Wanted, split: str) -> HubData:
     except Exception as error:  # the library raises a different kind for each way that data can be missing
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"cannot load split {split!r} of data {config.name!r}: {reason:.200}") from None
-    if len(rows) < MIN_IMAGES:
-        raise InputError(
-            f"split {split!r} of data {config.name!r} must have {MIN_IMAGES} images or more, got {len(rows)}"
-        )
 
     def column(
         what: str, fits: Callable[[Any], bool], needed: bool | None, name: str | None = None, usual: Sequence[str] = ()
@@ -371,9 +369,14 @@ def _load_hub(config: DataConfig, wanted: Wanted, split: str) -> HubData:
         return likely[0]
 
     image_column = column("images", lambda kind: isinstance(kind, datasets.Image), True) or ""
+    if len(rows) < MIN_IMAGES:
+        raise InputError(
+            f"split {split!r} of data {config.name!r} must have {MIN_IMAGES} images or more, got {len(rows)}"
+        )
     label_column = column("labels", lambda kind: isinstance(kind, datasets.ClassLabel), wanted.labels)
     caption_column = column("captions", _is_text, wanted.captions, config.caption_column, CAPTION_COLUMNS)
     class_names = () if label_column is None else tuple(rows.features[label_column].names)
+    fingerprint = rows._fingerprint  # before columns are chosen
     read = [name for name in (image_column, label_column, caption_column) if name is not None]
     rows = rows.select_columns(read).cast_column(image_column, datasets.Image(decode=False))  # decoded by open_image
     shape = wanted.shape
@@ -382,7 +385,15 @@ def _load_hub(config: DataConfig, wanted: Wanted, split: str) -> HubData:
             first = open_image(file, 3)
         shape = (3, first.height, first.width)
     return HubData(
-        rows, shape, wanted.shape is not None, config, image_column, label_column, caption_column, class_names
+        rows,
+        fingerprint,
+        shape,
+        wanted.shape is not None,
+        config,
+        image_column,
+        label_column,
+        caption_column,
+        class_names,
     )
 
 

@@ -149,6 +149,8 @@ def load_run(
             if name != "attention" and value != getattr(config.model, name)
         ]
         raise InputError(f"{checkpoint} is not the model of {config_file}: {', '.join(different)}")
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise InputError(f"weights of {checkpoint} must be finite, got NaN or infinity: its training went wrong")
     return config, model.to(device)
 
 

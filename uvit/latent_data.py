@@ -32,9 +32,11 @@ MANIFEST_FILE = "manifest.json"
 EMPTY_CONTEXT_FILE = "empty_context.npy"
 NAMES_ALONE = ("autoencoder", "text_encoder", "versions")
 """Fields of a manifest that may differ while the hashes agree."""
-SHARD_FACTS = ("source", "image_shape", "crop", "encoder_hash", "text_encoder_hash", "caption_column")
+SHARD_FACTS = ("source", "fingerprint", "image_shape", "crop", "encoder_hash", "text_encoder_hash", "caption_column")
 """Fields of a manifest that its shards repeat: by them a shard of another encoding is known."""
 FACT_PREFIX = b"uvit."
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+"""Arrow's last bytes: it takes a stream that was cut between two messages for a whole one."""
 MAX_SHARDS = 100_000  # as many as their names have digits for
 NUM_FLIPS = 2
 """Versions of an image: as it is, and mirrored."""
@@ -46,6 +48,8 @@ class Manifest(Section):
 
     source: str
     """Data set and split."""
+    fingerprint: str | None = None
+    """What `datasets` knows the source's content by; None of data without one."""
     num_images: int
     """Images of the source, those left out as broken included."""
     shard_size: int
@@ -140,6 +144,16 @@ def is_latent_data(name: str | Path) -> bool:
     return os.path.isfile(Path(name) / MANIFEST_FILE)
 
 
+def is_whole(shard: Path) -> bool:
+    """Tells whether a shard is there and was written to its end."""
+    if not os.path.isfile(shard):
+        return False
+    with open(shard, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(END_OF_STREAM)))
+        return file.read() == END_OF_STREAM
+
+
 def read_manifest(folder: str | Path) -> Manifest:
     """Reads what a folder of latents holds.
 
@@ -178,6 +192,8 @@ class _Rows:
         bytes_before = ((index - int(self.starts[chunk])) * self.width + part * values) * 2
         with open(self.files[self.file_of[chunk]], "rb", buffering=0) as file:
             read = os.pread(file.fileno(), values * 2, int(self.offsets[chunk]) + bytes_before)
+        if len(read) != values * 2:
+            raise InputError(f"{file.name} was cut while it was in use: run the same encode.py command again")
         return np.frombuffer(read, np.float16)
 
 
@@ -280,6 +296,8 @@ def load_latents(config: DataConfig, model: UViTConfig) -> LatentData:
             with pa.memory_map(str(file)) as mapped:
                 start = mapped.read_buffer().address
                 mapped.seek(0)
+                if not is_whole(file):
+                    raise pa.ArrowInvalid("no end of stream")
                 stream = pa.ipc.open_stream(mapped)
                 _check_columns(file, stream.schema, schema)
                 count = 0

@@ -115,7 +115,15 @@ def is_statistics(path: Path) -> bool:
         return True
 
 
-def load_statistics(path: Path, features: str, num_features: int, image_size: tuple[int, int]) -> Gaussian:
+def describe_statistics(path: Path) -> str:
+    """Says of how many images statistics are; those of others do not tell of what."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return f"statistics of {arrays['num_images']} images" if "num_images" in arrays else "statistics of others"
+
+
+def load_statistics(
+    path: Path, features: str, num_features: int, image_size: tuple[int, int], weights_hash: str | None = None
+) -> Gaussian:
     """Reads `mu` and `sigma`; statistics of others do not tell of what features and size of images they are.
 
     Args:
@@ -123,6 +131,7 @@ def load_statistics(path: Path, features: str, num_features: int, image_size: tu
         features: name of the features that they are to be compared with.
         num_features: their length.
         image_size: (height, width) of the images that they are to be compared with.
+        weights_hash: of the network whose features they are to be compared with.
 
     Raises:
         InputError: not such a file, or statistics of other features, with both values.
@@ -132,6 +141,7 @@ def load_statistics(path: Path, features: str, num_features: int, image_size: tu
             stored = [arrays[name] for name in ("mu", "sigma")]
             made_of = str(arrays["features"]) if "features" in arrays else features
             size = tuple(map(int, arrays["image_size"])) if "image_size" in arrays else image_size
+            made_by = str(arrays["weights_hash"]) if "weights_hash" in arrays else str(weights_hash)
     except Exception as error:  # a broken archive raises anything
         raise InputError(
             f"{path} does not hold statistics (mu, sigma): {type(error).__name__}: {error!s:.100}"
@@ -150,6 +160,8 @@ def load_statistics(path: Path, features: str, num_features: int, image_size: tu
     if (len(mean), made_of) != (num_features, features):
         expected = f"expected {num_features} of {features!r}"
         raise InputError(f"{path} holds statistics of {len(mean)} features of {made_of!r}, {expected}")
+    if made_by != str(weights_hash):
+        raise InputError(f"{path} holds statistics of {features!r} with weights {made_by}, expected {weights_hash}")
     if size != image_size:
         raise InputError(f"{path} holds statistics of images of size {size}, expected {image_size}")
     return Gaussian(mean, covariance)

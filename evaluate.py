@@ -60,7 +60,8 @@ from uvit.weights import hash_weights
 PARTS = ("train", "test")
 PACKAGES = ("torch", "timm", "torch-fidelity", "diffusers", "transformers")
 RESULT_FILE = "evaluation.json"
-DRAWING = {field.name for field in dataclasses.fields(DrawArguments)} - {"checkpoint", "batch_size"}
+BATCH_SIZE = 64  # of images that are read
+DRAWING = {field.name for field in dataclasses.fields(DrawArguments)} - {"checkpoint", "batch_size", "compile"}
 DRAWING |= {"num_images", "label_mode", "caption_column"}
 
 
@@ -133,7 +134,7 @@ class StatisticsArguments(Section):
     """`inception`, `timm:MODEL` or `pixels`."""
     feature_weights: str | None = None
     """File of the features' weights, where they cannot be downloaded."""
-    batch_size: int = 64
+    batch_size: int = BATCH_SIZE
     """Images at a time."""
     num_workers: int = 0
     """Loader processes."""
@@ -217,6 +218,7 @@ def describe_drawing(
         "guidance": describe_guidance(sampling.guidance).removeprefix("guidance "),
         "guidance_interval": "{:g} to {:g}".format(*sampling.guidance_interval),
         "sampler": f"{sampling.sampler}, {sampling.num_steps} steps ({spacing})",
+        "precision": sampling.mixed_precision,
         "reuse": sampling.reuse,
         "seed": str(given.seed),
         "text_encoder": f"{config.data.text_encoder}, hash {encoders.text.weights_hash}" if encoders.text else "none",
@@ -251,7 +253,7 @@ def make_statistics(arguments: Sequence[str]) -> None:
     network.to(state.device)
     # The output is opened first: a path that cannot be written is found before the work, not after it.
     with write_aside(output) if state.is_main_process else nullcontext(output) as aside:
-        batches = read_shown(data, given.batch_size, given.num_workers, state)
+        batches = read_shown(data, given.batch_size or BATCH_SIZE, given.num_workers, state)
         moments = Judged(network, len(data), state).look(batches).moments
         if state.is_main_process:
             facts = {"features": given.features, "image_size": data.shape[1:], "num_images": moments.count}
@@ -304,7 +306,7 @@ def measure(given: Arguments, state: PartialState) -> tuple[dict[str, Any], dict
     network.to(state.device)
 
     def read(data: ImageData, classifier: Classifier | None = None) -> Judged:
-        batches = read_shown(data, given.batch_size, given.num_workers, state)
+        batches = read_shown(data, given.batch_size or BATCH_SIZE, given.num_workers, state)
         return Judged(network, len(data), state).look(batches, classifier)
 
     if config is None:

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     print(
         f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, {describe_guidance(sampling.guidance)}, "
         f"{sampling.sampler}, {sampling.num_steps} steps ({sampling.spacing}), reuse {sampling.reuse}, "
-        f"seed {given.seed}"
+        f"precision {sampling.mixed_precision}, seed {given.seed}"
     )
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from uvit import UViT
 from uvit.attention import resolve_backend
 from uvit.checkpoint import find_checkpoint, read_state, save_checkpoint
-from uvit.cli import is_first_process, parse, run, warn_of_missing_processes
+from uvit.cli import is_first_process, parse, process_state, run, warn_of_missing_processes
 from uvit.config import CONFIG_FILE, Config, load_config, to_json
 from uvit.data import Batch, ImageData
 from uvit.diffusion import diffusion_loss
@@ -57,6 +57,7 @@ from uvit.latent_data import check_encoders
 from uvit.latents import EMPTY_CAPTION, Encoders, load_encoders, sample_latents
 from uvit.loader import build_loader, check_batch, load_data
 from uvit.optim import build_optimizer, build_scheduler, load_optimizer_state
+from uvit.precision import check_compile, compile_model, resolve_precision
 from uvit.resume import METRICS_FILE, MetricsFile, Progress, check_same_run, survive, tell
 from uvit.weights import WEIGHTS_FILE, write_weights
 
@@ -75,8 +76,9 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     accelerator = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
     device_type = accelerator.type if accelerator is not None and torch.accelerator.is_available() else "cpu"
     resolve_backend(config.model.attention, device_type, config.model.embed_dim // config.model.num_heads)
-    if config.train.mixed_precision == "fp16" and device_type != "cuda":
-        raise InputError(f"train.mixed_precision 'fp16' needs a CUDA device, got {device_type!r}: use 'bf16' or 'no'")
+    if config.train.mixed_precision != "auto":  # whether a GPU has bf16 is asked when each process has its own
+        resolve_precision(config.train.mixed_precision, device_type, config.model.embed_dim)
+    check_compile(config.train.compile, device_type)
     check_batch(config.train, int(os.environ.get("WORLD_SIZE", 1)))
     for engine in ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
@@ -105,7 +107,7 @@ def save_grid(accelerator: Accelerator, model: UViT, config: Config, encoders: E
     rows = find_conditions(config)[:GRID_ROWS]
     num_images = GRID_COLUMNS * (GRID_COLUMNS if rows == [None] else len(rows))
     conditions = [row for row in rows for _ in range(num_images // len(rows))]
-    images = generate(model, config, conditions, config.train.seed, num_images, encoders)
+    images = generate(model, config, conditions, config.train.seed, encoders=encoders)
     picture = image_grid(images, GRID_COLUMNS, condition_names(rows, config))
     with survive(str(path)), write_aside(path) as aside:
         picture.save(aside)
@@ -119,6 +121,15 @@ def first_captions(data: ImageData) -> tuple[str, ...]:
     """Returns the data's first captions, each once, for the rows of a grid."""
     some = data.read(range(min(len(data), CAPTIONS_READ)), np.random.default_rng(0)).captions
     return tuple(dict.fromkeys(texts[0] for texts in some))[:GRID_ROWS]
+
+
+def batches_on(device: torch.device, loader: Iterable[Batch], run_dir: Path) -> Iterator[Batch]:
+    """Yields a loader's batches on the device, and tells of images that were left out."""
+    for batch in loader:
+        with survive(str(run_dir / SKIPPED_FILE)):
+            for line in add_lines(run_dir / SKIPPED_FILE, batch.skipped):
+                tell(f"skipped: {line}")
+        yield batch.to(device)
 
 
 def training_loss(
@@ -155,6 +166,40 @@ def training_loss(
             context, empty = encoders.text([texts[0] for texts in batch.captions]), encoders.text([EMPTY_CAPTION])
         condition["context"] = torch.where(rearrange(dropped, "B -> B 1 1"), empty, context)
     return diffusion_loss(partial(network, **condition), images, config.process, generator)
+
+
+def compute_gradients(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    config: Config,
+    encoders: Encoders,
+    batches: Iterator[Batch],
+    generator: torch.Generator,
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the gradients of one global batch, in parts that fit in memory.
+
+    Args:
+        accelerator: of the process.
+        model: as the accelerator prepared it.
+        config: the run.
+        encoders: its text encoder, for a model with context.
+        batches: the parts of this process, on the device.
+        generator: on the device; seeded here for each part.
+        step: optimizer steps done.
+
+    Returns:
+        The loss of this process' share, and the norm of the gradients before they are clipped, both on the device.
+    """
+    num_parts = config.train.accumulation_steps
+    total_loss = torch.zeros((), device=accelerator.device)
+    for part in range(num_parts):
+        generator.manual_seed(step_seed(config.train.seed, step, part, accelerator.process_index))
+        with nullcontext() if part == num_parts - 1 else accelerator.no_sync(model):
+            loss = training_loss(model, config, encoders, next(batches), generator)
+            accelerator.backward(loss / num_parts)
+        total_loss += loss.detach() / num_parts
+    return total_loss, accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
 
 
 def agree(
@@ -259,7 +304,9 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
     torch.set_float32_matmul_precision("high")
     set_threads(config)
     accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
+        mixed_precision=resolve_precision(
+            settings.mixed_precision, process_state().device.type, config.model.embed_dim
+        ),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop below does it itself
         log_with=None if settings.tracker == "none" else settings.tracker,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
@@ -271,6 +318,7 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
     torch.manual_seed(settings.seed)
     plain_model, encoders = UViT(config.model).to(device), encoders.to(device)
     ema = ModelEmaV3(plain_model, decay=settings.ema_decay)
+    compile_model(plain_model, plain_model.blocks, settings.compile)
     model, optimizer = accelerator.prepare(plain_model, build_optimizer(plain_model, config.optim))
     progress = Progress(num_processes=accelerator.num_processes)
     stateful = {"model": plain_model, "ema": ema.module, "optimizer": optimizer, "progress": progress}
@@ -311,25 +359,12 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
         loader = build_loader(
             data, config, start, accelerator.process_index, accelerator.num_processes, pin_memory=device.type == "cuda"
         )
-        batches = iter(loader)
+        batches = batches_on(device, loader, run_dir)
         for step in range(start, settings.num_steps):
-            # One optimizer step on a global batch, in parts that fit in memory.
-            total_loss = torch.zeros((), device=device)
-            for part in range(settings.accumulation_steps):
-                batch = next(batches).to(device)
-                with survive(str(run_dir / SKIPPED_FILE)):
-                    for line in add_lines(run_dir / SKIPPED_FILE, batch.skipped):
-                        tell(f"skipped: {line}")
-                generator.manual_seed(step_seed(settings.seed, step, part, accelerator.process_index))
-                is_last = part == settings.accumulation_steps - 1
-                with nullcontext() if is_last else accelerator.no_sync(model):
-                    loss = training_loss(model, config, encoders, batch, generator)
-                    accelerator.backward(loss / settings.accumulation_steps)
-                total_loss += loss.detach() / settings.accumulation_steps
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
+            loss, grad_norm = compute_gradients(accelerator, model, config, encoders, batches, generator, step)
 
             # The update, unless its numbers went wrong in any process.
-            mean_loss, norm, signum = agree(accelerator, total_loss, grad_norm, request.signum)
+            mean_loss, norm, signum = agree(accelerator, loss, grad_norm, request.signum)
             is_sound, scaler = math.isfinite(mean_loss) and math.isfinite(norm), accelerator.scaler
             # Half precision overflows until its scale is small enough: that is no fault of the run.
             is_overflow = not is_sound and scaler is not None and math.isfinite(mean_loss) and scaler.get_scale() >= 1

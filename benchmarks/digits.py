@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from machine import describe_machine
+from measure import describe_machine
 
 from uvit.cli import parse, run
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
+from measure import describe_machine
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import sklearn.datasets
 import torch
-from machine import describe_machine
+from measure import describe_machine
 from PIL import Image
 
 from uvit import UViT

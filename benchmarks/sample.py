@@ -1,36 +1,38 @@
 """Quality and speed of sampling a digits run: `python benchmarks/sample.py --checkpoint runs/digits`.
 
 Every arm draws the same labels from the same noise with the same guidance, one round after the other, so that what
-else the machine does falls on all alike. The first arm is what the reference code does: 50 evaluations, with and
-without the label in two calls. Writes benchmarks/results/sample.json and prints the table.
+else the machine does falls on all alike. The first arm is what the reference code does: 50 evaluations in fp32, with
+and without the label in two calls, 500 images at a time. Then the speed of S/2 with random weights, at equal
+evaluations: what its images are like does not matter there. Writes benchmarks/results/sample.json, prints the tables.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import json
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
+from measure import best_device, median_times, save_result
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from uvit import Config, UViT, UViTConfig
 from uvit.cli import parse, run
-from uvit.config import Config, SampleConfig
+from uvit.config import Compile, SampleConfig
 from uvit.data import read_all
 from uvit.evaluation import build_classifier, choose_labels
 from uvit.features import PixelFeatures
 from uvit.generate import generate, load_run, set_threads
 from uvit.loader import load_data
 from uvit.metrics import Gaussian, Moments, frechet_distance
-
-RESULT = Path(__file__).parent / "results" / "sample.json"
+from uvit.precision import compile_model
+from uvit.published import SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,10 @@ class Arguments:
     """Seeds of drawing, a round for each."""
     num_images: int = 2000
     """Images of an arm and a round."""
-    batch_size: int = 500
-    """Images at a time."""
+    large_images: int = 8
+    """Images of S/2 of an arm and a round; 0 leaves it out."""
+    threads: int = 0
+    """CPU threads for S/2; 0 is PyTorch's choice."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,32 @@ class Arm:
     sampling: dict[str, Any]
     apart: bool = False
     """Whether the network is called with and without the label apart."""
+    batch_size: int | None = None
+    """Images at a time; None is our choice."""
+    compile: Compile = "no"
+    """How the network is compiled."""
 
 
+PAPER = {"sampler": "dpm_solver_fast", "num_steps": 50}
 ARMS = (
-    Arm("the paper's: 50 x 2 calls", {"sampler": "dpm_solver_fast", "num_steps": 50}, apart=True),
+    Arm("the paper's: 50 x 2 calls", PAPER, apart=True, batch_size=500),
+    Arm("the same in one call, our batches", PAPER),
+    Arm("the same, compiled", PAPER, compile="model"),
     Arm("50 steps", {"num_steps": 50}),
     *(Arm(f"{steps} steps", {"num_steps": steps}) for steps in (20, 14, 10, 8)),
     *(
         Arm(f"{steps} steps, reuse {reuse}", {"num_steps": steps, "reuse": reuse})
         for steps, reuse in ((20, "2:3"), (20, "1:2"), (20, "1:3"), (20, "1:4"), (14, "1:2"), (14, "1:3"), (10, "1:2"))
     ),
+    Arm("10 steps, compiled", {"num_steps": 10}, compile="model"),
 )
+LARGE_ARMS = (
+    Arm("paper-style: fp32, two calls", {}, apart=True, batch_size=8),
+    Arm("ours: one call, our batches", {}),
+    Arm("ours, auto precision", {"mixed_precision": "auto"}),
+    Arm("ours, auto precision, compiled", {"mixed_precision": "auto"}, compile="model"),
+)
+LARGE_STEPS = 5
 
 
 class InTwoCalls(nn.Module):
@@ -77,11 +96,32 @@ class InTwoCalls(nn.Module):
         return torch.cat([self.network(*half) for half in zip(*(part.chunk(2) for part in (x, timesteps, y)))])
 
 
-def draw(arm: Arm, config: Config, model: nn.Module, labels: Sequence[int], seed: int, batch_size: int) -> Tensor:
+def network_of(arm: Arm, model: UViT) -> Any:
+    """Prepares an arm's own copy of the network."""
+    network = copy.deepcopy(model).eval()
+    compile_model(network, network.blocks, arm.compile)
+    return InTwoCalls(network) if arm.apart else network
+
+
+def draw(arm: Arm, config: Config, network: Any, labels: Sequence[int], seed: int) -> Tensor:
     """Draws the images of an arm."""
     given: SampleConfig = dataclasses.replace(config.sample, **arm.sampling)
-    network: Any = InTwoCalls(model) if arm.apart else model
-    return generate(network, dataclasses.replace(config, sample=given), labels, seed, batch_size)
+    return generate(network, dataclasses.replace(config, sample=given), labels, seed, arm.batch_size)
+
+
+def time_large(num_images: int, guidance: float, rounds: int, device: torch.device) -> dict[str, float]:
+    """Returns the images/s of S/2 by each arm, at equal evaluations."""
+    torch.manual_seed(0)
+    config = Config(
+        model=UViTConfig(**SIZES["small"], num_classes=10, null_class=True),
+        sample=SampleConfig(num_steps=LARGE_STEPS, guidance=guidance),
+    )
+    model, labels = UViT(config.model).to(device), [0] * num_images
+    arms = {}
+    for arm in LARGE_ARMS:
+        arms[arm.name] = functools.partial(draw, arm, config, network_of(arm, model), labels, 0)
+    times = median_times(arms, rounds, warm_up=1)
+    return {name: num_images / seconds for name, seconds in times.items()}
 
 
 def gaussian_of(features: PixelFeatures) -> Callable[[Tensor], Gaussian]:
@@ -92,7 +132,7 @@ def gaussian_of(features: PixelFeatures) -> Callable[[Tensor], Gaussian]:
 def main(arguments: list[str]) -> None:
     """Draws with all arms and writes the figures."""
     given = parse(Arguments, arguments, "benchmarks/sample.py", __doc__ or "")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     config, model = load_run(given.checkpoint, "auto", device)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=given.guidance))
     set_threads(config)
@@ -104,12 +144,14 @@ def main(arguments: list[str]) -> None:
     labels = choose_labels(given.num_images, config.model.num_classes, "balanced", seed=0)
 
     runs: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in ARMS}
-    draw(ARMS[0], config, model, labels[: given.batch_size], 0, given.batch_size)  # warms up
+    networks = {arm.name: network_of(arm, model) for arm in ARMS}
+    for arm in ARMS:  # warms up, and compiles
+        draw(arm, config, networks[arm.name], labels[: given.num_images // 2], 0)
     with tqdm(total=len(ARMS) * len(given.seeds), unit="set") as progress:
         for seed in given.seeds:
             for arm in ARMS:
                 started = time.perf_counter()
-                images = draw(arm, config, model, labels, seed, given.batch_size)
+                images = draw(arm, config, networks[arm.name], labels, seed)
                 seconds = time.perf_counter() - started
                 right = (classifier.classify(images) == torch.tensor(labels)).double().mean().item()
                 ratio = frechet_distance(to_gaussian(images), target) / real
@@ -117,7 +159,10 @@ def main(arguments: list[str]) -> None:
                 runs[arm.name].append({"images_per_second": rate, "frechet_ratio": ratio, "recognised": right})
                 progress.update()
 
-    RESULT.write_text(json.dumps({**describe_machine(), "guidance": given.guidance, "runs": runs}, indent=2) + "\n")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    rates = time_large(given.large_images, given.guidance, len(given.seeds), device) if given.large_images else {}
+    save_result("sample", {"guidance": given.guidance, "runs": runs, "S/2 images/s": rates})
     print("| arm | Fréchet / real | recognised | images/s | x the first |\n|---|---|---|---|---|")
     first = runs[ARMS[0].name]
     for name, rounds in runs.items():
@@ -127,6 +172,10 @@ def main(arguments: list[str]) -> None:
         )
         speed = statistics.median(a["images_per_second"] / b["images_per_second"] for a, b in zip(rounds, first))
         print(f"| {name} | {ratio:.3f} | {right:.1%} | {rate:.0f} | {speed:.1f} |")
+    if rates:
+        print(f"\n| S/2, guided, {LARGE_STEPS} steps | images/s | x the first |\n|---|---|---|")
+        for name, rate in rates.items():
+            print(f"| {name} | {rate:.3g} | {rate / rates[LARGE_ARMS[0].name]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -793,11 +793,13 @@ def test_a_stopped_command_leaves_nothing_half_written(signum, status, tmp_path,
             os.kill(os.getpid(), signum)
             signal.pause()
 
-    before = signal.getsignal(signal.SIGTERM)
+    # A shell starts what it puts into the background with SIGINT ignored.
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(sys, "argv", ["stopped"])
     with pytest.raises(SystemExit) as exit:
         run(stopped)
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
     assert exit.value.code == status
     assert list(tmp_path.iterdir()) == []
     assert "Traceback" not in capsys.readouterr().err

@@ -19,6 +19,7 @@ ORDER = [
     "metrics",
     "grid",
     "config",
+    "precision",
     "resume",
     "cli",
     "published",

@@ -7,12 +7,15 @@ import importlib.util
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from uvit.errors import InputError
 
 # xformers' kernels read 16-byte rows, hence its head dimensions are multiples of 8.
 XFORMERS_HEAD_DIM_MULTIPLE = 8
+# Up to here the formula itself beats PyTorch's bf16 kernel on a CPU: benchmarks/attention.py.
+CPU_BF16_MATH_TOKENS = 512
 
 
 @functools.cache
@@ -21,13 +24,17 @@ def has_xformers() -> bool:
     return importlib.util.find_spec("xformers") is not None
 
 
-def resolve_backend(backend: str, device_type: str, head_dim: int) -> str:
+def resolve_backend(
+    backend: str, device_type: str, head_dim: int, num_tokens: int = 0, dtype: torch.dtype = torch.float32
+) -> str:
     """Returns the backend that will run, for `auto` as for an explicit name.
 
     Args:
         backend: `auto`, `xformers`, `sdpa` or `math`.
         device_type: `cuda`, `cpu`, `mps` ….
         head_dim: width of one attention head.
+        num_tokens: length of the sequence.
+        dtype: of queries, keys and values.
 
     Raises:
         InputError: an explicit backend that cannot run there; says why and what to use.
@@ -39,6 +46,8 @@ def resolve_backend(backend: str, device_type: str, head_dim: int) -> str:
         obstacle = "is not installed"
     elif head_dim % XFORMERS_HEAD_DIM_MULTIPLE:
         obstacle = f"needs a head dimension divisible by {XFORMERS_HEAD_DIM_MULTIPLE}, got {head_dim}"
+    if backend == "auto" and device_type == "cpu" and dtype == torch.bfloat16 and num_tokens <= CPU_BF16_MATH_TOKENS:
+        return "math"
     if backend == "auto":
         return "sdpa" if obstacle else "xformers"
     if backend == "xformers" and obstacle:
@@ -55,7 +64,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         q: queries, (B, L, H, D).
         k: keys, of the same shape and dtype.
         v: values, of the same shape and dtype.
-        backend: `auto`, `xformers`, `sdpa` or `math`; `math` is the formula itself and needs O(L²) memory.
+        backend: `auto`, `xformers`, `sdpa` or `math`; `math` is the formula itself and needs O(L²) memory, so
+            that `auto` takes it for short sequences alone, and only where it was measured to be the fastest.
 
     Returns:
         (B, L, H, D).
@@ -63,13 +73,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     Raises:
         InputError: an explicit backend that cannot run on these tensors.
     """
-    backend = resolve_backend(backend, q.device.type, q.shape[-1])
+    backend = resolve_backend(backend, q.device.type, q.shape[-1], q.shape[1], q.dtype)
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q, k, v)
+    q, k, v = (rearrange(tensor, "B L H D -> B H L D") for tensor in (q, k, v))
     if backend == "sdpa":
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, L, D)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    weights = torch.einsum("blhd, bmhd -> bhlm", q, k) * q.shape[-1] ** -0.5
-    return torch.einsum("bhlm, bmhd -> blhd", weights.softmax(dim=-1), v)
+        output = F.scaled_dot_product_attention(q, k, v)
+    else:
+        scores = (q * q.shape[-1] ** -0.5) @ rearrange(k, "B H L D -> B H D L")  # (B, H, L, L)
+        output = scores.softmax(dim=-1) @ v
+    return rearrange(output, "B H L D -> B L H D")

@@ -110,8 +110,10 @@ class Block(nn.Module):
     def merge(self, x: Tensor, skip: Tensor) -> Tensor:
         """Merges the main branch and the long skip, (B, L, D) each (paper, section 3.1 and figure 2a)."""
         match self.skip:
-            case "concat":
-                return self.skip_linear(torch.cat([x, skip], dim=-1))
+            case "concat":  # Linear(Concat(x, skip)) as two products over its one weight: nothing is copied or kept
+                linear = self.skip_linear
+                of_x, of_skip = rearrange(linear.weight, "D (two E) -> two D E", two=2)
+                return F.linear(x, of_x, linear.bias) + F.linear(skip, of_skip)
             case "add":
                 return x + skip
             case "linear_add":
@@ -344,6 +346,11 @@ class UViT(nn.Module):
         p = config.patch_size
         image = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=rows, w=columns, p1=p, p2=p)  # (B, C, H, W)
         return self.final_layer(image) if config.conv == "image" else image
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, in the order in which they run."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if self.config.gradient_checkpointing and torch.is_grad_enabled():

@@ -27,6 +27,8 @@ Kind = Literal["noise", "data", "v", "flow"]
 Backend = Literal["auto", "xformers", "sdpa", "math"]
 SolverName = Literal["ddim", "heun", "dpmpp_2m", "unipc", "dpmpp_fast", "dpm_solver_fast", "euler", "euler_maruyama"]
 Spacing = Literal["uniform", "log_snr"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
+Compile = Literal["no", "blocks", "model", "graphs"]
 
 CONFIG_FILE = "config.json"
 MAX_JSON_BYTES = 2**26
@@ -348,6 +350,8 @@ class SampleConfig(Section):
     """w in w * cond + (1 - w) * uncond; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance acts; outside, only cond is computed."""
+    mixed_precision: Precision = "no"
+    """Precision of matrix products; `auto` is bf16 where the device multiplies it faster. Images change a little."""
     reuse: str = "none"
     """`K:EVERY` computes the blocks inside the K outermost in/out pairs at every so manyth evaluation alone, and
     extrapolates what comes out of them between: faster, with other images than `none`."""
@@ -385,8 +389,11 @@ class TrainConfig(Section):
     """Parts that a batch is split into, to fit in memory."""
     num_threads: int = 0
     """CPU threads; 0 is PyTorch's choice. A tiny network is as fast on one, and other programs do not slow it."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of matrix products; weights, loss and EMA stay in fp32."""
+    mixed_precision: Precision = "auto"
+    """Precision of matrix products; weights, loss and EMA stay in fp32. `auto` is bf16 where the device multiplies it
+    faster: on CUDA, and for models of some width on a CPU with instructions for it."""
+    compile: Compile = "no"
+    """Compile the model: block by block (the shortest start), whole, or whole in CUDA graphs."""
     label_dropout: float = 0.0
     """Share of labels (or captions) replaced by the null class (or the empty caption), for guidance."""
     ema_decay: float = 0.9999

@@ -19,7 +19,9 @@ from uvit.config import (
     CONFIG_FILE,
     MAX_BATCH,
     Backend,
+    Compile,
     Config,
+    Precision,
     Section,
     SectionT,
     SolverName,
@@ -32,9 +34,14 @@ from uvit.config import (
 from uvit.errors import InputError, did_you_mean
 from uvit.images import to_uint8
 from uvit.latents import EMPTY_CAPTION, NO_ENCODERS, Encoders, load_encoders
+from uvit.precision import check_compile, compile_model, resolve_precision
 from uvit.reuse import reuse_deep_features
 from uvit.samplers import ImageNoise, sample, sampling_times
 from uvit.weights import find_pretrained
+
+CPU_TOKEN_BYTES = 2**20  # benchmarks/sample.py: more at a time is slower
+MAX_FITTING_BATCH = 512
+ALIVE_WIDTHS = 16
 
 Condition = int | str | None
 """What an image is drawn for: a label, a prompt, or nothing."""
@@ -66,8 +73,12 @@ class DrawArguments(Section):
     """K:EVERY reuses deep features, which is faster; none does not."""
     seed: int = 0
     """The same seed draws the same images at any batch size."""
-    batch_size: int = 200
-    """Images at a time."""
+    batch_size: int | None = None
+    """Images at a time; where not given, what fits a processor's cache, or a GPU's memory."""
+    mixed_precision: Precision | None = None
+    """Precision of matrix products, which changes images a little; the run's own where not given."""
+    compile: Compile = "no"
+    """Compile the network, for many images: the first take long."""
     attention: Backend = "auto"
     """Attention backend."""
     text_encoder: str | None = None
@@ -78,8 +89,9 @@ class DrawArguments(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("seed", self.seed >= 0, "at least 0")
-        self._require("batch_size", self.batch_size >= 1, "at least 1")
-        self._require_at_most(batch_size=MAX_BATCH)
+        if self.batch_size is not None:
+            self._require("batch_size", self.batch_size >= 1, "at least 1")
+            self._require_at_most(batch_size=MAX_BATCH)
         if self.guidance is not None and self.paper_scale is not None:
             raise InputError(f"give --guidance or --paper_scale, got both: {self.guidance:g} and {self.paper_scale:g}")
 
@@ -104,7 +116,11 @@ class DrawArguments(Section):
             spacing=self.spacing,
             t_end=self.t_end,
             reuse=self.reuse,
+            mixed_precision=self.mixed_precision,
         )
+        resolve_precision(sampling.mixed_precision, device.type, config.model.embed_dim)
+        check_compile(self.compile, device.type)
+        compile_model(model, model.blocks, self.compile)
         data = _replace_given(config.data, text_encoder=self.text_encoder, autoencoder=self.autoencoder)
         config = dataclasses.replace(config, sample=sampling, data=data)
         sampling_times(config.process, config.sample)  # a grid that cannot be made is found before the long work
@@ -219,12 +235,24 @@ def _batch_conditions(
     return {}, None
 
 
+def fitting_batch_size(config: Config, device: torch.device) -> int:
+    """Returns how many images to draw at a time: a processor's cache holds their tokens, or a GPU its activations."""
+    model = config.model
+    passes = 1 if config.sample.guidance == 1 else 2
+    tokens = passes * model.num_tokens * model.embed_dim * torch.float32.itemsize  # bytes of one image
+    if device.type != "cuda":
+        return max(1, CPU_TOKEN_BYTES // tokens)
+    free, _ = torch.cuda.mem_get_info(device)
+    alive = model.depth // 2 + ALIVE_WIDTHS  # a long skip of each shallow block, and what a block works on
+    return max(1, min(MAX_FITTING_BATCH, free // 2 // (tokens * alive)))
+
+
 def generate_batches(
     model: UViT,
     config: Config,
     conditions: Sequence[Condition],
     seed: int,
-    batch_size: int,
+    batch_size: int | None = None,
     encoders: Encoders = NO_ENCODERS,
     on_evaluation: Callable[[int], object] | None = None,
     share: tuple[int, int] = (0, 1),
@@ -239,7 +267,7 @@ def generate_batches(
         config: what it was trained on, and the solver, steps and guidance to draw with.
         conditions: a label, a prompt or None for each image, as the model takes.
         seed: seed of the set.
-        batch_size: images at a time.
+        batch_size: images at a time; None is what fits.
         encoders: the run's text encoder, where the model takes a context, and its autoencoder, where it draws latents.
         on_evaluation: called with the number of images after each evaluation of the network, for a progress bar.
         share: (process, processes); each draws every so manyth image.
@@ -257,13 +285,17 @@ def generate_batches(
         drawn[condition] += 1
 
     mine = items[share[0] :: share[1]]
+    batch_size = batch_size or fitting_batch_size(config, device)
+    precision = resolve_precision(config.sample.mixed_precision, device.type, config.model.embed_dim)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     for start in range(0, len(mine), batch_size):
         keys, part = zip(*mine[start : start + batch_size])
         cond, uncond = _batch_conditions(part, config.model, encoders, device)
         tick = None if on_evaluation is None else functools.partial(on_evaluation, len(part))
         reused = config.sample.reused
         network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
-        x = sample(network, config.process, config.sample, ImageNoise(keys, shape, device), cond, uncond, tick)
+        with torch.autocast(device.type, dtype, enabled=precision != "no"):
+            x = sample(network, config.process, config.sample, ImageNoise(keys, shape, device), cond, uncond, tick)
         yield to_uint8(x if encoders.image is None else encoders.image.decode(x))
 
 

@@ -29,6 +29,7 @@ HARMLESS = {
     "train": {
         "run_dir",
         "num_steps",
+        "compile",
         "num_threads",
         "log_every",
         "sample_every",

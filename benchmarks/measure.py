@@ -1,0 +1,78 @@
+"""How figures are measured and kept: on what machine, with the arms in turn, as JSON in benchmarks/results/."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def best_device() -> torch.device:
+    """Returns the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe_machine() -> dict[str, str]:
+    """Names the processor, or the GPU, and the version of PyTorch."""
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    processor = found[1] if found else platform.processor()
+    return {"device": f"{processor}, {os.cpu_count()} cores", "torch": torch.__version__}
+
+
+def save_result(name: str, figures: Mapping[str, Any]) -> Path:
+    """Writes benchmarks/results/NAME.json, or NAME_DEVICE.json for a GPU, with what it was measured on."""
+    machine = describe_machine()
+    device = re.sub(r"\W+", "_", machine["device"].lower()) if torch.cuda.is_available() else ""
+    path = RESULTS / f"{name}{device and '_' + device}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**machine, **figures}, indent=2) + "\n")
+    return path
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Times one call, to the end of what it started on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def median_times(
+    arms: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2, on_round: Callable[[], object] = int
+) -> dict[str, float]:
+    """Times arms in turn, so that what else the machine does falls on all alike.
+
+    Args:
+        arms: what to time.
+        rounds: timings of each.
+        warm_up: calls of each before, not timed.
+        on_round: called after each round, for a progress bar.
+
+    Returns:
+        Each arm's median, in seconds.
+    """
+    for call in arms.values():
+        for _ in range(warm_up):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, call in arms.items():
+            times[name].append(seconds_of(call))
+        on_round()
+    return {name: statistics.median(each) for name, each in times.items()}

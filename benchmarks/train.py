@@ -1,0 +1,342 @@
+"""Speed of a training step: `python benchmarks/train.py --models S/2`.
+
+All arms of a model start from the same weights and see the same images, times and noise, a step of each in turn. A
+step is the whole of it: gradients, optimizer and average of the weights. The first arm does it as the reference code
+does: attention in fp32, concatenated skips, AdamW and EMA parameter by parameter, the loss read at every step; fp32
+on a CPU, and on a GPU half precision and checkpointing. The peers are diffusers' DiT of the same width, depth and
+patches, and its U-Net with as many FLOPs, both in the same step as ours. Images are random and already there: the
+loader has its own benchmark. Writes benchmarks/results/train.json and prints the table.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiTTransformer2DModel, UNet2DModel
+from measure import best_device, median_times, save_result, seconds_of
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from uvit import Config, UViT  # noqa: E402
+from uvit.attention import attention  # noqa: E402
+from uvit.cli import parse, run  # noqa: E402
+from uvit.config import OptimConfig, load_config  # noqa: E402
+from uvit.data import Batch  # noqa: E402
+from uvit.latents import NO_ENCODERS  # noqa: E402
+from uvit.optim import build_optimizer  # noqa: E402
+from uvit.precision import compile_model, resolve_precision  # noqa: E402
+from uvit.published import ADAMW  # noqa: E402
+
+Model = Literal["digits", "photos", "S/2", "L/2", "H/2"]
+CONFIGS: dict[Model, str] = {
+    "digits": "digits",
+    "photos": "photos",
+    "S/2": "cifar10_uvit_small",
+    "L/2": "imagenet256_uvit_large",
+    "H/2": "imagenet256_uvit_huge",
+}
+CPU_BATCHES: dict[Model, int] = {"digits": 64, "photos": 16, "S/2": 8, "L/2": 1, "H/2": 1}
+GPU_BATCH = 128
+NUM_BATCHES = 4
+MATRIX_SIZE = {"cpu": 2_048, "cuda": 8_192}
+Step = Callable[[], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    models: tuple[Model, ...] = ("digits", "photos", "S/2")
+    """Models to time."""
+    arms: tuple[str, ...] = ()
+    """Arms to time, besides the first; all where none are given."""
+    batch_size: int | None = None
+    """Images of a step; by model and device where not given."""
+    rounds: int = 15
+    """Timings of each arm, of which the median counts."""
+    steps_per_round: int = 1
+    """Steps of one timing: more let a GPU run ahead of Python, as it does in training."""
+    warm_up: int = 3
+    """Steps of each arm before, not timed; compilation falls into the first."""
+    threads: int = 0
+    """CPU threads; 0 is PyTorch's choice."""
+
+
+class Peer(nn.Module):
+    """A network of diffusers behind our arguments."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        labels = {} if y is None else {"class_labels": y}
+        return self.network(x, timesteps, **labels).sample
+
+
+def build_dit(config: Config) -> nn.Module:
+    """Builds a DiT of the same width, depth, heads and patches."""
+    model = config.model
+    network = DiTTransformer2DModel(
+        num_attention_heads=model.num_heads,
+        attention_head_dim=model.embed_dim // model.num_heads,
+        in_channels=model.in_chans,
+        out_channels=model.in_chans,
+        num_layers=model.depth + 1,
+        sample_size=model.image_shape[0],
+        patch_size=model.patch_size,
+        num_embeds_ada_norm=max(1, model.num_classes),
+    )
+    return Peer(network)
+
+
+def build_unet(config: Config, channels: int) -> nn.Module:
+    """Builds a U-Net with attention at half and a quarter of the resolution."""
+    model = config.model
+    network = UNet2DModel(
+        sample_size=model.image_shape[0],
+        in_channels=model.in_chans,
+        out_channels=model.in_chans,
+        block_out_channels=(channels, 2 * channels, 2 * channels),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        num_class_embeds=model.num_classes + model.null_class or None,
+    )
+    return Peer(network)
+
+
+def training_flops(build: Callable[[], nn.Module], config: Config) -> float:
+    """Counts the FLOPs of training on one image: three times those of the forward pass, 2 for a multiply-add."""
+    with torch.device("meta"):
+        network = build().eval()
+        x, timesteps = torch.empty(1, config.model.in_chans, *config.model.image_shape), torch.empty(1)
+        condition = {"y": torch.empty(1, dtype=torch.long)} if config.model.num_classes else {}
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(x, timesteps, **condition)
+    return 3.0 * counter.get_total_flops()
+
+
+def unet_channels(config: Config, flops: float) -> int:
+    """Returns the width, a multiple of 8, at which the U-Net's FLOPs are nearest to these."""
+    costs = {width: training_flops(lambda: build_unet(config, width), config) for width in range(8, 521, 8)}  # noqa: B023
+    return min(costs, key=lambda width: abs(costs[width] - flops))
+
+
+def make_batches(config: Config, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Yields the same few random batches again and again."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, config.model.in_chans, *config.model.image_shape)
+    batches = [
+        Batch(
+            torch.randint(256, shape, generator=generator, dtype=torch.uint8),
+            torch.randint(max(1, config.model.num_classes), (batch_size,), generator=generator),
+            captions=[],
+        ).to(device)
+        for _ in range(NUM_BATCHES)
+    ]
+    return itertools.cycle(batches)
+
+
+def fp32_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
+    """Attention as the reference code casts it."""
+    with torch.autocast(q.device.type, enabled=False):
+        return attention(q.float(), k.float(), v.float(), "sdpa")
+
+
+def concatenate(block: Any, x: Tensor, skip: Tensor) -> Tensor:
+    """Merges a long skip through a copy of both."""
+    return block.skip_linear(torch.cat([x, skip], dim=-1))
+
+
+def paper_step(model: UViT, config: Config, batches: Iterator[Batch], device: torch.device) -> Step:
+    """Makes the reference code's step."""
+    on_gpu = device.type == "cuda"
+    model.config = dataclasses.replace(model.config, gradient_checkpointing=on_gpu)
+    average = copy.deepcopy(model)
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        model.parameters(), optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=False
+    )
+    generator, numbers = torch.Generator(device), itertools.count()
+
+    def step() -> float:
+        generator.manual_seed(train.step_seed(config.train.seed, next(numbers), 0, 0))
+        optimizer.zero_grad()
+        with (
+            patch("uvit.backbone.attention", fp32_attention),
+            patch("uvit.backbone.Block.merge", concatenate),
+        ):
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+                loss = train.training_loss(model, config, NO_ENCODERS, next(batches), generator)
+            loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for mean, parameter in zip(average.parameters(), model.parameters()):
+                mean.copy_(config.train.ema_decay * mean + (1 - config.train.ema_decay) * parameter)
+        return loss.item()
+
+    return step
+
+
+def our_step(model: nn.Module, config: Config, batches: Iterator[Batch], accelerator: Accelerator) -> Step:
+    """Makes the step of train.py."""
+    ema = ModelEmaV3(model, decay=config.train.ema_decay)
+    compile_model(model, getattr(model, "blocks", []), config.train.compile)
+    network, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+    generator, numbers = torch.Generator(accelerator.device), itertools.count()
+
+    def step() -> float:
+        gradients = train.compute_gradients(
+            accelerator, network, config, NO_ENCODERS, batches, generator, next(numbers)
+        )
+        loss, *_ = train.agree(accelerator, *gradients, 0)
+        optimizer.step()
+        ema.update(model)
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measures the FLOP/s of one large product."""
+    size = MATRIX_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return 2 * size**3 / median_times({"": lambda: a @ b}, 10)[""]
+
+
+def time_model(name: Model, given: Arguments, device: torch.device) -> dict[str, Any]:
+    """Times all arms of one model."""
+    config = load_config(ROOT / "configs" / f"{CONFIGS[name]}.py")
+    batch_size = given.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCHES[name])
+    muon = dataclasses.replace(
+        config.optim if config.optim.name == "muon" else OptimConfig(name="muon"), decay="constant"
+    )
+    config = dataclasses.replace(
+        config,
+        # Pixels of as many channels stand in for latents.
+        data=dataclasses.replace(config.data, autoencoder=None, flip=False),
+        optim=dataclasses.replace(ADAMW, warmup_steps=0),
+        train=dataclasses.replace(config.train, batch_size=batch_size, compile="no"),
+        model=dataclasses.replace(config.model, gradient_checkpointing=False),
+    )
+    precision = resolve_precision("auto", device.type, config.model.embed_dim)
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+
+    def build() -> UViT:
+        torch.manual_seed(0)
+        return UViT(config.model)
+
+    def compiled(how: str) -> Config:
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, compile=how))
+
+    flops = training_flops(build, config)
+    width = unet_channels(config, flops)
+
+    def ours(config: Config, build: Callable[[], nn.Module] = build) -> Callable[[], Step]:
+        return lambda: our_step(
+            build().to(device).train(), config, make_batches(config, batch_size, device), accelerator
+        )
+
+    checkpointing = dataclasses.replace(config.model, gradient_checkpointing=True)
+    arms: dict[str, Callable[[], Step]] = {
+        "ours": ours(config),
+        "ours, again": ours(config),
+        "ours, blocks compiled": ours(compiled("blocks")),
+        "ours, model compiled": ours(compiled("model")),
+        **({"ours, CUDA graphs": ours(compiled("graphs"))} if device.type == "cuda" else {}),
+        "ours, checkpointing": ours(config, lambda: UViT(checkpointing)),
+        "ours, Muon": ours(dataclasses.replace(config, optim=muon)),
+        "DiT": ours(config, lambda: build_dit(config)),
+        "U-Net": ours(config, lambda: build_unet(config, width)),
+    }
+    wanted = {arm: make for arm, make in arms.items() if not given.arms or arm in given.arms}
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "DiT": lambda: build_dit(config),
+        "U-Net": lambda: build_unet(config, width),
+    }
+
+    def paper() -> Step:
+        return paper_step(build().to(device).train(), config, make_batches(config, batch_size, device), device)
+
+    steps: dict[str, Step] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    losses: dict[str, list[float]] = {}
+    for arm, make in {"paper-style": paper, **wanted}.items():
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        steps[arm], losses[arm] = make(), []
+        rows[arm] = {"first_step_seconds": seconds_of(steps[arm])}
+        for _ in range(given.warm_up - 1):
+            steps[arm]()
+        if device.type == "cuda":
+            rows[arm]["peak_memory_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+
+    def timed(arm: str) -> Callable[[], None]:
+        return lambda: losses[arm].extend(steps[arm]() for _ in range(given.steps_per_round))
+
+    with tqdm(total=given.rounds, desc=name, unit="round") as bar:
+        times = median_times({arm: timed(arm) for arm in steps}, given.rounds, warm_up=0, on_round=bar.update)
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rate = matrix_rate(device, dtype)
+    for arm, row in rows.items():
+        seconds = times[arm] / given.steps_per_round
+        cost = training_flops(builders.get(arm, build), config)
+        row |= {
+            "images_per_second": batch_size / seconds,
+            "steps_per_second": 1 / seconds,
+            "speed_ratio": times["paper-style"] / times[arm],
+            "model_flop_utilisation": cost * batch_size / seconds / rate,
+        }
+        if "U-Net" not in arm and arm not in ("DiT", "ours, Muon"):
+            pairs = zip(losses[arm], losses["paper-style"])
+            row["largest_loss_difference"] = max(abs(a - b) / b for a, b in pairs)
+    steps.clear()
+    gc.collect()
+    accelerator.free_memory()
+    accelerator.state._reset_state(True)  # the next model may run in another precision
+    return {"batch_size": batch_size, "precision": precision, "gflops_per_image": flops / 1e9,
+            "matrix_tflops_per_second": rate / 1e12, "unet_channels": width, "arms": rows}  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    """Times all models and writes the figures."""
+    given = parse(Arguments, arguments, "benchmarks/train.py", __doc__ or "")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    torch.set_float32_matmul_precision("high")
+    device = best_device()
+    models = {name: time_model(name, given, device) for name in given.models}
+    save_result("train", {"threads": torch.get_num_threads(), "models": models})
+    print("| model | arm | images/s | x paper-style | share of the matrix rate | memory, GB | first step, s |")
+    print("|---|---|---|---|---|---|---|")
+    for name, model in models.items():
+        for arm, row in model["arms"].items():
+            memory = f"{row['peak_memory_gb']:.1f}" if "peak_memory_gb" in row else ""
+            print(
+                f"| {name}, batch {model['batch_size']}, {model['precision']} | {arm} | {row['images_per_second']:.4g} "
+                f"| {row['speed_ratio']:.2f} | {row['model_flop_utilisation']:.0%} | {memory} "
+                f"| {row['first_step_seconds']:.1f} |"
+            )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,67 @@
+"""What runs in half precision, and what is compiled: both change speed, and results to rounding alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from uvit.config import Compile, Precision
+from uvit.errors import InputError
+
+MIN_BF16_WIDTH = 128
+"""Narrower models are not faster in bf16 on a CPU: casts cost what products save (benchmarks/train.py)."""
+
+
+def cpu_has_bf16() -> bool:
+    """Tells whether the processor multiplies bf16 by instructions of its own, not by emulation."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(precision: Precision, device_type: str, embed_dim: int) -> str:
+    """Returns the precision of matrix products, for `auto` as for an explicit name.
+
+    Args:
+        precision: `auto`, `no` (fp32), `bf16` or `fp16`.
+        device_type: `cuda`, `cpu`, `mps` ….
+        embed_dim: width of the model.
+
+    Raises:
+        InputError: one that cannot run there.
+    """
+    if precision == "fp16" and device_type != "cuda":
+        raise InputError(f"mixed_precision 'fp16' needs a CUDA device, got {device_type!r}: use 'bf16' or 'no'")
+    if precision != "auto":
+        return precision
+    if device_type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if device_type == "cpu" and embed_dim >= MIN_BF16_WIDTH and cpu_has_bf16() else "no"
+
+
+def check_compile(how: Compile, device_type: str) -> None:
+    """Checks that a model can be compiled there, before the long work.
+
+    Raises:
+        InputError: CUDA graphs without CUDA, or no compiler.
+    """
+    if how == "graphs" and device_type != "cuda":
+        raise InputError(f"compile 'graphs' needs a CUDA device, got {device_type!r}: use 'blocks' or 'model'")
+    if how != "no" and device_type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise InputError(f"compile {how!r} needs a C++ compiler on a CPU, found none: install g++, or use 'no'")
+
+
+def compile_model(model: nn.Module, blocks: list[nn.Module], how: Compile) -> None:
+    """Compiles a model in place, so that its parameters keep their names; the first calls take long.
+
+    Args:
+        model: the network.
+        blocks: its blocks, which share one compiled code.
+        how: `no`, `blocks` (the shortest start), `model`, or `graphs` (the model, in CUDA graphs).
+    """
+    if how == "blocks":
+        for block in blocks:
+            block.compile()
+    elif how != "no":
+        model.compile(mode="reduce-overhead" if how == "graphs" else None)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from uvit import UViT
 from uvit.attention import resolve_backend
-from uvit.checkpoint import find_checkpoint, read_state, save_checkpoint
+from uvit.checkpoint import find_checkpoint, find_config, read_state, save_checkpoint
 from uvit.cli import is_first_process, parse, process_state, run, warn_of_missing_processes
 from uvit.config import CONFIG_FILE, Config, load_config, to_json
 from uvit.data import Batch, ImageData
@@ -124,8 +124,20 @@ def first_captions(data: ImageData) -> tuple[str, ...]:
 
 
 def batches_on(device: torch.device, loader: Iterable[Batch], run_dir: Path) -> Iterator[Batch]:
-    """Yields a loader's batches on the device, and tells of images that were left out."""
-    for batch in loader:
+    """Yields a loader's batches on the device, and tells of images that were left out.
+
+    Raises:
+        TrainingError: a worker died, as where memory ran out.
+        InputError: a batch cannot be read.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(f"{' '.join(str(error).split())}: run the same command again") from None
         with survive(str(run_dir / SKIPPED_FILE)):
             for line in add_lines(run_dir / SKIPPED_FILE, batch.skipped):
                 tell(f"skipped: {line}")
@@ -248,12 +260,16 @@ def load_state(state: dict[str, Any], stateful: dict[str, Any], run_dir: Path) -
         for name, part in stateful.items():
             load = partial(load_optimizer_state, part) if name == "optimizer" else part.load_state_dict
             load(state[name])
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise TypeError(f"step {state['step']!r:.80}")
         return state["step"]
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"the checkpoint in {run_dir} does not fit the config: {error!s:.200}") from None
 
 
-def save(config: Config, run_dir: Path, step: int, state: dict[str, Any], metrics: MetricsFile) -> None:
+def save(
+    config: Config, run_dir: Path, step: int, state: dict[str, Any], metrics: MetricsFile, keep: int | None
+) -> None:
     """Writes what a run has at a step; the checkpoint last, which says that the rest is there.
 
     Raises:
@@ -265,7 +281,7 @@ def save(config: Config, run_dir: Path, step: int, state: dict[str, Any], metric
     with survive(str(metrics.path)):
         metrics.sync()
     write_weights(run_dir, state["ema"])
-    save_checkpoint(run_dir, step, state, config.train.keep)
+    save_checkpoint(run_dir, config, step, state, keep)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -277,7 +293,7 @@ def main(arguments: Sequence[str]) -> None:
         prompts = first_captions(data)
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompts=prompts))
     run_dir = Path(config.train.run_dir or "")
-    changed = check_same_run(config, run_dir)
+    changed = check_same_run(config, run_dir, find_config(run_dir))
     encoders = load_encoders(config.data, config.model)
     check_encoders(data, config.data, encoders)
     make_directory(run_dir)
@@ -320,7 +336,7 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
     ema = ModelEmaV3(plain_model, decay=settings.ema_decay)
     compile_model(plain_model, plain_model.blocks, settings.compile)
     model, optimizer = accelerator.prepare(plain_model, build_optimizer(plain_model, config.optim))
-    progress = Progress(num_processes=accelerator.num_processes)
+    progress = Progress(num_processes=accelerator.num_processes, num_images=len(data))
     stateful = {"model": plain_model, "ema": ema.module, "optimizer": optimizer, "progress": progress}
     if accelerator.scaler is not None:
         stateful["scaler"] = accelerator.scaler
@@ -328,9 +344,10 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
     start = 0
     if (state := open_checkpoint(accelerator, run_dir)) is not None:
         start = load_state(state, stateful, run_dir)
-        if progress.num_processes != accelerator.num_processes:
-            changed = [*changed, f"processes {progress.num_processes}, got {accelerator.num_processes}"]
-            progress.num_processes = accelerator.num_processes
+        for name, value in {"num_processes": accelerator.num_processes, "num_images": len(data)}.items():
+            if (before := getattr(progress, name)) != value:
+                changed = [*changed, f"{name} {before}, got {value}"]
+                setattr(progress, name, value)
         different = f", with {'; '.join(changed)}" if changed else ""
         accelerator.print(f"going on from step {start} of {settings.num_steps} in {run_dir}{different}")
     if start >= settings.num_steps:
@@ -345,9 +362,9 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
         write_text(run_dir / CONFIG_FILE, to_json(config))
         metrics = MetricsFile(run_dir / METRICS_FILE, start)
     if settings.tracker != "none":
-        accelerator.init_trackers("uvit", config=flat(config))
+        with survive(f"to {settings.tracker}", (Exception,)):
+            accelerator.init_trackers("uvit", config=flat(config))
     generator = torch.Generator(device)
-    saved_step = start
     ending: TrainingError | Interrupted | None = None
     clock, clock_step = time.perf_counter(), start
 
@@ -404,16 +421,20 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
                 path = run_dir / "samples" / f"step_{done:08d}.png"
                 save_grid(accelerator, ema.module, config, encoders, path, done)
             if is_main and not is_lost and (done % settings.save_every == 0 or is_end or signum):
+                # What came before steps went wrong is kept until they are right again.
+                good_step, keep = progress.good_step, None if progress.bad_steps else settings.keep
+                progress.good_step = good_step if progress.bad_steps else done
                 try:
-                    save(config, run_dir, done, {name: part.state_dict() for name, part in stateful.items()}, metrics)
-                    saved_step = done
+                    state = {name: part.state_dict() for name, part in stateful.items()}
+                    save(config, run_dir, done, state, metrics, keep)
                 except (OSError, InputError) as error:
-                    failure = f"step {done} could not be saved ({error}); {last_checkpoint(saved_step)}"
+                    progress.good_step = good_step
+                    failure = f"step {done} could not be saved ({error}); {last_checkpoint(good_step)}"
             clock += time.perf_counter() - paused_at  # grids and checkpoints do not count in images/s
 
-            if is_lost:
+            if is_lost or (is_end and progress.bad_steps):
                 why = f"{progress.bad_steps} steps in a row had a loss or gradient that is not finite"
-                ending = TrainingError(f"{why}, the last step {done}; {last_checkpoint(saved_step)}")
+                ending = TrainingError(f"{why}, the last step {done}; {last_checkpoint(progress.good_step)}")
             elif is_end and failure:
                 ending = TrainingError(failure)
             elif signum and not is_end:
@@ -426,7 +447,8 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
                 break
 
     accelerator.wait_for_everyone()  # a launcher ends all processes with the first, and the main one may be writing
-    accelerator.end_training()
+    with survive(f"to {settings.tracker}", (Exception,)):
+        accelerator.end_training()
     if ending is not None:
         raise ending
     accelerator.print(

@@ -148,10 +148,10 @@ def has_ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def is_writing(run_dir: Path) -> bool:
-    """Tells whether a checkpoint is half-written."""
+def half_written(run_dir: Path) -> set[str]:
+    """Returns the checkpoints that are half-written, with those that an earlier life left so."""
     folder = run_dir / "checkpoints"
-    return folder.is_dir() and any(name.startswith(f".{PREFIX}") for name in os.listdir(folder))
+    return {name for name in os.listdir(folder) if name.startswith(f".{PREFIX}")} if folder.is_dir() else set()
 
 
 def newest_step(run_dir: Path) -> int:
@@ -161,7 +161,15 @@ def newest_step(run_dir: Path) -> int:
 
 
 def kill(
-    pid: int, run_dir: Path, until: float, counter: Counter, steps: float, aim: bool, signum: int, rng: random.Random
+    pid: int,
+    run_dir: Path,
+    until: float,
+    counter: Counter,
+    steps: float,
+    aim: bool,
+    left: set[str],
+    signum: int,
+    rng: random.Random,
 ) -> bool:
     """Sends a signal to a life, SIGINT to its whole group as a terminal does.
 
@@ -172,6 +180,7 @@ def kill(
         counter: the life's; after `steps` steps the signal is sent before that time.
         steps: how many.
         aim: wait then until a checkpoint is being written.
+        left: what an earlier life left half-written.
         signum: the signal.
         rng: spreads the moment over a step.
 
@@ -180,7 +189,7 @@ def kill(
     """
     while not has_ended(pid) and time.monotonic() < until and counter.steps < steps:
         time.sleep(rng.uniform(0, 0.01))
-    while aim and not has_ended(pid) and not is_writing(run_dir):
+    while aim and not has_ended(pid) and half_written(run_dir) <= left:
         time.sleep(0.0005)
     if has_ended(pid):
         return False
@@ -206,8 +215,9 @@ def killed_run(given: Arguments, run_dir: Path, start_time: float) -> dict[str, 
         aim = rng.random() < 1 / 3 and given.num_steps - saved > share + 2 * SAVE_EVERY
         (signum,) = [signal.SIGKILL] if aim else rng.choices(list(SIGNALS), list(SIGNALS.values()))
         log.unlink(missing_ok=True)  # workers that outlive a SIGKILL for a moment keep the old one
+        left = half_written(run_dir)
         pid = start_life(run_dir, counter, overrides)
-        met = kill(pid, run_dir, until, counter, steps, aim, signum, rng)
+        met = kill(pid, run_dir, until, counter, steps, aim, left, signum, rng)
         status = end_of(pid)
         if not met:
             raise TrainingError(f"a life ended by itself, with status {status}: see {run_dir.with_suffix('.log')}")
@@ -216,7 +226,7 @@ def killed_run(given: Arguments, run_dir: Path, start_time: float) -> dict[str, 
         if signum != signal.SIGKILL and "Traceback" in (text := log.read_text(errors="replace")):
             tracebacks += 1
             print(text, flush=True)
-        while_writing += is_writing(run_dir)
+        while_writing += not half_written(run_dir) <= left
         reached, saved = saved + counter.steps, newest_step(run_dir)
         lost.append(reached - saved)
         signals[signal.Signals(signum).name] = signals.get(signal.Signals(signum).name, 0) + 1

@@ -85,8 +85,8 @@ class Peer(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        labels = {} if y is None else {"class_labels": y}
-        return self.network(x, timesteps, **labels).sample
+        labels = torch.zeros_like(timesteps, dtype=torch.long) if y is None else y  # a DiT always takes some
+        return self.network(x, timesteps, class_labels=labels).sample
 
 
 def build_dit(config: Config) -> nn.Module:
@@ -100,7 +100,7 @@ def build_dit(config: Config) -> nn.Module:
         num_layers=model.depth + 1,
         sample_size=model.image_shape[0],
         patch_size=model.patch_size,
-        num_embeds_ada_norm=max(1, model.num_classes),
+        num_embeds_ada_norm=model.num_classes or 1,
     )
     return Peer(network)
 
@@ -116,7 +116,7 @@ def build_unet(config: Config, channels: int) -> nn.Module:
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
-        num_class_embeds=model.num_classes + model.null_class or None,
+        num_class_embeds=model.num_classes + model.null_class or 1,
     )
     return Peer(network)
 

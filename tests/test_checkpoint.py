@@ -8,6 +8,7 @@ import pytest
 import torch
 from malicious import PICKLE, WORDS
 
+from uvit import Config
 from uvit.checkpoint import checkpoint_dirs, find_checkpoint, load_checkpoint, save_checkpoint
 from uvit.errors import InputError
 
@@ -15,7 +16,7 @@ from uvit.errors import InputError
 def test_newest_checkpoint_is_loaded_and_old_ones_go(tmp_path):
     assert load_checkpoint(tmp_path) is None
     for step in (5, 10, 100):
-        save_checkpoint(tmp_path, step, {"model": {"w": torch.full((2,), float(step))}}, keep=2)
+        save_checkpoint(tmp_path, Config(), step, {"model": {"w": torch.full((2,), float(step))}}, keep=2)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["step_00000010", "step_00000100"]
     state = load_checkpoint(tmp_path)
     assert state["step"] == 100 and state["model"]["w"].tolist() == [100, 100]
@@ -23,7 +24,7 @@ def test_newest_checkpoint_is_loaded_and_old_ones_go(tmp_path):
 
 def test_a_checkpoint_can_be_written_again(tmp_path):
     for value in (1, 2):
-        save_checkpoint(tmp_path, 5, {"model": value}, keep=1)
+        save_checkpoint(tmp_path, Config(), 5, {"model": value}, keep=1)
     assert load_checkpoint(tmp_path)["model"] == 2
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000005"]
 
@@ -39,12 +40,12 @@ def test_broken_and_malicious_checkpoints(content, tmp_path, capsys):
 
 
 def test_a_disk_without_room_leaves_the_checkpoints_before(tmp_path):
-    save_checkpoint(tmp_path, 5, {"model": {"w": torch.zeros(10)}}, keep=1)
+    save_checkpoint(tmp_path, Config(), 5, {"model": {"w": torch.zeros(10)}}, keep=1)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(InputError, match=r"cannot write .*step_00000006: File too large"):
-            save_checkpoint(tmp_path, 6, {"model": {"w": torch.zeros(100_000)}}, keep=1)
+            save_checkpoint(tmp_path, Config(), 6, {"model": {"w": torch.zeros(100_000)}}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000005"]
@@ -53,12 +54,12 @@ def test_a_disk_without_room_leaves_the_checkpoints_before(tmp_path):
 
 def test_broken_checkpoints_are_not_counted_as_kept(tmp_path):
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, {}, keep=9)
+        save_checkpoint(tmp_path, Config(), step, {}, keep=9)
     (tmp_path / "checkpoints/step_00000003/complete.json").unlink()
     (tmp_path / "checkpoints/step_00000002/training_state.pt").write_bytes(b"cut")
-    save_checkpoint(tmp_path, 4, {}, keep=2)
+    save_checkpoint(tmp_path, Config(), 4, {}, keep=2)
     assert [int(path.name[5:]) for path in checkpoint_dirs(tmp_path)] == [1, 2, 3, 4]
-    save_checkpoint(tmp_path, 5, {}, keep=2)
+    save_checkpoint(tmp_path, Config(), 5, {}, keep=2)
     assert [int(path.name[5:]) for path in checkpoint_dirs(tmp_path)] == [4, 5]
 
 
@@ -67,13 +68,13 @@ def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next(tmp_path):
     leftover.mkdir(parents=True)
     (leftover / "training_state.pt").write_bytes(b"half")
     assert load_checkpoint(tmp_path) is None
-    save_checkpoint(tmp_path, 4, {}, keep=2)
+    save_checkpoint(tmp_path, Config(), 4, {}, keep=2)
     assert not leftover.exists()
 
 
 def test_the_newest_whole_checkpoint_is_found_past_broken_ones(tmp_path):
     for step in (99_999_999, 100_000_000, 100_000_001):
-        save_checkpoint(tmp_path, step, {}, keep=9)
+        save_checkpoint(tmp_path, Config(), step, {}, keep=9)
     (tmp_path / "checkpoints/step_100000001/complete.json").write_text("[]")
     found, broken = find_checkpoint(tmp_path)
     assert found.name == "step_100000000"
@@ -84,7 +85,7 @@ def test_the_newest_whole_checkpoint_is_found_past_broken_ones(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", PICKLE])
 def test_a_foreign_state_with_a_marker_is_not_run(content, tmp_path, capsys):
-    save_checkpoint(tmp_path, 1, {}, keep=1)
+    save_checkpoint(tmp_path, Config(), 1, {}, keep=1)
     state = tmp_path / "checkpoints/step_00000001/training_state.pt"
     state.write_bytes(content)
     marker = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -23,7 +23,7 @@ import encode
 import evaluate
 import sample
 import train
-from uvit import UViT, checkpoint
+from uvit import Config, UViT, checkpoint
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import run
 from uvit.errors import InputError
@@ -704,7 +704,7 @@ def scenery(told) -> None:
     np.savez(finished / "negative.npz", mu=np.zeros(64), sigma=-np.eye(64))
     np.savez(finished / "sized.npz", mu=np.zeros(64), sigma=np.eye(64), features="pixels", image_size=(4, 16))
     for name, text in (("foreign", config), ("emptied", "[]")):
-        save_checkpoint(finished / name, 2, {}, keep=1)
+        save_checkpoint(finished / name, Config(), 2, {}, keep=1)
         (finished / name / "config.json").write_text(text)
 
 

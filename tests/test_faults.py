@@ -21,7 +21,8 @@ import train
 import uvit.checkpoint
 import uvit.loader
 import uvit.resume
-from uvit.checkpoint import checkpoint_dirs, load_checkpoint
+from uvit.checkpoint import checkpoint_dirs, load_checkpoint, save_checkpoint
+from uvit.config import load_config
 from uvit.errors import InputError
 from uvit.loader import StepSampler
 
@@ -328,7 +329,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_also_across_a_kill(whole, tmp_
     arguments = arguments_of(whole, tmp_path / "run", "--train.max_bad_steps", "3")
     message = (
         "error: 3 steps in a row had a loss or gradient that is not finite, the last step 6; "
-        "the last good checkpoint is that of step 4"
+        "the last good checkpoint is that of step 2"
     )
 
     def prepare():
@@ -347,6 +348,47 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_also_across_a_kill(whole, tmp_
     assert load_checkpoint(tmp_path / "run")["step"] == 4
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "alone")
     assert live(arguments, tmp_path / "log")[0] == 0  # what was wrong is put right
+
+
+def test_steps_that_go_wrong_cost_no_checkpoint_from_before(whole, tmp_path):
+    every = ["--train.save_every", "1", "--train.keep", "1"]
+    status, lines = live(arguments_of(whole, tmp_path / "run", *every), tmp_path / "log", lambda: spoil(range(7, 99)))
+    message = "error: 4 steps in a row had a loss or gradient that is not finite, the last step 7; "
+    assert (status, lines[-1]) == (1, f"{message}the last good checkpoint is that of step 3")
+    assert [path.name[-1] for path in checkpoint_dirs(tmp_path / "run")] == ["3", "4", "5", "6", "7"]
+    for folder in checkpoint_dirs(tmp_path / "run")[1:]:
+        shutil.rmtree(folder)
+    assert live(arguments_of(whole, tmp_path / "run", *every), tmp_path / "log")[0] == 0
+    assert [path.name[-1] for path in checkpoint_dirs(tmp_path / "run")] == ["7"]
+
+
+def test_without_its_config_a_run_is_still_known_by_its_checkpoint(whole, tmp_path):
+    shutil.copytree(whole / "whole", tmp_path / "run")
+    (tmp_path / "run/config.json").unlink()
+    status, (line,) = live(arguments_of(whole, tmp_path / "run", "--optim.lr", "0.5"), tmp_path / "log")
+    assert status == 2 and "holds a run with optim.lr 0.01, got 0.5" in line
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("step", 2.5, "step 2.5"),
+        ("step", -5, "step -5"),
+        ("progress", {"bad_steps": "x"}, "bad_steps 'x'"),
+        ("optimizer", {}, "state of 1 parameters, expected"),
+    ],
+)
+def test_a_checkpoint_with_something_else_in_it_does_not_fit(part, value, message, whole, tmp_path):
+    shutil.copytree(whole / "whole", tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run")
+    state["step"] -= 1  # so that there is something to do
+    if part == "optimizer":
+        state["optimizer"]["state"] = {0: state["optimizer"]["state"][0]}
+    else:
+        state[part] = state[part] | value if isinstance(value, dict) else value
+    save_checkpoint(tmp_path / "run", load_config(tmp_path / "run/config.json"), 7, state, keep=1)
+    status, (line,) = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log")
+    assert status == 2 and "does not fit the config: " in line and message in line
 
 
 def test_all_fields_that_make_another_run_are_named_and_may_be_overruled(whole, tmp_path):
@@ -445,7 +487,7 @@ def test_a_bad_number_in_one_process_is_left_out_by_both(shared, whole, tmp_path
 def test_another_number_of_processes_is_told_of(whole, tmp_path):
     shutil.copytree(whole / "whole", tmp_path / "run")
     assert live_together(arguments_of(whole, tmp_path / "run", "--train.num_steps", "8"), tmp_path) == [0, 0]
-    assert "train.num_steps 7, got 8; processes 1, got 2" in (tmp_path / "rank_0.log").read_text()
+    assert "train.num_steps 7, got 8; num_processes 1, got 2" in (tmp_path / "rank_0.log").read_text()
     assert load_checkpoint(tmp_path / "run")["progress"]["num_processes"] == 2
 
 

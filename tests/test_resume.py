@@ -29,14 +29,17 @@ def test_changes_are_told_apart():
 
 
 def test_a_folder_without_a_run_takes_any_config(tmp_path):
-    assert check_same_run(Config(), tmp_path) == []
+    assert check_same_run(Config(), tmp_path, None) == []
     (tmp_path / CONFIG_FILE).write_text(to_json(Config()))
     (tmp_path / "checkpoints").mkdir()
     other = Config(train=TrainConfig(seed=1))
     with pytest.raises(InputError, match=r"holds a run with train.seed 0, got 1: use another --train.run_dir, or"):
-        check_same_run(other, tmp_path)
+        check_same_run(other, tmp_path, tmp_path / CONFIG_FILE)
     anyway = Config(train=TrainConfig(seed=1, resume_anyway=True))
-    assert check_same_run(anyway, tmp_path) == ["train.seed 0, got 1", "train.resume_anyway False, got True"]
+    assert check_same_run(anyway, tmp_path, tmp_path / CONFIG_FILE) == [
+        "train.seed 0, got 1",
+        "train.resume_anyway False, got True",
+    ]
 
 
 def test_lines_of_metrics_after_the_step_go_and_foreign_ones_stay(tmp_path):
@@ -57,6 +60,13 @@ def test_lines_that_cannot_be_written_wait(tmp_path):
     (tmp_path / "gone").mkdir()
     metrics.sync()
     assert metrics.path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_lines_that_nest_too_deeply_are_none_of_ours(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("[" * 200_000 + '\n{"step": 9}\n')
+    MetricsFile(path, 3)
+    assert path.read_text() == "[" * 200_000 + "\n"
 
 
 def test_the_mean_loss_and_bad_steps_are_counted():

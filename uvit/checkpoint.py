@@ -19,6 +19,7 @@ import tyro
 
 from uvit.backbone import UViT
 from uvit.cli import parse, run
+from uvit.config import CONFIG_FILE, Config, to_json
 from uvit.errors import InputError
 from uvit.files import aside_of, make_directory, remove_leftovers, sync
 from uvit.weights import load_without_code
@@ -46,14 +47,21 @@ def _describe(path: Path, thorough: bool = True) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> None:
+def find_config(run_dir: Path) -> Path | None:
+    """Returns the config that the newest checkpoint of a run was made with, or None where there is none."""
+    found = [folder / CONFIG_FILE for folder in reversed(checkpoint_dirs(run_dir)) if (folder / CONFIG_FILE).is_file()]
+    return found[0] if found else None
+
+
+def save_checkpoint(run_dir: Path, config: Config, step: int, state: dict[str, Any], keep: int | None) -> None:
     """Writes RUN/checkpoints/step_NNNNNNNN, whole or not at all, and then removes all but the `keep` newest.
 
     Args:
         run_dir: folder of the run.
+        config: what it was made with.
         step: optimizer steps done.
         state: state dicts of everything that must go on where it stopped.
-        keep: checkpoints to keep.
+        keep: checkpoints to keep; None keeps all.
 
     Raises:
         InputError: it cannot be written; the checkpoints before it are still there.
@@ -67,6 +75,8 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep: int) 
         with open(aside / STATE_FILE, "wb") as file:
             torch.save({"step": step, **state}, file)
         sync(aside / STATE_FILE)
+        (aside / CONFIG_FILE).write_text(to_json(config))
+        sync(aside / CONFIG_FILE)
         (aside / MARKER_FILE).write_text(json.dumps(_describe(aside / STATE_FILE)) + "\n")
         sync(aside / MARKER_FILE)
         sync(aside)
@@ -78,6 +88,8 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep: int) 
         raise InputError(f"cannot write {target}: {getattr(reason, 'strerror', None) or reason}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    if keep is None:
+        return
     num_whole = 0
     for folder in reversed(checkpoint_dirs(run_dir)):
         if num_whole >= keep:
@@ -97,7 +109,7 @@ def _find_fault(folder: Path, thorough: bool = True) -> str | None:
         return f"it has no {Path(error.filename).name}"
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"its {MARKER_FILE} is not JSON"
     return None if marker == found else f"its {STATE_FILE} is not what {MARKER_FILE} says"
 

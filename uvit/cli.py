@@ -97,6 +97,12 @@ def is_first_process() -> bool:
     return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
 
 
+def _end_by_sigterm(*_: object) -> None:
+    """Ends as an exception does, so that files being written are put away."""
+    print("\nstopped by SIGTERM", file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
+
+
 def run(main: Callable[[Sequence[str]], object]) -> None:
     """Runs a script's main on the command line, and turns what ends it into one line on standard error and a status.
 
@@ -104,7 +110,7 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     being written have been put away. What every process meets alike is printed by the first.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack letters
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _end_by_sigterm)
     try:
         main(sys.argv[1:])
     except InputError as error:

@@ -148,18 +148,16 @@ def hold(folder: Path) -> Iterator[None]:
         path.touch()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    with open(path, "a+") as file:
+    with open(path, "a+b", buffering=0) as file:  # what a full disk refuses must not be tried again at the end
         try:
             # A record lock is the process's own; flock's would live on in the loader's workers after a crash.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise InputError(
-                f"{folder} is in use by {file.read() or 'another process'}: wait for it to end, or use another folder"
-            ) from None
+            holder = printable(file.read().decode(errors="replace")) or "another process"
+            raise InputError(f"{folder} is in use by {holder}: wait for it to end, or use another folder") from None
         except OSError as error:
             print(f"warning: cannot lock {folder} ({error.strerror}): start no second run in it", file=sys.stderr)
         try:

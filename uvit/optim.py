@@ -76,6 +76,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     saved = [group.keys() - {"params", "initial_lr"} for group in state["param_groups"]]
     if saved != [group.keys() for group in own]:
         raise ValueError("its optimizer is another one")
+    numbers = {number for group in state["param_groups"] for number in group["params"]}
+    if state["state"] and state["state"].keys() != numbers:
+        raise ValueError(f"its optimizer has state of {len(state['state'])} parameters, expected {len(numbers)}")
     optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, own):
         group.update(values)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from uvit.config import CONFIG_FILE, Config, from_dict, read_json
+from uvit.config import Config, from_dict, read_json
 from uvit.errors import InputError
 from uvit.files import append_lines, sync, write_text
 
@@ -53,8 +53,12 @@ class Progress:
     """How many there were: the steps since that line, without those left out."""
     bad_steps: int = 0
     """Steps in a row, the last one included, that were left out for a loss or gradient that is not finite."""
+    good_step: int = 0
+    """Step of the last checkpoint that no such step came right before; 0 for none."""
     num_processes: int = 1
     """Processes that shared the last step."""
+    num_images: int = 0
+    """Length of the data at the last step."""
 
     def count(self, loss: float, is_sound: bool, is_overflow: bool) -> None:
         """Takes note of a step.
@@ -80,9 +84,13 @@ class Progress:
         """Takes the values of a checkpoint.
 
         Raises:
-            TypeError: not the fields of a Progress.
+            TypeError: not the fields of a Progress, or not of their types.
         """
-        self.__dict__.update(dataclasses.asdict(Progress(**state)))
+        given = Progress(**state)
+        for field in dataclasses.fields(self):
+            if type(getattr(given, field.name)) is not type(field.default):
+                raise TypeError(f"{field.name} {getattr(given, field.name)!r:.80}")
+        self.__dict__.update(dataclasses.asdict(given))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the values, for a checkpoint."""
@@ -108,8 +116,13 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     return other_run, harmless
 
 
-def check_same_run(config: Config, run_dir: Path) -> list[str]:
+def check_same_run(config: Config, run_dir: Path, config_file: Path | None) -> list[str]:
     """Stops where the run folder holds a run that this config cannot go on with.
+
+    Args:
+        config: of the run to be.
+        run_dir: its folder.
+        config_file: what the folder's newest checkpoint was made with; None where there is none.
 
     Returns:
         What differs and is let pass: harmless changes, and with train.resume_anyway all.
@@ -117,9 +130,9 @@ def check_same_run(config: Config, run_dir: Path) -> list[str]:
     Raises:
         InputError: changes that make it another run.
     """
-    if not (run_dir / "checkpoints").is_dir() or not (run_dir / CONFIG_FILE).is_file():
+    if config_file is None:
         return []
-    before = from_dict(Config, read_json(run_dir / CONFIG_FILE))
+    before = from_dict(Config, read_json(config_file))
     other_run, harmless = changes(before, config)
     if other_run and not config.train.resume_anyway:
         held = f"{run_dir} holds a run with {'; '.join(other_run)}"
@@ -201,6 +214,6 @@ def _step_of(line: str) -> float:
     """Returns the step of a line of ours; lines of others stay, as if they came before all steps."""
     try:
         step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, IndexError):
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         return -math.inf
     return step if isinstance(step, (int, float)) else -math.inf

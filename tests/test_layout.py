@@ -37,6 +37,7 @@ ORDER = [
     "integrations.export",
     "checkpoint",
     "generate",
+    "integrations.diffusers",
     "evaluation",
     "integrations.__init__",
     "__init__",

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -120,9 +119,14 @@ def _table(process: ProcessConfig) -> dict[str, Any]:
 def make_scheduler(process: ProcessConfig, sampler: SolverName = "dpmpp_2m") -> Scheduler:
     """Expresses a process and a solver as a scheduler of diffusers, whose `config` saves and loads.
 
+    UViTPipeline draws with it what sample.py draws, to rounding, where the number of steps divides that of the table,
+    to whose entries diffusers rounds times. Two differ a little in the first steps, which are infinite in log-SNR:
+    `unipc` begins `flow` at 1 - 1e-6, and the multistep solvers begin `cosine` at α = 2⁻¹² in place of 0.
+
     Args:
-        process: `ldm` is diffusers' `scaled_linear`; `vp` and `cosine` are tables of 1000 betas; `flow` is flow
-            matching, with time_shift as its shift.
+        process: `ldm` is diffusers' `scaled_linear`; `vp` and `cosine` are tables of 1000 betas (999 for a
+            `cosine` network of noise, which sample.py begins at 0.999 too); `flow` is flow matching, with time_shift
+            as its shift.
         sampler: `ddim`, `dpmpp_2m` or `unipc`; on `flow` also `euler` and `heun`. Another scheduler of diffusers for
             the same process is `Other.from_config(make_scheduler(process).config)`.
 
@@ -249,9 +253,15 @@ class UViTModel(UViT, ModelMixin):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, torch_dtype: torch.dtype | None = None, **options: Any
+        cls,
+        name_or_path: str | Path,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> UViTModel:
-        """Loads as UViT does; fields of UViTConfig change the model, and diffusers' ways to read a file do nothing.
+        """Loads as UViT does, in float32 or the dtype given by either name.
+
+        Fields of UViTConfig change the model; diffusers' other options, of how a file is read, do nothing.
 
         Raises:
             InputError: as UViT.from_pretrained, or a choice of devices or variant of the weights.
@@ -263,7 +273,7 @@ class UViTModel(UViT, ModelMixin):
                 )
         fields = {field.name for field in dataclasses.fields(UViTConfig)}
         model = super().from_pretrained(name_or_path, **{name: options[name] for name in options if name in fields})
-        return model.to(torch_dtype)  # type: ignore[return-value]
+        return model.to(dtype or torch_dtype)  # type: ignore[return-value]
 
 
 class UViTPipeline(DiffusionPipeline):
@@ -272,7 +282,7 @@ class UViTPipeline(DiffusionPipeline):
     Args:
         transformer: the backbone; a plain UViT is copied.
         scheduler: one that fits the process, such as make_scheduler gives.
-        vae: the autoencoder of a network of latents, whose config's scaling_factor is the one trained with.
+        vae: the AutoencoderKL of a network of latents, whose config's scaling_factor is the one trained with.
         text_encoder: the CLIP text model of a network that takes a context.
         tokenizer: its tokenizer.
         schedule: ProcessConfig's, what the network was trained on.
@@ -293,14 +303,14 @@ class UViTPipeline(DiffusionPipeline):
     text_encoder: Any
     tokenizer: Any
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers' name and type)
 
     def __init__(
         self,
         transformer: UViT,
         scheduler: Scheduler,
-        vae: AutoencoderKL | None = None,
+        vae: Any = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
         schedule: str = "flow",
@@ -338,7 +348,7 @@ class UViTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_run(cls, checkpoint: str, sampler: SolverName | None = None) -> UViTPipeline:
-        """Makes a pipeline of a run, with its encoders where it has them, on the CPU.
+        """Makes a pipeline of a run, with its encoders where it has them, on the CPU; steps and guidance are the call's.
 
         Args:
             checkpoint: run folder, or hub name of one.
@@ -365,20 +375,21 @@ class UViTPipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, **options: Any) -> UViTPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> UViTPipeline:
         """Loads what `save_pretrained` wrote, from a folder or the hub.
 
         Args:
-            name_or_path: folder, or hub name.
-            **options: as DiffusionPipeline's, such as torch_dtype or a part to take instead of the saved one.
+            pretrained_model_name_or_path: folder, or hub name.
+            **kwargs: as DiffusionPipeline's, such as torch_dtype or a part to take instead of the saved one.
 
         Raises:
             InputError: no pipeline there, or parts that do not fit together.
         """
-        folder = find_folder(str(name_or_path), "pipeline", ("*.json", "*.safetensors", "*.txt"))
+        name = str(pretrained_model_name_or_path)
+        folder = find_folder(name, "pipeline", ("*.json", "*.safetensors", "*.txt"))
         if not isfile(folder / INDEX_FILE):
-            raise InputError(f"{name_or_path} is no pipeline, it has no {INDEX_FILE}: make one of a run with from_run")
-        return super().from_pretrained(folder, **options)
+            raise InputError(f"{name} is no pipeline, it has no {INDEX_FILE}: make one of a run with from_run")
+        return super().from_pretrained(folder, **kwargs)
 
     def _labels(self, given: Sequence[int | str]) -> list[int]:
         """The labels meant by numbers and names."""

@@ -48,14 +48,17 @@ def largest_difference(model, exported, batch):
     return (model(**inputs) - exported(**inputs)).abs().max().item()
 
 
-@KINDS
-def test_onnxruntime_gives_the_models_output_at_every_batch_and_after_resize(make, fields, tmp_path):
-    model, path = make(**fields), tmp_path / "model.onnx"
-    for size in (8, (12, 16)):
-        assert save_exported(model.resize(size), path) < 1e-4
-        exported = load_exported(path)
-        assert all(largest_difference(model, exported, batch) < 1e-4 for batch in (1, 4))
-        assert exported(**example_inputs(model, 2)).std() > 0.01
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [(LABELS, 8), (LABELS, (12, 16)), (CONTEXT, (12, 16)), (OPTIONS, (12, 16))],
+    ids=["labels", "labels_resized", "context_resized", "options_resized"],
+)
+def test_onnxruntime_gives_the_models_output_at_every_batch_and_after_resize(make, fields, size, tmp_path):
+    model, path = make(**fields).resize(size), tmp_path / "model.onnx"
+    assert save_exported(model, path) < 1e-4
+    exported = load_exported(path)
+    assert all(largest_difference(model, exported, batch) < 1e-4 for batch in (1, 4))
+    assert exported(**example_inputs(model, 2)).std() > 0.01
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
 
 

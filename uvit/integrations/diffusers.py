@@ -348,7 +348,7 @@ class UViTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_run(cls, checkpoint: str, sampler: SolverName | None = None) -> UViTPipeline:
-        """Makes a pipeline of a run, with its encoders where it has them, on the CPU; steps and guidance are the call's.
+        """Makes a pipeline of a run, with its encoders where it has them, on the CPU; steps and guidance are a call's.
 
         Args:
             checkpoint: run folder, or hub name of one.

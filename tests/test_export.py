@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import resource
 
 import onnx
 import onnxruntime
@@ -127,6 +128,21 @@ def test_a_file_that_differs_from_the_model_does_not_take_its_place(make, tmp_pa
         save_exported(make(), path)
     assert path.read_text() == "before"
     assert [each.name for each in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_disk_without_room_leaves_what_was_there(make, suffix, tmp_path):
+    model, path = make(), tmp_path / f"model{suffix}"
+    path.write_text("before")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot write to .*: File too large"):
+            save_exported(model, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert path.read_text() == "before"
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("form", [export_program, export_onnx])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,12 @@ def export_program(model: UViT) -> torch.export.ExportedProgram:
     return torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
 
 
+def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    held = io.BytesIO()  # torch's own writer ends the process on a full disk
+    torch.export.save(program, held)
+    path.write_bytes(held.getbuffer())
+
+
 @torch.no_grad()
 def export_onnx(model: UViT) -> torch.onnx.ONNXProgram:
     """Captures a backbone as ONNX, for any batch size, at the model's image size.
@@ -137,7 +144,7 @@ def save_exported(model: UViT, path: Path) -> float:
     """
     with write_together(path) as aside:
         if path.suffix == ".pt2":
-            torch.export.save(export_program(model), aside)
+            _save_program(export_program(model), aside)
         else:
             export_onnx(model).save(aside)
         exported, difference = load_exported(aside), 0.0
@@ -158,7 +165,8 @@ class ExportArguments(Section):
     format: ExportFormat = "onnx"
     """ONNX for onnxruntime and others, or torch.export's file for torch.export.load."""
     output: str | None = None
-    """File to write; where not given, model.onnx or model.pt2 here. ONNX weights above 2 GB go to OUTPUT.data."""
+    """File to write; where not given, model.onnx or model.pt2 here. ONNX weights above 1.5 GB, near what one
+    file can hold, go to OUTPUT.data."""
     img_size: tuple[int, int] | None = None
     """Height and width in pixels of an image (or latent) to resize the model to; its own where not given."""
     attention: Backend | None = None

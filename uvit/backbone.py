@@ -229,11 +229,12 @@ class UViT(nn.Module):
                 nn.init.ones_(module.proj.bias[: self.config.embed_dim])  # scale starts at a plain LayerNorm's 1
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> None:
-        config, batch = self.config, len(x)
+        config = self.config
         expected = (config.in_chans, *config.image_shape)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise InputError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
-        if tuple(timesteps.shape) not in ((), (1,), (batch,)):
+        batch = x.shape[0]  # len(x) would be a constant to an exporter
+        if tuple(timesteps.shape) not in ((batch,), (1,), ()):
             raise InputError(f"timesteps must be ({batch},), got {tuple(timesteps.shape)}")
         if (y is None) != (config.num_classes == 0):
             given = "none" if y is None else "labels"
@@ -312,7 +313,7 @@ class UViT(nn.Module):
     def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """All tokens, and the embedded time."""
         config = self.config
-        time = timestep_embedding(timesteps.expand(len(x)), config.embed_dim)  # (B, D)
+        time = timestep_embedding(timesteps.expand(x.shape[0]), config.embed_dim)  # (B, D)
         time = self.time_embed(time.to(self.norm.weight.dtype))  # (B, D)
         tokens = [self.patch_embed(x)]  # (B, N, D), where N = H * W / patch_size ** 2
         if context is not None:

@@ -1,6 +1,7 @@
 """Training state to go on from, and the command line for weights.
 
-`python -m uvit.checkpoint convert FILE.pth OUT` turns a published file into config.json and model.safetensors.
+`python -m uvit.checkpoint convert FILE.pth OUT` turns a published file into config.json and model.safetensors;
+`python -m uvit.checkpoint export RUN --format onnx` writes a backbone that runs without this package.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from uvit.cli import parse, run
 from uvit.config import CONFIG_FILE, Config, to_json
 from uvit.errors import InputError
 from uvit.files import aside_of, make_directory, remove_leftovers, sync
+from uvit.integrations.export import export
 from uvit.weights import load_without_code
 
 STATE_FILE = "training_state.pt"
@@ -188,7 +190,7 @@ def convert(arguments: Sequence[str]) -> None:
     print(f"{source}: {count:,} parameters, {blocks}, to {output}")
 
 
-COMMANDS = {"convert": convert}
+COMMANDS = {"convert": convert, "export": export}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -86,6 +86,38 @@ def write_aside(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def write_together(path: Path) -> Iterator[Path]:
+    """Yields a path of the same name in a hidden folder, for what may need more files beside it.
+
+    Once the block has ended without an error, all files in the folder take their places beside `path`, the one of its
+    name last: it is whole, with those that it refers to, or not there.
+
+    Raises:
+        InputError: the files cannot be made, written or put in their places.
+    """
+    make_directory(path.parent)
+    if os.path.isdir(path):
+        raise InputError(f"cannot write to {path}: it is a folder")
+    target = path.resolve()
+    folder = aside_of(target)
+    try:
+        folder.mkdir()
+        yield folder / target.name
+        *others, last = sorted(folder.iterdir(), key=lambda file: file.name == target.name)
+        for file in (*others, last):
+            sync(file)
+        if others:
+            target.unlink(missing_ok=True)  # an older one must not meet these
+        for file in (*others, last):
+            file.replace(target.parent / file.name)
+        sync(target.parent)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Adds lines to a text file, all or none of them.
 

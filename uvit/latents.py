@@ -72,6 +72,23 @@ def _count_values(path: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
 
 
+def encode_captions(network: Any, tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
+    """Encodes captions, cut or padded to a length.
+
+    Args:
+        network: a CLIP text model.
+        tokenizer: its tokenizer.
+        captions: B texts.
+        length: tokens of the context.
+
+    Returns:
+        (B, length, D) last hidden states, on the device of the network.
+    """
+    tokens = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    # Without the mask of padding, as the published models were trained: the padding is part of the context.
+    return network(tokens.input_ids.to(network.device)).last_hidden_state
+
+
 class TextEncoder(nn.Module):
     """A frozen CLIP text encoder: captions to the last hidden states of all tokens, as the published text models take.
 
@@ -129,11 +146,7 @@ class TextEncoder(nn.Module):
             self._cache.clear()
             new = list(dict.fromkeys(captions))
         if new:
-            tokens = self.tokenizer(
-                new, padding="max_length", truncation=True, max_length=self.context_shape[0], return_tensors="pt"
-            )
-            # Without the mask of padding, as the published models were trained: the padding is part of the context.
-            encoded = self.network(tokens.input_ids.to(self.network.device)).last_hidden_state
+            encoded = encode_captions(self.network, self.tokenizer, new, self.context_shape[0])
             self._cache.update(zip(new, encoded))
         return torch.stack([self._cache[caption] for caption in captions]).to(self.network.device)
 

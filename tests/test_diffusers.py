@@ -1,0 +1,426 @@
+"""The pipeline of diffusers against sample.py, and our processes as its schedulers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from encoders import make_autoencoder, make_text_encoder
+
+import sample as sample_script
+from uvit import UViT
+from uvit.config import Config, DataConfig, ProcessConfig, SampleConfig, UViTConfig, to_json
+from uvit.diffusion import SCHEDULES
+from uvit.errors import InputError
+from uvit.files import write_text
+from uvit.generate import load_run
+from uvit.integrations.diffusers import UViTModel, UViTPipeline, check_scheduler, make_scheduler, set_times
+from uvit.latents import load_encoders
+from uvit.samplers import SOLVERS, ImageNoise, denoiser, guide, sample
+
+NULL = 3
+LABELS = [0, 1, 2, 1]
+FLOW = ProcessConfig(schedule="flow", prediction="flow")
+TABLES = [(schedule, prediction) for schedule in ("vp", "ldm", "cosine") for prediction in ("noise", "data", "v")]
+
+
+def random_weights(model: UViT) -> UViT:
+    """Gives a network outputs of about unit variance."""
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.decoder_pred.weight, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def network() -> UViT:
+    config = UViTConfig(
+        img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=4, num_classes=NULL, null_class=True
+    )
+    return random_weights(UViT(config))
+
+
+def pipeline(network: UViT, process: ProcessConfig, scheduler, **parts) -> UViTPipeline:
+    pipe = UViTPipeline(network, scheduler, schedule=process.schedule, prediction=process.prediction, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise_for(network: UViT, count: int = len(LABELS)) -> torch.Tensor:
+    shape = (network.config.in_chans, *network.config.image_shape)
+    return ImageNoise([(7, number) for number in range(count)], shape, torch.device("cpu"))()
+
+
+def theirs(network, process, scheduler, num_steps, guidance=1.5):
+    return pipeline(network, process, scheduler)(
+        class_labels=LABELS,
+        guidance_scale=guidance,
+        num_inference_steps=num_steps,
+        latents=noise_for(network),
+        output_type="latent",
+    ).images
+
+
+def ours(network, process, sampler, num_steps, guidance=1.5):
+    y = torch.tensor(LABELS)
+    config = SampleConfig(sampler=sampler, num_steps=num_steps, guidance=guidance)
+    null = {"y": torch.full_like(y, NULL)}
+    return sample(network, process, config, lambda: noise_for(network), {"y": y}, null)
+
+
+@torch.no_grad()
+def ours_at(network, process, sampler, times, guidance=1.5):
+    y, schedule = torch.tensor(LABELS), SCHEDULES[process.schedule]
+    output = guide(network, schedule, {"y": y}, {"y": torch.full_like(y, NULL)}, guidance)
+    return SOLVERS[sampler](denoiser(output, schedule, process.prediction), noise_for(network), schedule, times)
+
+
+def assert_equal_to_rounding(given, expected, tolerance=1e-4):
+    """Noise divided by a vanishing α leaves images of a random network in the thousands: rounding scales with them."""
+    assert expected.isfinite().all() and expected.std() > 0.1
+    assert (given - expected).abs().max() <= tolerance * max(1.0, expected.abs().max())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize(("schedule", "prediction"), TABLES)
+def test_images_of_tables_are_sample_pys(network, schedule, prediction, sampler):
+    process = ProcessConfig(schedule=schedule, prediction=prediction)
+    # The table of a network that cannot predict from α = 0 has 999 entries.
+    num_steps = 9 if (schedule, prediction) == ("cosine", "noise") else 10
+    given = theirs(network, process, make_scheduler(process, sampler), num_steps)
+    if schedule == "cosine" and prediction != "noise" and sampler != "ddim":
+        # Multistep schedulers of diffusers begin at α = 2⁻¹² for 0: there our solvers give the same.
+        first = 1 - 2 / torch.pi * np.arcsin(2**-12)
+        times = [first, *np.linspace(1, 0, num_steps + 1)[1:]]
+        assert_equal_to_rounding(given, ours_at(network, process, sampler, times), 2e-3)
+        assert (given - ours(network, process, sampler, num_steps)).abs().mean() < 0.02 * given.std()
+    else:
+        assert_equal_to_rounding(given, ours(network, process, sampler, num_steps))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("prediction", ["flow", "data", "noise"])
+def test_images_of_flow_are_sample_pys(network, prediction, sampler, shift):
+    process = ProcessConfig(schedule="flow", prediction=prediction, time_shift=shift)
+    if prediction != "flow" and sampler in ("euler", "heun"):
+        with pytest.raises(InputError, match="schedule 'flow' are dpmpp_2m, unipc, got sampler"):
+            make_scheduler(process, sampler)
+        return
+    scheduler = make_scheduler(process, sampler)
+    given = theirs(network, process, scheduler, 10)
+    if sampler == "unipc" and prediction != "noise":
+        # Its scheduler begins at 1 - 1e-6 and so corrects a first step that is infinite in ours.
+        times = [*set_times(scheduler, process, 10), 0.0]
+        assert times[0] == pytest.approx(1 - 1e-6, abs=1e-7)
+        assert_equal_to_rounding(given, ours_at(network, process, sampler, times))
+    else:
+        assert_equal_to_rounding(given, ours(network, process, sampler, 10))
+
+
+def test_guidance_scale_is_w(network):
+    process = ProcessConfig(schedule="ldm", prediction="v")
+    images = {w: theirs(network, process, make_scheduler(process, "ddim"), 5, guidance=w) for w in (0.0, 1.0, 4.0)}
+    for w, given in images.items():
+        assert_equal_to_rounding(given, ours(network, process, "ddim", 5, guidance=w))
+    assert not torch.allclose(images[0.0], images[1.0], atol=0.01)
+    assert not torch.allclose(images[4.0], images[1.0], atol=0.01)
+
+
+def test_times_of_a_table_are_the_networks_own():
+    """sample.py asks an ldm network at n, where diffusers counts n - 1."""
+    process = ProcessConfig(schedule="ldm", prediction="noise")
+    scheduler = make_scheduler(process)
+    assert set_times(scheduler, process, 4) == [1.0, 0.75, 0.5, 0.25]
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize(
+    "cls", [EulerDiscreteScheduler, DEISMultistepScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler]
+)
+@pytest.mark.parametrize("schedule", ["vp", "ldm"])
+def test_other_schedulers_take_the_config(network, cls, schedule):
+    process = ProcessConfig(schedule=schedule, prediction="v")
+    scheduler = cls.from_config(make_scheduler(process, "ddim").config)
+    pipe = pipeline(network, process, scheduler)
+    draw = {"class_labels": LABELS, "num_inference_steps": 10, "output_type": "latent"}
+    first, second = (pipe(**draw, generator=torch.manual_seed(0)).images for _ in range(2))
+    assert torch.equal(first, second) and 0.1 < first.std() < 5
+    if cls is EulerDiscreteScheduler:  # which is DDIM in other coordinates, and takes the first noise for σ / α
+        sigma = scheduler.sigmas[0]
+        latents = noise_for(network) * (sigma**2 + 1).sqrt() / sigma
+        expected = ours(network, process, "ddim", 10, guidance=1.0)
+        assert_equal_to_rounding(pipe(**draw, latents=latents).images, expected, 2e-3)
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), [*TABLES, ("flow", "flow"), ("flow", "noise")])
+def test_a_process_lives_in_a_schedulers_saved_config(schedule, prediction, tmp_path):
+    process = ProcessConfig(schedule=schedule, prediction=prediction)
+    scheduler = make_scheduler(process, "unipc")
+    scheduler.save_pretrained(tmp_path)
+    again = UniPCMultistepScheduler.from_pretrained(tmp_path)
+    check_scheduler(again, process)
+    if schedule != "flow":
+        t = torch.arange(1, len(again.alphas_cumprod) + 1, dtype=torch.float64) / 1000
+        alpha, _ = SCHEDULES[schedule].alpha_sigma(t)
+        torch.testing.assert_close(again.alphas_cumprod.double().sqrt(), alpha, rtol=0, atol=3e-4)
+        torch.testing.assert_close(again.alphas_cumprod.double().sqrt()[:990], alpha[:990], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampler", "message"),
+    [
+        ({"schedule": "vp", "prediction": "flow"}, "ddim", "take 'noise', 'data' or 'v' on schedule 'vp'"),
+        ({"schedule": "flow", "prediction": "v"}, "euler", "take 'noise', 'data' or 'flow' on schedule 'flow'"),
+        ({"schedule": "ldm", "prediction": "v", "time_shift": 2.0}, "ddim", "'flow' alone, got time_shift 2 on 'ldm'"),
+        ({"schedule": "vp", "prediction": "v"}, "heun", "'vp' are ddim, dpmpp_2m, unipc, got sampler 'heun'"),
+        ({}, "euler_maruyama", "'flow' are euler, heun, dpmpp_2m, unipc, got sampler 'euler_maruyama'"),
+    ],
+)
+def test_what_diffusers_cannot_express(fields, sampler, message):
+    with pytest.raises(InputError, match=message):
+        make_scheduler(ProcessConfig(**fields), sampler)
+
+
+@pytest.mark.parametrize(
+    ("process", "scheduler", "message"),
+    [
+        (
+            FLOW,
+            DDIMScheduler(),
+            "DDIMScheduler follows another table of alphas, expected the process of schedule 'flow'",
+        ),
+        (
+            FLOW,
+            DPMSolverMultistepScheduler(use_flow_sigmas=True),
+            "prediction_type 'epsilon', expected 'flow_prediction'",
+        ),
+        (FLOW, EDMEulerScheduler(), "EDMEulerScheduler follows an unknown process"),
+        (FLOW, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "must have use_dynamic_shifting False"),
+        (FLOW, FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "must have invert_sigmas False"),
+        (
+            ProcessConfig(schedule="flow", prediction="noise"),
+            FlowMatchEulerDiscreteScheduler(),
+            "takes prediction_type 'flow_prediction', expected 'epsilon' for a network that predicts 'noise'",
+        ),
+        (
+            ProcessConfig(schedule="vp", prediction="noise"),
+            FlowMatchHeunDiscreteScheduler(),
+            "FlowMatchHeunDiscreteScheduler follows flow, expected the process of schedule 'vp'",
+        ),
+        (ProcessConfig(schedule="ldm", prediction="noise"), DDPMScheduler(), "another table of alphas"),
+        (
+            ProcessConfig(schedule="ldm", prediction="v"),
+            make_scheduler(ProcessConfig(schedule="ldm", prediction="noise")),
+            "takes prediction_type 'epsilon', expected 'v_prediction' for a network that predicts 'v'",
+        ),
+        (
+            ProcessConfig(schedule="vp", prediction="noise"),
+            make_scheduler(ProcessConfig(schedule="cosine", prediction="noise")),
+            "another table of alphas",
+        ),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_is_refused(network, process, scheduler, message):
+    with pytest.raises(InputError, match=message) as error:
+        pipeline(network, process, scheduler)
+    assert "\n" not in str(error.value)
+
+
+def test_a_scheduler_put_in_later_is_checked(network):
+    pipe = pipeline(network, FLOW, make_scheduler(FLOW))
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(InputError, match="DDIMScheduler follows"):
+        pipe(class_labels=[0])
+
+
+def save_run(folder, config: Config) -> UViT:
+    model = random_weights(UViT(config.model))
+    model.save_pretrained(folder)
+    write_text(folder / "config.json", to_json(config))
+    return model
+
+
+def test_a_run_draws_what_sample_py_writes(network, tmp_path, capsys):
+    """The same noise, the run's default solver, to a level of 8 bits."""
+    config = Config(
+        model=network.config,
+        process=ProcessConfig(time_shift=2.0),
+        data=DataConfig(class_names=("cat", "1", "dog")),
+        sample=SampleConfig(num_steps=6, guidance=1.5),
+    )
+    save_run(tmp_path / "run", config)
+    output = tmp_path / "images.npz"
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--num_per_class", "2", "--seed", "5", "--output", str(output)]
+    sample_script.main([*arguments, "--classes", "0", "2"])
+    expected = np.load(output)["arr_0"].astype(int)
+
+    pipe = UViTPipeline.from_run(str(tmp_path / "run"))
+    pipe.save_pretrained(tmp_path / "pipe")
+    noise = ImageNoise([(5, 0, 0), (5, 0, 1), (5, 2, 0), (5, 2, 1)], (1, 8, 8), torch.device("cpu"))()
+    for each in (pipe, UViTPipeline.from_pretrained(tmp_path / "pipe")):
+        images = each(["cat", 0, "dog", 2], guidance_scale=1.5, num_inference_steps=6, latents=noise).images
+        assert [(image.mode, image.size) for image in images] == [("L", (8, 8))] * 4
+        given = np.stack([np.asarray(image, dtype=int)[..., None] for image in images])
+        assert np.abs(given - expected).max() <= 1 and expected.std() > 10
+
+
+def test_a_saved_pipeline_holds_an_ordinary_folder_of_weights(network, tmp_path):
+    process = ProcessConfig(schedule="cosine", prediction="v")
+    pipe = pipeline(network, process, make_scheduler(process, "ddim"), class_names=["a", "b", "c"])
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["uvit.integrations.diffusers", "UViTModel"] and index["vae"] == [None, None]
+    assert index["schedule"] == "cosine" and index["class_names"] == ["a", "b", "c"]
+    draw = {"class_labels": ["c", 0], "num_inference_steps": 5, "guidance_scale": 2.0, "output_type": "pt"}
+    first, second = (
+        each(**draw, generator=torch.manual_seed(3)).images for each in (pipe, UViTPipeline.from_pretrained(tmp_path))
+    )
+    assert torch.equal(first, second) and first.min() >= 0 and first.max() <= 1
+    plain = UViT.from_pretrained(tmp_path / "transformer")
+    assert plain.config == network.config
+    assert all(torch.equal(plain.state_dict()[name], each) for name, each in network.state_dict().items())
+    half = UViTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16
+    assert (half(**draw, generator=torch.manual_seed(3)).images - first).abs().mean() < 0.1
+    swapped = UViTPipeline.from_pretrained(tmp_path, scheduler=make_scheduler(process, "unipc"))
+    assert isinstance(swapped.scheduler, UniPCMultistepScheduler)
+    with pytest.raises(InputError, match="follows another table of alphas"):
+        UViTPipeline.from_pretrained(tmp_path, scheduler=DDIMScheduler(prediction_type="v_prediction"))
+
+
+def test_a_network_of_latents_is_decoded_by_its_autoencoder(tmp_path):
+    make_autoencoder(tmp_path / "vae")
+    model = UViTConfig(img_size=4, in_chans=4, embed_dim=16, depth=2, num_heads=2)
+    config = Config(model=model, data=DataConfig(autoencoder=str(tmp_path / "vae"), scale_factor=0.5))
+    save_run(tmp_path / "run", config)
+    UViTPipeline.from_run(str(tmp_path / "run"), sampler="euler").save_pretrained(tmp_path / "pipe")
+    pipe = UViTPipeline.from_pretrained(tmp_path / "pipe")
+    latents = noise_for(pipe.transformer, 3)
+    images = pipe(batch_size=3, num_inference_steps=5, latents=latents, output_type="pt").images
+    encoders = load_encoders(config.data, model)
+    euler = SampleConfig(sampler="euler", num_steps=5)
+    expected = encoders.image.decode(sample(pipe.transformer, FLOW, euler, lambda: latents, {}))
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
+    assert images.shape == (3, 3, 8, 8) and images.std() > 0.01
+    pipe.vae = None
+    with pytest.raises(InputError, match="in_chans 4 needs a vae to make images"):
+        pipe()
+    assert pipe(output_type="latent", num_inference_steps=2).images.shape == (1, 4, 4, 4)
+
+
+def test_prompts_of_a_text_model(tmp_path):
+    make_text_encoder(tmp_path / "clip", num_tokens=12, width=8)
+    model = UViTConfig(img_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, context_dim=8, num_context_tokens=12)
+    settings = SampleConfig(num_steps=5, guidance=3.0)
+    config = Config(model=model, data=DataConfig(text_encoder=str(tmp_path / "clip")), sample=settings)
+    save_run(tmp_path / "run", config)
+    UViTPipeline.from_run(str(tmp_path / "run")).save_pretrained(tmp_path / "pipe")
+    pipe = UViTPipeline.from_pretrained(tmp_path / "pipe")
+    draw = {
+        "guidance_scale": 3.0,
+        "num_inference_steps": 5,
+        "output_type": "latent",
+        "latents": noise_for(pipe.transformer, 2),
+    }
+    images = pipe(prompt=["a cat", "two dogs"], **draw).images
+
+    _, network = load_run(str(tmp_path / "run"), "auto", torch.device("cpu"))
+    text = load_encoders(config.data, model).text
+    cond, uncond = {"context": text(["a cat", "two dogs"])}, {"context": text([""]).expand(2, -1, -1)}
+    expected = sample(network, FLOW, settings, lambda: draw["latents"], cond, uncond)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(images, pipe(prompt=["a cat", "a cat"], **draw).images, atol=1e-4)
+
+    with pytest.raises(InputError, match="takes prompt, got none"):
+        pipe()
+    parts = {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}
+    with pytest.raises(InputError, match="needs a text encoder and a tokenizer, got none"):
+        pipeline(network, FLOW, make_scheduler(FLOW), **{**parts, "tokenizer": None})
+    other = UViT(dataclasses.replace(model, num_context_tokens=5))
+    with pytest.raises(InputError, match="gives 12 tokens of width 8, expected 5 of 8"):
+        pipeline(other, FLOW, make_scheduler(FLOW), **parts)
+
+
+def test_one_generator_for_each_image(network):
+    pipe = pipeline(network, FLOW, make_scheduler(FLOW))
+    both = pipe([1, 2], generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)], output_type="np").images
+    alone = pipe(2, generator=torch.Generator().manual_seed(6), output_type="np", return_dict=False)[0]
+    assert both.shape == (2, 8, 8, 1)
+    np.testing.assert_allclose(both[1], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "num_classes 3 takes class_labels, got none"),
+        ({"class_labels": [3]}, "class must be 0 to 2 or a class name, got '3'"),
+        ({"class_labels": [-1]}, "class must be 0 to 2"),
+        ({"class_labels": "dgo"}, "got 'dgo', did you mean 'dog'"),
+        ({"class_labels": [0], "prompt": "a cat"}, "context_dim 0 takes no prompt, got "),
+        (
+            {"class_labels": [0], "latents": torch.zeros(1, 1, 4, 4)},
+            r"latents must be \(1, 1, 8, 8\), got \(1, 1, 4, 4\)",
+        ),
+        ({"class_labels": [0], "num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+    ],
+)
+def test_what_a_call_refuses(network, arguments, message):
+    pipe = pipeline(network, FLOW, make_scheduler(FLOW), class_names=["cat", "2", "dog"])
+    with pytest.raises(InputError, match=message):
+        pipe(**arguments)
+
+
+def test_a_name_that_is_another_labels_number(network):
+    pipe = pipeline(network, FLOW, make_scheduler(FLOW), class_names=["cat", "2", "dog"])
+    latents = noise_for(network, 1)
+    by_name, first, second = (
+        pipe(each, latents=latents, num_inference_steps=3, output_type="latent").images for each in ("2", 1, 2)
+    )
+    assert torch.equal(by_name, first) and not torch.allclose(first, second, atol=1e-3)
+
+
+def test_guidance_needs_a_null_class(network):
+    plain = UViT(dataclasses.replace(network.config, null_class=False)).eval()
+    with pytest.raises(InputError, match=r"guidance 2.0 needs a model with a null class"):
+        pipeline(plain, FLOW, make_scheduler(FLOW))(0, guidance_scale=2.0)
+
+
+def test_parts_that_do_not_fit(network, tmp_path):
+    vae = make_autoencoder(tmp_path / "vae")
+    with pytest.raises(InputError, match="latents of 4 channels, expected the network's in_chans 1"):
+        pipeline(network, FLOW, make_scheduler(FLOW), vae=vae)
+    with pytest.raises(InputError, match="schedule must be one of"):
+        UViTPipeline(network, make_scheduler(FLOW), schedule="linear")
+    with pytest.raises(InputError, match=r"must have model.num_classes 3 names, got 1"):
+        pipeline(network, FLOW, make_scheduler(FLOW), class_names=["cat"])
+    with pytest.raises(InputError, match=r"is no pipeline, it has no model_index.json"):
+        UViTPipeline.from_pretrained(tmp_path / "vae")
+    with pytest.raises(InputError, match="pipeline not found"):
+        UViTPipeline.from_pretrained(tmp_path / "none")
+    network.save_pretrained(tmp_path / "weights")
+    with pytest.raises(InputError, match="device_map must be None for a UViT, got 'auto'"):
+        UViTModel.from_pretrained(tmp_path / "weights", device_map="auto")
+
+
+def test_a_plain_network_is_copied_in_its_dtype(network):
+    source = UViT(dataclasses.replace(network.config, pos_embed="sincos2d")).to(torch.bfloat16)
+    model = UViTModel.of(source)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert torch.equal(model.pos_embed, source.pos_embed) and model.config == source.config
+    assert all(torch.equal(model.state_dict()[name], each) for name, each in source.state_dict().items())
+    assert model.norm.weight.data_ptr() != source.norm.weight.data_ptr()

@@ -1,0 +1,187 @@
+"""Backbones as torch.export's files and ONNX, and under torch.compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import resource
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from uvit import UViT
+from uvit.checkpoint import main
+from uvit.errors import InputError
+from uvit.integrations import export
+from uvit.integrations.export import example_inputs, export_onnx, export_program, load_exported, save_exported
+
+LABELS = {"num_classes": 3, "null_class": True}
+CONTEXT = {"context_dim": 16, "num_context_tokens": 5}
+OPTIONS = {
+    "time_conditioning": "adaln",
+    "attention": "math",
+    "pos_embed": "sincos2d",
+    "conv": "tokens",
+    "patch_embed": "conv",
+    "qk_norm": True,
+    "mlp_time_embed": True,
+    "gradient_checkpointing": True,
+    "skip": "linear_add",
+}
+KINDS = pytest.mark.parametrize("fields", [LABELS, CONTEXT, OPTIONS], ids=["labels", "context", "options"])
+
+
+@pytest.fixture
+def make(tiny):
+    def build(**fields) -> UViT:
+        torch.manual_seed(0)
+        return UViT(tiny, depth=2, **fields).eval()
+
+    return build
+
+
+@torch.no_grad()
+def largest_difference(model, exported, batch):
+    inputs = example_inputs(model, batch)
+    return (model(**inputs) - exported(**inputs)).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [(LABELS, 8), (LABELS, (12, 16)), (CONTEXT, (12, 16)), (OPTIONS, (12, 16))],
+    ids=["labels", "labels_resized", "context_resized", "options_resized"],
+)
+def test_onnxruntime_gives_the_models_output_at_every_batch_and_after_resize(make, fields, size, tmp_path):
+    model, path = make(**fields).resize(size), tmp_path / "model.onnx"
+    assert save_exported(model, path) < 1e-4
+    exported = load_exported(path)
+    assert all(largest_difference(model, exported, batch) < 1e-4 for batch in (1, 4))
+    assert exported(**example_inputs(model, 2)).std() > 0.01
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@KINDS
+def test_an_exported_program_gives_the_models_output_at_every_batch(make, fields, tmp_path):
+    model, path = make(**fields).resize((12, 16)), tmp_path / "model.pt2"
+    assert save_exported(model, path) < 1e-6
+    assert largest_difference(model, load_exported(path), 5) < 1e-6
+    assert [each.name for each in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@KINDS
+def test_compiling_breaks_no_graph(make, fields):
+    torch._dynamo.reset()  # compiling one function too often is an error of its own
+    model = make(**fields)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    inputs = example_inputs(model, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs), model(**inputs))
+    model.train()
+    compiled(**inputs).square().mean().backward()
+    assert all(each.grad is not None for each in model.mid_block.parameters())
+
+
+def test_the_file_says_its_inputs_and_the_models_config(make, tmp_path):
+    model, path = make(**LABELS), tmp_path / "model.onnx"
+    save_exported(model, path)
+    session = onnxruntime.InferenceSession(path)
+    shapes = {each.name: (each.shape, each.type) for each in session.get_inputs()}
+    assert shapes == {
+        "x": (["batch", 1, 8, 8], "tensor(float)"),
+        "timesteps": (["batch"], "tensor(float)"),
+        "y": (["batch"], "tensor(int64)"),
+    }
+    config = json.loads(session.get_modelmeta().custom_metadata_map["uvit_config"])
+    assert config == dataclasses.asdict(model.config)
+
+
+def test_the_null_label_is_among_what_is_compared(make):
+    model = make(**LABELS)
+    assert 3 in example_inputs(model, 4)["y"]
+    assert example_inputs(make(num_classes=3), 4)["y"].max() == 2
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(make, tmp_path, monkeypatch):
+    module = importlib.import_module("torch.onnx._internal.exporter._onnx_program")
+    monkeypatch.setattr(module, "_LARGE_MODEL_THRESHOLD", 1000)
+    model, path = make(**LABELS), tmp_path / "model.onnx"
+    for _ in range(2):  # the second time over the first
+        save_exported(model, path)
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    num_parameters = sum(each.numel() for each in model.parameters())
+    assert (tmp_path / "model.onnx.data").stat().st_size > 0.9 * 4 * num_parameters
+    (moved := tmp_path / "elsewhere").mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).rename(moved / name)
+    assert largest_difference(model, load_exported(moved / "model.onnx"), 3) < 1e-4
+    onnx.checker.check_model(moved / "model.onnx")
+
+
+def test_a_file_that_differs_from_the_model_does_not_take_its_place(make, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
+    path.write_text("before")
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(InputError, match="would differ from the model by"):
+        save_exported(make(), path)
+    assert path.read_text() == "before"
+    assert [each.name for each in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_disk_without_room_leaves_what_was_there(make, suffix, tmp_path):
+    model, path = make(), tmp_path / f"model{suffix}"
+    path.write_text("before")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot write to .*: File too large"):
+            save_exported(model, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert path.read_text() == "before"
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("form", [export_program, export_onnx])
+def test_kernels_of_xformers_cannot_be_exported(make, form):
+    with pytest.raises(InputError, match="attention 'xformers' cannot be exported"):
+        form(make(attention="xformers"))
+
+
+def test_a_package_that_is_not_installed(make, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    with pytest.raises(
+        InputError, match="needs the package onnxscript, which is not installed: pip install onnxscript"
+    ):
+        export_onnx(make())
+
+
+def test_the_command(make, tmp_path, capsys):
+    make(**LABELS, attention="xformers").save_pretrained(tmp_path / "weights")
+    source, output = str(tmp_path / "weights"), tmp_path / "small.pt2"
+    command = ["export", source, "--format", "pt2", "--output", str(output), "--img_size", "16", "12"]
+    with pytest.raises(InputError, match="use 'sdpa' or 'math'"):
+        main(command)
+    assert not output.exists()
+    main([*command, "--attention", "sdpa"])
+    assert "x (B, 1, 16, 12), timesteps (B), y (B) (3 is no label); at most 0 from" in capsys.readouterr().out
+    model = UViT.from_pretrained(source, attention="sdpa").resize((16, 12))
+    assert largest_difference(model, load_exported(output), 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "jit"], "jit"),
+        (["--output", "model.png"], r"output must be a path ending in .onnx, got 'model.png'"),
+        (["--img_size", "9", "9"], "img_size must be divisible by patch_size 2"),
+    ],
+)
+def test_what_the_command_refuses(make, arguments, message, tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=message):
+        main(["export", str(tmp_path), *arguments])

@@ -29,7 +29,8 @@ PAPER = (
     "--process.schedule vp --process.prediction noise --process.time_distribution uniform "
     "--optim.name adamw --optim.lr 2e-4 --optim.betas 0.99 0.999 --optim.weight_decay 0.03 --optim.decay constant "
     "--model.qk_norm False "
-    "--sample.sampler dpm_solver_fast --sample.num_steps 50 --sample.spacing log_snr --sample.t_end 1e-4"
+    "--sample.sampler dpm_solver_fast --sample.num_steps 50 --sample.spacing log_snr --sample.t_end 1e-4 "
+    "--sample.reuse none"
 )
 ARMS = {"ours": [], "paper": PAPER.split()}
 

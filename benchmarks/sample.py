@@ -13,24 +13,20 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from measure import best_device, median_times, save_result
+from quality import Judge
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from uvit import Config, UViT, UViTConfig
 from uvit.cli import parse, run
 from uvit.config import Compile, SampleConfig
-from uvit.data import read_all
-from uvit.evaluation import build_classifier, choose_labels
-from uvit.features import PixelFeatures
 from uvit.generate import generate, load_run, set_threads
-from uvit.loader import load_data
-from uvit.metrics import Gaussian, Moments, frechet_distance
 from uvit.precision import compile_model
 from uvit.published import SIZES
 
@@ -63,18 +59,28 @@ class Arm:
     """How the network is compiled."""
 
 
-PAPER = {"sampler": "dpm_solver_fast", "num_steps": 50}
+PAPER = {"sampler": "dpm_solver_fast", "num_steps": 50, "reuse": "none"}
 ARMS = (
     Arm("the paper's: 50 x 2 calls", PAPER, apart=True, batch_size=500),
     Arm("the same in one call, our batches", PAPER),
     Arm("the same, compiled", PAPER, compile="model"),
-    Arm("50 steps", {"num_steps": 50}),
-    *(Arm(f"{steps} steps", {"num_steps": steps}) for steps in (20, 14, 10, 8)),
+    Arm("50 steps", {"num_steps": 50, "reuse": "none"}),
+    *(Arm(f"{steps} steps", {"num_steps": steps, "reuse": "none"}) for steps in (20, 14, 10, 8)),
     *(
         Arm(f"{steps} steps, reuse {reuse}", {"num_steps": steps, "reuse": reuse})
-        for steps, reuse in ((20, "2:3"), (20, "1:2"), (20, "1:3"), (20, "1:4"), (14, "1:2"), (14, "1:3"), (10, "1:2"))
+        for steps, reuse in (
+            (20, "2:3"),
+            (20, "1:2"),
+            (20, "1:3"),
+            (20, "1:4"),
+            (14, "1:2"),
+            (14, "1:3"),
+            (10, "1:2"),
+            (10, "1:3"),
+        )
     ),
-    Arm("10 steps, compiled", {"num_steps": 10}, compile="model"),
+    # Whole, only a call without reuse would be compiled.
+    Arm("10 steps, reuse 1:2, compiled", {"num_steps": 10, "reuse": "1:2"}, compile="blocks"),
 )
 LARGE_ARMS = (
     Arm("paper-style: fp32, two calls", {}, apart=True, batch_size=8),
@@ -124,11 +130,6 @@ def time_large(num_images: int, guidance: float, rounds: int, device: torch.devi
     return {name: num_images / seconds for name, seconds in times.items()}
 
 
-def gaussian_of(features: PixelFeatures) -> Callable[[Tensor], Gaussian]:
-    """Returns what the Fréchet distance sees of images."""
-    return lambda images: Moments(features.num_features).update(features(images)[0]).gaussian
-
-
 def main(arguments: list[str]) -> None:
     """Draws with all arms and writes the figures."""
     given = parse(Arguments, arguments, "benchmarks/sample.py", __doc__ or "")
@@ -136,27 +137,19 @@ def main(arguments: list[str]) -> None:
     config, model = load_run(given.checkpoint, "auto", device)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=given.guidance))
     set_threads(config)
-    train_part, held_out = (load_data(config.data, config.model, train=part) for part in (True, False))
-    to_gaussian = gaussian_of(PixelFeatures(train_part.shape))
-    target = to_gaussian(read_all(held_out).images)
-    real = frechet_distance(to_gaussian(read_all(train_part).images), target)
-    classifier = build_classifier("svm", None, train_part, device)
-    labels = choose_labels(given.num_images, config.model.num_classes, "balanced", seed=0)
+    judge = Judge(config, given.num_images)
 
     runs: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in ARMS}
     networks = {arm.name: network_of(arm, model) for arm in ARMS}
     for arm in ARMS:  # warms up, and compiles
-        draw(arm, config, networks[arm.name], labels[: given.num_images // 2], 0)
+        draw(arm, config, networks[arm.name], judge.labels[: given.num_images // 2], 0)
     with tqdm(total=len(ARMS) * len(given.seeds), unit="set") as progress:
         for seed in given.seeds:
             for arm in ARMS:
                 started = time.perf_counter()
-                images = draw(arm, config, networks[arm.name], labels, seed)
+                images = draw(arm, config, networks[arm.name], judge.labels, seed)
                 seconds = time.perf_counter() - started
-                right = (classifier.classify(images) == torch.tensor(labels)).double().mean().item()
-                ratio = frechet_distance(to_gaussian(images), target) / real
-                rate = len(images) / seconds
-                runs[arm.name].append({"images_per_second": rate, "frechet_ratio": ratio, "recognised": right})
+                runs[arm.name].append({"images_per_second": len(images) / seconds, **judge(images)})
                 progress.update()
 
     if given.threads:

@@ -35,5 +35,5 @@ config = Config(
         sample_every=500,
         save_every=500,
     ),
-    sample=SampleConfig(sampler="dpmpp_2m", num_steps=20, guidance=1.5),
+    sample=SampleConfig(sampler="dpmpp_2m", num_steps=20, guidance=1.5, reuse="1:3"),
 )

@@ -12,4 +12,5 @@ config = replace(
     data=DataConfig(name="photos", flip=True),
     optim=replace(digits.optim, lr=5e-3),
     train=replace(digits.train, batch_size=16),
+    sample=replace(digits.sample, reuse="none"),  # not measured here
 )

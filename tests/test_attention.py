@@ -57,3 +57,10 @@ def test_xformers_equals_math_on_cuda(dtype):
     expected = attention(q.double(), k.double(), v.double(), "math")
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(attention(q, k, v, "xformers").double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_auto_takes_the_formula_for_short_sequences_in_bf16_on_a_cpu_alone():
+    assert resolve_backend("auto", "cpu", 64, 257, torch.bfloat16) == "math"
+    assert resolve_backend("auto", "cpu", 64, 4096, torch.bfloat16) == "sdpa"
+    assert resolve_backend("auto", "cpu", 64, 257, torch.float32) == "sdpa"
+    assert resolve_backend("sdpa", "cpu", 64, 257, torch.bfloat16) == "sdpa"

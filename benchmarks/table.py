@@ -1,0 +1,110 @@
+"""Writes the tables of speed in README.md from benchmarks/results/: `python benchmarks/table.py`.
+
+Only what has been measured is there: a GPU's files add rows of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from measure import RESULTS
+from time_to_quality import describe
+
+from uvit.cli import run
+from uvit.errors import InputError
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- made by benchmarks/table.py -->\n", "<!-- end of what benchmarks/table.py made -->"
+TRAIN_ARMS = ("paper-style", "ours", "ours, blocks compiled", "ours, model compiled", "DiT", "U-Net")
+SAMPLE_ARMS = (
+    "the paper's: 50 x 2 calls",
+    "the same in one call, our batches",
+    "20 steps",
+    "20 steps, reuse 1:3",
+    "10 steps",
+    "10 steps, reuse 1:2",
+    "10 steps, reuse 1:2, compiled",
+)
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """Reads a benchmark's results of all devices, the CPU's first."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}*.json")) if path.stem == name or
+            path.stem.startswith(f"{name}_nvidia")]  # fmt: skip
+
+
+def row(*cells: str) -> str:
+    """Returns a row of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def train_rows() -> Iterator[str]:
+    """A row for each model, a column for each arm."""
+    yield row("training step", *(f"{arm}" for arm in TRAIN_ARMS))
+    yield "|---" * (1 + len(TRAIN_ARMS)) + "|"
+    for result in results("train"):
+        for name, model in result["models"].items():
+            cells = [
+                f"{arms[arm]['images_per_second']:.3g} images/s ({arms[arm]['speed_ratio']:.2f} ×)"
+                if arm in arms
+                else ""
+                for arms in [model["arms"]]
+                for arm in TRAIN_ARMS
+            ]
+            yield row(f"{name}, batch {model['batch_size']}, {model['precision']}, {result['device']}", *cells)
+
+
+def sample_rows() -> Iterator[str]:
+    """A row for each arm: medians over the seeds."""
+    for result in results("sample"):
+        yield row(f"guided digits, {result['device']}", "Fréchet / real", "recognised", "images/s", "×")
+        yield "|---|---|---|---|---|"
+        runs = result["runs"]
+        first = runs[SAMPLE_ARMS[0]]
+        for arm in SAMPLE_ARMS:
+            ratio, right, rate = (
+                statistics.median(each[figure] for each in runs[arm])
+                for figure in ("frechet_ratio", "recognised", "images_per_second")
+            )
+            rates = [each["images_per_second"] / other["images_per_second"] for each, other in zip(runs[arm], first)]
+            yield row(arm, f"{ratio:.2f}", f"{right:.1%}", f"{rate:.0f}", f"{statistics.median(rates):.1f}")
+        yield ""
+        rates = result["S/2 images/s"]
+        slowest, *_ = rates.values()
+        yield row("guided S/2, random weights, 5 steps", "images/s", "×")
+        yield "|---|---|---|"
+        for arm, rate in rates.items():
+            yield row(arm, f"{rate:.3g}", f"{rate / slowest:.2f}")
+
+
+def quality_rows() -> Iterator[str]:
+    """A row for each target: the median time of the seeds."""
+    for result in results("time_to_quality"):
+        limits = {arm: min(points[-1]["seconds"] for points in seeds) for arm, seeds in result["runs"].items()}
+        yield row(f"digits until, {result['device']}", "ours", "the paper's recipe")
+        yield "|---|---|---|"
+        for target in result["times"]["ours"]:
+            yield row(target, *(describe(result["times"][arm][target], limits[arm]) for arm in ("ours", "paper")))
+
+
+def main(_: list[str]) -> None:
+    """Replaces what stands between the marks in README.md."""
+    parts = ("\n".join(rows()) for rows in (train_rows, quality_rows, sample_rows))
+    text, count = re.subn(
+        f"{re.escape(BEGIN)}.*{re.escape(END)}",
+        lambda _: BEGIN + "\n" + "\n\n".join(parts) + "\n\n" + END,
+        README.read_text(),
+        flags=re.DOTALL,
+    )
+    if count != 1:
+        raise InputError(f"{README.name} must hold the marks {BEGIN.strip()!r} and {END!r} once, found {count}")
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    run(main)

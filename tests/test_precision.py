@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from uvit import UViT
+from uvit.errors import InputError
+from uvit.precision import MIN_BF16_WIDTH, check_compile, compile_model, resolve_precision
+
+SMALL = {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "no")])
+def test_auto_is_bf16_where_the_processor_has_it_and_the_model_is_wide(has_bf16, expected, monkeypatch):
+    monkeypatch.setattr("uvit.precision.cpu_has_bf16", lambda: has_bf16)
+    assert resolve_precision("auto", "cpu", MIN_BF16_WIDTH) == expected
+    assert resolve_precision("auto", "cpu", MIN_BF16_WIDTH - 2) == "no"
+    assert resolve_precision("auto", "mps", 512) == "no"
+    assert resolve_precision("no", "cpu", 512) == "no"
+
+
+def test_what_cannot_run_is_refused(monkeypatch):
+    with pytest.raises(InputError, match="'fp16' needs a CUDA device, got 'cpu'"):
+        resolve_precision("fp16", "cpu", 512)
+    with pytest.raises(InputError, match="compile 'graphs' needs a CUDA device, got 'cpu'"):
+        check_compile("graphs", "cpu")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    check_compile("no", "cpu")
+    with pytest.raises(InputError, match="compile 'blocks' needs a C\\+\\+ compiler"):
+        check_compile("blocks", "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["blocks", "model"])
+def test_a_compiled_model_is_the_same_model(how):
+    model = UViT(**SMALL)
+    inputs = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]), torch.tensor([0, 2])
+    expected = model(*inputs)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    names = list(model.state_dict())
+    compile_model(model, model.blocks, how)
+    output = model(*inputs)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(output.square().sum(), list(model.parameters())), gradients, rtol=1e-3, atol=1e-4
+    )
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["no", "blocks", "model", "graphs"])
+def test_bf16_on_cuda_equals_float64(how):
+    torch.manual_seed(0)
+    model = UViT(img_size=32, embed_dim=128, depth=4, num_heads=2, num_classes=3).cuda()
+    inputs = torch.randn(4, 3, 32, 32).cuda(), torch.linspace(0, 999, 4).cuda(), torch.tensor([0, 1, 2, 0]).cuda()
+    x, timesteps, y = inputs
+    expected = UViT(model.config).cuda().double()
+    expected.load_state_dict(model.state_dict())
+    expected = expected(x.double(), timesteps.double(), y)
+    compile_model(model, model.blocks, how)
+    for _ in range(3):  # CUDA graphs are recorded in the second call
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(*inputs)
+    torch.testing.assert_close(output.double(), expected, rtol=3e-2, atol=3e-2)

@@ -38,6 +38,8 @@ ORDER = [
     "generate",
     "evaluation",
     "__init__",
+    "integrations.__init__",
+    "integrations.timm",
 ]
 # These take a callable, never the network itself.
 NETWORK_FREE = ["diffusion", "samplers"]
@@ -45,14 +47,16 @@ NETWORK_FREE = ["diffusion", "samplers"]
 
 def imports_of(name: str) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+    path = PACKAGE / f"{name.replace('.', '/')}.py"
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("uvit"):
             found.add(node.module.partition(".")[2] or "__init__")
     return found
 
 
 def test_every_module_has_its_place():
-    assert sorted(ORDER) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+    found = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.glob("**/*.py"))
+    assert sorted(ORDER) == sorted(".".join(path.parts) for path in found)
 
 
 @pytest.mark.parametrize("name", ORDER)

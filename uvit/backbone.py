@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from os.path import isfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -344,6 +345,78 @@ class UViT(nn.Module):
         p = config.patch_size
         image = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=rows, w=columns, p1=p, p2=p)  # (B, C, H, W)
         return self.final_layer(image) if config.conv == "image" else image
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        *,
+        timesteps: Tensor | None = None,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Any:
+        """Returns what comes out of chosen blocks, for representation work; the arguments are those of timm's ViT.
+
+        Blocks count from 0 in the order in which they run: depth / 2 shallow ones, the middle one at depth / 2, depth /
+        2 deep ones. Left to themselves, the conditions say what is true of a clean image of unknown content: time 0
+        and the null class. Features of a noisy image need its own time.
+
+        Args:
+            x: (B, C, H, W) images in [-1, 1] or latents, as the model was trained on.
+            indices: numbers of blocks, negative ones from the end; or how many of the last; None is all.
+            return_prefix_tokens: whether each intermediate is a pair, the second the tokens before the patches,
+                (B, num_extra_tokens, D): context, if there is one, after label and time.
+            norm: whether the last layer norm is applied to intermediates.
+            stop_early: whether blocks after the last chosen one are left out.
+            output_fmt: `NCHW` gives (B, D, H / patch_size, W / patch_size), `NLC` gives (B, patches, D).
+            intermediates_only: whether to leave the tokens at the end out.
+            timesteps: (B,) times in the network's units, or one time for all; None is 0.
+            y: (B,) labels; None is the null class.
+            context: (B, num_context_tokens, context_dim); a model that takes one has no default.
+
+        Returns:
+            The list of intermediates, in the order of the blocks; unless `intermediates_only`, a pair of the normed
+            tokens (B, L, D) after the last block that was run, and this list.
+
+        Raises:
+            InputError: (a ValueError) shapes that the model was not built for, labels that are needed, or blocks that
+                it does not have.
+        """
+        config, blocks = self.config, [*self.in_blocks, self.mid_block, *self.out_blocks]
+        if output_fmt not in ("NCHW", "NLC"):
+            raise InputError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        if isinstance(indices, int):
+            if not 1 <= indices <= len(blocks):
+                raise InputError(f"indices must be 1 to {len(blocks)} for the last blocks, got {indices}")
+            indices = range(-indices, 0)
+        for index in (indices := range(len(blocks)) if indices is None else indices):
+            if not -len(blocks) <= index < len(blocks):
+                raise InputError(f"indices must be {-len(blocks)} to {len(blocks) - 1}, got {index}")
+        taken = {index % len(blocks) for index in indices}
+
+        timesteps = torch.zeros(1, device=x.device) if timesteps is None else timesteps
+        if y is None and config.null_label is not None:
+            y = torch.full((len(x),), config.null_label, device=x.device)
+        self._check_inputs(x, timesteps, y, context)
+        h, time = self._embed(x, timesteps, y, context)
+        skips: list[Tensor] = []
+        found: list[Any] = []
+        for number, block in enumerate(blocks[: max(taken, default=-1) + 1] if stop_early else blocks):
+            h = self._run(block, h, time, *([skips.pop()] if number > len(self.in_blocks) else []))
+            if number < len(self.in_blocks):
+                skips.append(h)
+            if number in taken:
+                tokens = self.norm(h) if norm else h
+                prefix, patches = tokens.tensor_split([config.num_extra_tokens], dim=1)
+                if output_fmt == "NCHW":
+                    patches = rearrange(patches, "B (h w) D -> B D h w", h=config.grid_shape[0]).contiguous()
+                found.append((patches, prefix) if return_prefix_tokens else patches)
+        return found if intermediates_only else (self.norm(h), found)
 
     def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if self.config.gradient_checkpointing and torch.is_grad_enabled():

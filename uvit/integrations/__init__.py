@@ -1,0 +1,1 @@
+"""Where people already work: a module for each library, imported by name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Sequence
 from os.path import isfile
 from pathlib import Path
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uvit.attention import attention
+from uvit.card import CARD_FILE, model_card
 from uvit.config import CONFIG_FILE, UViTConfig, read_json, to_json
 from uvit.errors import InputError, did_you_mean
 from uvit.files import write_text
+from uvit.hub import push_folder
 from uvit.weights import read_pretrained, write_weights
 
 MAX_PERIOD = 10_000
@@ -208,6 +211,11 @@ class UViT(nn.Module):
             chans = in_chans if config.conv == "image" else dim
             self.final_layer = nn.Conv2d(chans, chans, 3, padding=1)
         self._init_weights()
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters in all."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def _sincos_pos_embed(self) -> Tensor:
         """Fixed embedding of the patches, zeros for the extra tokens: (1, extras + patches, D)."""
@@ -453,19 +461,20 @@ class UViT(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **fields: Any) -> UViT:
+    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, **fields: Any) -> UViT:
         """Loads a backbone in eval mode from a folder, a run, the hub, or a published `.pth` file.
 
         Args:
             name_or_path: a folder with config.json and model.safetensors, a hub name such as `user/model`, a file
                 of the reference code such as `imagenet256_uvit_huge.pth`, or its checkpoint folder with nnet_ema.pth.
+            revision: branch, tag or commit of a hub model; None is the newest of its main branch.
             **fields: fields of UViTConfig that change no weight, such as `attention`; and of a published file those
                 that its tensors do not tell, such as `num_heads` of an unpublished width.
 
         Raises:
             InputError: (a ValueError) nothing there, broken files, or weights of another shape.
         """
-        config, state_dict = read_pretrained(name_or_path, **_known_fields(fields))
+        config, state_dict = read_pretrained(name_or_path, revision, **_known_fields(fields))
         try:
             with torch.device("meta"):  # sizes that the weights do not have are found before memory is taken for them
                 cls(config).load_state_dict(state_dict, strict=True, assign=True)
@@ -479,6 +488,8 @@ class UViT(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors to a folder that `from_pretrained` loads.
 
+        A model card goes beside them as README.md, where there is none yet.
+
         Raises:
             InputError: (a ValueError) a folder that cannot be written to, or that holds a run, whose config would go.
         """
@@ -489,4 +500,29 @@ class UViT(nn.Module):
                 what = "a run" if isinstance(before, dict) and "process" in before else "something else"
                 raise InputError(f"{directory} holds {what}, whose {CONFIG_FILE} would go: use another folder")
         write_weights(Path(directory), self.state_dict())
+        if not isfile(Path(directory) / CARD_FILE):
+            write_text(Path(directory) / CARD_FILE, model_card(self.config, self.num_parameters))
         write_text(config_file, to_json(self.config))
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
+    ) -> str:
+        """Pushes config.json, model.safetensors and a model card to the hub; a run goes there with its recipe and
+        figures by `python -m uvit.checkpoint push`.
+
+        Args:
+            repo_id: `user/model`; the repository is made where there is none.
+            private: whether a repository that is made is private; None is the account's default.
+            revision: branch to push to, made where there is none; None is the main one.
+            token: of the hub; None is that of `hf auth login` or HF_TOKEN.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InputError: (a ValueError) a name that is none, no login, no permission, or no way to the hub.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            write_text(Path(folder) / CARD_FILE, model_card(self.config, self.num_parameters, repo_id))
+            self.save_pretrained(folder)
+            return push_folder(Path(folder), repo_id, private, revision, token)

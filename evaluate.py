@@ -22,6 +22,7 @@ import tyro
 from accelerate import PartialState
 
 from uvit import UViT, __version__
+from uvit.card import describe_figures
 from uvit.checkpoint import checkpoint_dirs
 from uvit.cli import parse, process_state, run, warn_of_missing_processes
 from uvit.config import MAX_BATCH, MAX_IMAGES, MAX_SIDE, MAX_WORKERS, Config, DataConfig, Section
@@ -38,7 +39,7 @@ from uvit.evaluation import (
     read_shown,
 )
 from uvit.features import INCEPTION, PIXELS, Features, build_features
-from uvit.files import write_aside
+from uvit.files import RESULT_FILE, write_aside
 from uvit.generate import Condition, DrawArguments, describe_guidance
 from uvit.latents import Encoders
 from uvit.metrics import (
@@ -59,7 +60,6 @@ from uvit.weights import hash_weights
 
 PARTS = ("train", "test")
 PACKAGES = ("torch", "timm", "torch-fidelity", "diffusers", "transformers")
-RESULT_FILE = "evaluation.json"
 BATCH_SIZE = 64  # of images that are read
 DRAWING = {field.name for field in dataclasses.fields(DrawArguments)} - {"checkpoint", "batch_size", "compile"}
 DRAWING |= {"num_images", "label_mode", "caption_column"}
@@ -381,18 +381,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def show(results: dict[str, Any], protocol: dict[str, str]) -> None:
     """Prints the figures and the protocol."""
-    if "recognised" in results:
-        real = results.get("recognised_real")
-        print(f"recognised {results['recognised']:.1%}" + ("" if real is None else f" (real images: {real:.1%})"))
-    name = "FID" if protocol["features"].startswith(INCEPTION) else "Fréchet distance"
-    if "frechet_real" in results:
-        times = results["frechet"] / results["frechet_real"]
-        print(f"{name} {times:.2f} x real ({results['frechet']:.3f} against {results['frechet_real']:.3f})")
-    else:
-        print(f"{name} {results['frechet']:.3f}")
-    for key, name in (("kid", "KID"), ("inception_score", "Inception score")):
-        if key in results:
-            print(f"{name} {results[key]:.4g} ± {results[key + '_deviation']:.2g}")
+    for line in describe_figures(results, protocol):
+        print(line)
     print("protocol: " + "; ".join(f"{name} {text}" for name, text in protocol.items()))
 
 

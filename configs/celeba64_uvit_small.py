@@ -1,10 +1,10 @@
 """CelebA 64x64, unconditional, U-ViT-S/4 in pixels: the published run (FID 2.87)."""
 
-from uvit.config import Config, DataConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import ADAMW, SIZES, VP_NOISE
+from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
+from uvit.published import ADAMW, PUBLISHED, VP_NOISE
 
 config = Config(
-    model=UViTConfig(**SIZES["small"], img_size=64, patch_size=4, in_chans=3),
+    model=PUBLISHED["celeba64_uvit_small"],
     process=VP_NOISE,
     data=DataConfig(name="data/celeba", flip=True, num_workers=8),
     optim=ADAMW,

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from uvit.config import Config, DataConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import ADAMW, SIZES, VP_NOISE
+from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
+from uvit.published import ADAMW, PUBLISHED, VP_NOISE
 
 config = Config(
-    model=UViTConfig(**SIZES["small"], img_size=32, patch_size=2, in_chans=3),
+    model=PUBLISHED["cifar10_uvit_small"],
     process=VP_NOISE,
     data=DataConfig(name="uoft-cs/cifar10", flip=True, num_workers=4),
     optim=replace(ADAMW, betas=(0.99, 0.999), warmup_steps=2_500),

@@ -1,10 +1,10 @@
 """ImageNet 256x256 in latents, class-conditional, U-ViT-H/2: the published run (FID 2.29, guided)."""
 
-from uvit.config import Config, DataConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import ADAMW, IMAGENET256_LATENTS, LDM_NOISE, SD_AUTOENCODER_EMA, SIZES
+from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
+from uvit.published import ADAMW, LDM_NOISE, PUBLISHED, SD_AUTOENCODER_EMA
 
 config = Config(
-    model=UViTConfig(**SIZES["huge"], **IMAGENET256_LATENTS, conv="none"),
+    model=PUBLISHED["imagenet256_uvit_huge"],
     process=LDM_NOISE,
     data=DataConfig(name="data/imagenet256_latents", flip=True, num_workers=8, autoencoder=SD_AUTOENCODER_EMA),
     optim=ADAMW,

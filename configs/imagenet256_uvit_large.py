@@ -1,10 +1,10 @@
 """ImageNet 256x256 in latents, class-conditional, U-ViT-L/2: the published run (FID 3.40, guided)."""
 
-from uvit.config import Config, DataConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import ADAMW, IMAGENET256_LATENTS, SD_AUTOENCODER, SIZES, VP_NOISE
+from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
+from uvit.published import ADAMW, PUBLISHED, SD_AUTOENCODER, VP_NOISE
 
 config = Config(
-    model=UViTConfig(**SIZES["large"], **IMAGENET256_LATENTS),
+    model=PUBLISHED["imagenet256_uvit_large"],
     process=VP_NOISE,
     data=DataConfig(name="data/imagenet256_latents", flip=True, num_workers=8, autoencoder=SD_AUTOENCODER),
     optim=ADAMW,

@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from uvit.config import load_config
+from uvit.published import PUBLISHED
 
 base = load_config(Path(__file__).with_name("imagenet256_uvit_huge.py"))
 config = replace(
     base,
-    model=replace(base.model, img_size=64, patch_size=4),
+    model=PUBLISHED["imagenet512_uvit_huge"],
     data=replace(base.data, name="data/imagenet512_latents"),
     sample=replace(base.sample, guidance=1.7),
 )

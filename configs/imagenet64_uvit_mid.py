@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from uvit.config import Config, DataConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import ADAMW, IMAGENET_CLASSES, SIZES, VP_NOISE
+from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
+from uvit.published import ADAMW, PUBLISHED, VP_NOISE
 
 config = Config(
-    model=UViTConfig(**SIZES["mid"], img_size=64, patch_size=4, in_chans=3, num_classes=IMAGENET_CLASSES),
+    model=PUBLISHED["imagenet64_uvit_mid"],
     process=VP_NOISE,
     data=DataConfig(name="ILSVRC/imagenet-1k", flip=True, num_workers=16),
     optim=replace(ADAMW, lr=3e-4),

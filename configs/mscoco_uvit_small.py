@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from uvit.config import Config, DataConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import ADAMW, CLIP_CONTEXT, LDM_NOISE, SD_AUTOENCODER, SIZES
+from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
+from uvit.published import ADAMW, LDM_NOISE, PUBLISHED, SD_AUTOENCODER
 
 config = Config(
-    model=UViTConfig(**SIZES["small"], img_size=32, patch_size=2, in_chans=4, **CLIP_CONTEXT),
+    model=PUBLISHED["mscoco_uvit_small"],
     process=LDM_NOISE,
     data=DataConfig(name="data/mscoco256_latents", num_workers=8, autoencoder=SD_AUTOENCODER, scale_factor=0.23010),
     optim=replace(ADAMW, betas=(0.9, 0.9)),

@@ -260,3 +260,73 @@ def test_golden_on_cuda(backend):
     with torch.no_grad():
         output = model.cuda()(**{name: value.cuda() for name, value in golden_inputs("tiny_class").items()})
     assert relative_error(output.cpu(), torch.from_numpy(ARRAYS["tiny_class/output"])) < 1e-4
+
+
+CONDITIONED = {"num_classes": 5, "null_class": True, "context_dim": 12, "num_context_tokens": 3}
+
+
+def test_intermediates_are_what_the_blocks_put_out(tiny):
+    model = UViT(tiny, num_classes=5).eval()
+    seen = []
+    for block in [*model.in_blocks, model.mid_block, *model.out_blocks]:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x, timesteps, y = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 4])
+    with torch.no_grad():
+        output = model(x, timesteps, y)
+        expected = seen[:]
+        last, found = model.forward_intermediates(x, output_fmt="NLC", timesteps=timesteps, y=y)
+        assert torch.equal(last, model.norm(expected[-1]))
+        assert torch.equal(model._to_image(expected[-1]), output)
+        assert len(found) == tiny.depth + 1
+        assert all(torch.equal(ours, theirs[:, 2:]) for ours, theirs in zip(found, expected))
+        images = model.forward_intermediates(x, intermediates_only=True, timesteps=timesteps, y=y)
+        assert all(torch.equal(a.flatten(2).mT, b) for a, b in zip(images, found))
+        normed = model.forward_intermediates(
+            x, [2], True, True, output_fmt="NLC", intermediates_only=True, timesteps=timesteps, y=y
+        )
+        assert torch.equal(torch.cat(normed[0][::-1], dim=1), model.norm(expected[2]))
+
+
+def test_blocks_after_the_last_chosen_one_are_left_out(tiny):
+    model, x = UViT(tiny).eval(), torch.randn(2, 1, 8, 8)
+    calls = []
+    model.out_blocks[1].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        whole = model.forward_intermediates(x, [-3, 0], intermediates_only=True)
+        assert calls == [1]
+        early = model.forward_intermediates(x, [-3, 0], stop_early=True, intermediates_only=True)
+        assert calls == [1]
+        assert all(torch.equal(a, b) for a, b in zip(whole, early)) and len(early) == 2
+        assert len(model.forward_intermediates(x, 2)[1]) == 2
+
+
+def test_features_are_those_of_a_clean_image_of_unknown_content(tiny):
+    model = UViT(tiny, **CONDITIONED).eval()
+    x, context = torch.randn(2, 1, 8, 8), torch.randn(2, 3, 12)
+    null, other = torch.tensor([5, 5]), torch.tensor([1, 2])
+    with torch.no_grad():
+        default = model.forward_intermediates(x, context=context)[0]
+        given = model.forward_intermediates(x, timesteps=torch.tensor(0.0), y=null, context=context)[0]
+        assert torch.equal(default, given)
+        assert not torch.equal(default, model.forward_intermediates(x, y=other, context=context)[0])
+
+
+def test_pictures_of_tokens_have_the_grids_shape(tiny):
+    model = UViT(tiny, img_size=(8, 16))
+    found = model.forward_intermediates(torch.randn(1, 1, 8, 16), 1, intermediates_only=True)
+    assert found[0].shape == (1, 32, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments", "message"),
+    [
+        ({}, {"indices": [5]}, "indices must be -5 to 4, got 5"),
+        ({}, {"indices": 6}, "indices must be 1 to 5 for the last blocks, got 6"),
+        ({}, {"output_fmt": "NHWC"}, "output_fmt must be 'NCHW' or 'NLC', got 'NHWC'"),
+        ({"num_classes": 5}, {}, "a model with num_classes 5 takes y, got none"),
+        (CONDITIONED, {}, "a model with context_dim 12 takes context, got none"),
+    ],
+)
+def test_intermediates_that_cannot_be_had(tiny, fields, arguments, message):
+    with pytest.raises(InputError, match=message):
+        UViT(tiny, **fields).forward_intermediates(torch.randn(1, 1, 8, 8), **arguments)

@@ -34,14 +34,17 @@ ORDER = [
     "diffusion",
     "samplers",
     "reuse",
+    "card",
     "backbone",
+    "generate",
+    "publish",
     "integrations.export",
     "checkpoint",
-    "generate",
     "integrations.diffusers",
     "evaluation",
-    "integrations.__init__",
     "__init__",
+    "integrations.__init__",
+    "integrations.timm",
 ]
 # These take a callable, never the network itself.
 NETWORK_FREE = ["diffusion", "samplers"]
@@ -49,7 +52,8 @@ NETWORK_FREE = ["diffusion", "samplers"]
 
 def imports_of(name: str) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{name.replace('.', '/')}.py").read_text())):
+    path = PACKAGE / f"{name.replace('.', '/')}.py"
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("uvit"):
             found.add(node.module.partition(".")[2] or "__init__")
     return found

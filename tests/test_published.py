@@ -10,7 +10,7 @@ from golden import FACTS
 
 from uvit import UViT
 from uvit.config import load_config
-from uvit.published import SD_AUTOENCODER, SD_AUTOENCODER_EMA
+from uvit.published import PUBLISHED, SD_AUTOENCODER, SD_AUTOENCODER_EMA
 from uvit.samplers import num_evaluations
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -70,3 +70,8 @@ def test_models_have_the_published_parameters(name):
     facts = FACTS["parameter_counts"][name]
     assert sum(parameter.numel() for parameter in model.parameters()) == facts["parameters"]
     assert len(model.state_dict()) == facts["state_dict_entries"]
+
+
+def test_configs_and_published_models_are_the_same():
+    assert PUBLISHED.keys() == TABLE.keys()
+    assert all(load_config(CONFIGS / f"{name}.py").model == model for name, model in PUBLISHED.items())

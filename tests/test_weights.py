@@ -104,7 +104,7 @@ def test_convert(published, tmp_path, capsys):
     out = tmp_path / "converted"
     main(["convert", str(published), str(out), "--num_heads", "4"])
     assert "77,440 parameters, 5 blocks of width 32" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     expected = golden_model("tiny_class").state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in UViT.from_pretrained(out).state_dict().items())
 
@@ -140,7 +140,7 @@ def bad_published(kind, whole):
         ("resnet", "not the weights of a U-ViT: there is no tensor 'pos_embed'"),
         ("wider", "do not fit their config: "),
         ("heads", "num_heads must be given for embed_dim 32"),
-        ("command", "the first argument must be one of convert, got 'turn'"),
+        ("command", "the first argument must be one of convert, push, card, got 'turn'"),
     ],
 )
 def test_bad_published_files_are_one_line_each(kind, message, published, tmp_path, monkeypatch, capsys):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
+from collections.abc import Sequence
 from os.path import isfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uvit.attention import attention
+from uvit.card import CARD_FILE, model_card
 from uvit.config import CONFIG_FILE, UViTConfig, read_json, to_json
 from uvit.errors import InputError, did_you_mean
 from uvit.files import write_text
+from uvit.hub import push_folder
 from uvit.weights import read_pretrained, write_weights
 
 MAX_PERIOD = 10_000
@@ -210,6 +214,11 @@ class UViT(nn.Module):
             self.final_layer = nn.Conv2d(chans, chans, 3, padding=1)
         self._init_weights()
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters in all."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def _sincos_pos_embed(self) -> Tensor:
         """Fixed embedding of the patches, zeros for the extra tokens: (1, extras + patches, D)."""
         patches = build_sincos2d_pos_embed(list(self.config.grid_shape), self.config.embed_dim)  # (N, D), row by row
@@ -353,6 +362,78 @@ class UViT(nn.Module):
         """All blocks, in the order in which they run."""
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        *,
+        timesteps: Tensor | None = None,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Any:
+        """Returns what comes out of chosen blocks, for representation work; the arguments are those of timm's ViT.
+
+        Blocks count from 0 in the order in which they run: depth / 2 shallow ones, the middle one at depth / 2, depth /
+        2 deep ones. Left to themselves, the conditions say what is true of a clean image of unknown content: time 0
+        and the null class. Features of a noisy image need its own time.
+
+        Args:
+            x: (B, C, H, W) images in [-1, 1] or latents, as the model was trained on.
+            indices: numbers of blocks, negative ones from the end; or how many of the last; None is all.
+            return_prefix_tokens: whether each intermediate is a pair, the second the tokens before the patches,
+                (B, num_extra_tokens, D): context, if there is one, after label and time.
+            norm: whether the last layer norm is applied to intermediates.
+            stop_early: whether blocks after the last chosen one are left out.
+            output_fmt: `NCHW` gives (B, D, H / patch_size, W / patch_size), `NLC` gives (B, patches, D).
+            intermediates_only: whether to leave the tokens at the end out.
+            timesteps: (B,) times in the network's units, or one time for all; None is 0.
+            y: (B,) labels; None is the null class.
+            context: (B, num_context_tokens, context_dim); a model that takes one has no default.
+
+        Returns:
+            The list of intermediates, in the order of the blocks; unless `intermediates_only`, a pair of the normed
+            tokens (B, L, D) after the last block that was run, and this list.
+
+        Raises:
+            InputError: (a ValueError) shapes that the model was not built for, labels that are needed, or blocks that
+                it does not have.
+        """
+        config, blocks = self.config, self.blocks
+        if output_fmt not in ("NCHW", "NLC"):
+            raise InputError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        if isinstance(indices, int):
+            if not 1 <= indices <= len(blocks):
+                raise InputError(f"indices must be 1 to {len(blocks)} for the last blocks, got {indices}")
+            indices = range(-indices, 0)
+        for index in (indices := range(len(blocks)) if indices is None else indices):
+            if not -len(blocks) <= index < len(blocks):
+                raise InputError(f"indices must be {-len(blocks)} to {len(blocks) - 1}, got {index}")
+        taken = {index % len(blocks) for index in indices}
+
+        timesteps = torch.zeros(1, device=x.device) if timesteps is None else timesteps
+        if y is None and config.null_label is not None:
+            y = torch.full((len(x),), config.null_label, device=x.device)
+        self._check_inputs(x, timesteps, y, context)
+        h, time = self._embed(x, timesteps, y, context)
+        skips: list[Tensor] = []
+        found: list[Any] = []
+        for number, block in enumerate(blocks[: max(taken, default=-1) + 1] if stop_early else blocks):
+            h = self._run(block, h, time, *([skips.pop()] if number > len(self.in_blocks) else []))
+            if number < len(self.in_blocks):
+                skips.append(h)
+            if number in taken:
+                tokens = self.norm(h) if norm else h
+                prefix, patches = tokens.tensor_split([config.num_extra_tokens], dim=1)
+                if output_fmt == "NCHW":
+                    patches = rearrange(patches, "B (h w) D -> B D h w", h=config.grid_shape[0]).contiguous()
+                found.append((patches, prefix) if return_prefix_tokens else patches)
+        return found if intermediates_only else (self.norm(h), found)
+
     def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -388,19 +469,20 @@ class UViT(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **fields: Any) -> UViT:
+    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, **fields: Any) -> UViT:
         """Loads a backbone in eval mode from a folder, a run, the hub, or a published `.pth` file.
 
         Args:
             name_or_path: a folder with config.json and model.safetensors, a hub name such as `user/model`, a file
                 of the reference code such as `imagenet256_uvit_huge.pth`, or its checkpoint folder with nnet_ema.pth.
+            revision: branch, tag or commit of a hub model; None is the newest of its main branch.
             **fields: fields of UViTConfig that change no weight, such as `attention`; and of a published file those
                 that its tensors do not tell, such as `num_heads` of an unpublished width.
 
         Raises:
             InputError: (a ValueError) nothing there, broken files, or weights of another shape.
         """
-        config, state_dict = read_pretrained(name_or_path, **_known_fields(fields))
+        config, state_dict = read_pretrained(name_or_path, revision, **_known_fields(fields))
         try:
             with torch.device("meta"):  # sizes that the weights do not have are found before memory is taken for them
                 cls(config).load_state_dict(state_dict, strict=True, assign=True)
@@ -414,6 +496,8 @@ class UViT(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors to a folder that `from_pretrained` loads.
 
+        A model card goes beside them as README.md, where there is none yet.
+
         Raises:
             InputError: (a ValueError) a folder that cannot be written to, or that holds a run, whose config would go.
         """
@@ -424,4 +508,29 @@ class UViT(nn.Module):
                 what = "a run" if isinstance(before, dict) and "process" in before else "something else"
                 raise InputError(f"{directory} holds {what}, whose {CONFIG_FILE} would go: use another folder")
         write_weights(Path(directory), self.state_dict())
+        if not isfile(Path(directory) / CARD_FILE):
+            write_text(Path(directory) / CARD_FILE, model_card(self.config, self.num_parameters))
         write_text(config_file, to_json(self.config))
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
+    ) -> str:
+        """Pushes config.json, model.safetensors and a model card to the hub; a run goes there with its recipe and
+        figures by `python -m uvit.checkpoint push`.
+
+        Args:
+            repo_id: `user/model`; the repository is made where there is none.
+            private: whether a repository that is made is private; None is the account's default.
+            revision: branch to push to, made where there is none; None is the main one.
+            token: of the hub; None is that of `hf auth login` or HF_TOKEN.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InputError: (a ValueError) a name that is none, no login, no permission, or no way to the hub.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            write_text(Path(folder) / CARD_FILE, model_card(self.config, self.num_parameters, repo_id))
+            self.save_pretrained(folder)
+            return push_folder(Path(folder), repo_id, private, revision, token)

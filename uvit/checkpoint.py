@@ -1,7 +1,8 @@
 """Training state to go on from, and the command line for weights.
 
-`python -m uvit.checkpoint convert FILE.pth OUT` turns a published file into config.json and model.safetensors;
-`python -m uvit.checkpoint export RUN --format onnx` writes a backbone that runs without this package.
+`python -m uvit.checkpoint convert FILE.pth OUT` turns a published file into config.json and model.safetensors; `export
+RUN --format onnx` writes a backbone that runs without this package; `push RUN user/model` publishes a run on the hub,
+and `card RUN OUT` writes what it would publish.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import tyro
 
 from uvit.backbone import UViT
 from uvit.cli import parse, run
-from uvit.config import CONFIG_FILE, Config, to_json
+from uvit.config import CONFIG_FILE, Config, Section, to_json
 from uvit.errors import InputError
 from uvit.files import aside_of, make_directory, remove_leftovers, sync
 from uvit.integrations.export import export
+from uvit.publish import publish, write_published
 from uvit.weights import load_without_code
 
 STATE_FILE = "training_state.pt"
@@ -185,12 +187,56 @@ def convert(arguments: Sequence[str]) -> None:
     source, output = known.pop("source"), known.pop("output")
     model = UViT.from_pretrained(source, **known)
     model.save_pretrained(output)
-    count = sum(parameter.numel() for parameter in model.parameters())
     blocks = f"{model.config.depth + 1} blocks of width {model.config.embed_dim}"
-    print(f"{source}: {count:,} parameters, {blocks}, to {output}")
+    print(f"{source}: {model.num_parameters:,} parameters, {blocks}, to {output}")
 
 
-COMMANDS = {"convert": convert, "export": export}
+@dataclass(frozen=True, kw_only=True)
+class PushArguments(Section):
+    source: tyro.conf.Positional[str]
+    """Run folder, such as runs/digits, or weights alone."""
+    name: tyro.conf.Positional[str]
+    """Where to: `user/model`, which is made where there is none."""
+    private: bool | None = None
+    """Whether a model that is made is private; the account's default where not given."""
+    revision: str | None = None
+    """Branch to push to, made where there is none; the main one where not given."""
+
+
+def push(arguments: Sequence[str]) -> None:
+    """Publishes a run on the hub: config, averaged weights, a card with its figures, and its newest grid."""
+    given = parse(PushArguments, arguments, "python -m uvit.checkpoint push", push.__doc__ or "")
+    print(f"{given.source} to {publish(given.source, given.name, given.private, given.revision)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardArguments(Section):
+    source: tyro.conf.Positional[str]
+    """Run folder, such as runs/digits, or weights alone."""
+    output: tyro.conf.Positional[str]
+    """New folder for what would be published."""
+    name: str = "user/model"
+    """What the card calls it."""
+
+
+def card(arguments: Sequence[str]) -> None:
+    """Writes the folder that push would publish, to look at it first."""
+    given = parse(CardArguments, arguments, "python -m uvit.checkpoint card", card.__doc__ or "")
+    output = Path(given.output)
+    if output.exists():
+        raise InputError(f"the output must be a new folder, got {given.output}, which exists")
+    make_directory(output.parent)
+    aside = aside_of(output)
+    try:
+        aside.mkdir()
+        write_published(given.source, aside, given.name)
+        aside.replace(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{given.source} to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+COMMANDS = {"convert": convert, "export": export, "push": push, "card": card}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -20,6 +20,9 @@ SKIPPED_FILE = "skipped.txt"
 
 LOCK_FILE = ".lock"
 
+RESULT_FILE = "evaluation.json"
+"""A run's figures and their protocol."""
+
 
 def make_directory(path: Path) -> None:
     """Makes a folder and those above it.

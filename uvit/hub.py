@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from glob import glob
 from os.path import isdir
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import logging
 
 from uvit.errors import InputError, did_you_mean
+
+REVISION = re.compile(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*")
 
 
 @contextlib.contextmanager
@@ -26,11 +37,28 @@ def quiet_hub() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def _reason(error: Exception) -> str:
+    """Says in one line why the hub refused."""
+    if isinstance(error, GatedRepoError):
+        return "its owner must grant access: ask for it on its page, then log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private: check the name, or log in with `hf auth login`"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the hub does not know this login: log in again with `hf auth login`"
+    if status == 403:
+        return "this login has no permission for it: check the name and the token's rights"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
     """Returns a folder on disk, or one of the hub's, which is fetched once.
 
     Args:
-        name: the folder, or on the hub `user/model`, or `user/model/folder` for a folder inside it.
+        name: the folder, or on the hub `user/model`, or `user/model/folder` for a folder inside it; `@REVISION` at the
+            end is a branch, tag or commit of the hub's.
         what: what it is to the user, for the error.
         patterns: names of the files wanted from the hub, `*` for any letters.
 
@@ -44,11 +72,53 @@ def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
     if path.is_absolute() or isdir(path.parent) or ".." in path.parts:
         folders = [str(path.parent / each).rstrip("/") for each in glob("*/", root_dir=path.parent)]
         raise InputError(f"{what} not found: {name}{did_you_mean(name, folders)}")
-    repository, folder = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    inside, at, revision = name.partition("@")
+    if at and not REVISION.fullmatch(revision):
+        raise InputError(f"a revision must be a branch, tag or commit of the hub's, got {revision!r} in {name}")
+    repository, folder = "/".join(inside.split("/")[:2]), "/".join(inside.split("/")[2:])
     wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
     try:
         with quiet_hub():
-            return Path(snapshot_download(repository, allow_patterns=wanted)) / folder
+            return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted)) / folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{what} {name!r} is no folder on disk, and the hub did not give it: {reason}") from None
+        raise InputError(
+            f"{what} {name!r} is no folder on disk, and the hub did not give it: {_reason(error)}"
+        ) from None
+
+
+def push_folder(
+    folder: Path, name: str, private: bool | None = None, revision: str | None = None, token: str | None = None
+) -> str:
+    """Pushes the files of a folder to a model repository of the hub, in one commit.
+
+    Args:
+        folder: what to push.
+        name: `user/model`; the repository is made where there is none.
+        private: whether a repository that is made is private; None is the account's default.
+        revision: branch to push to, made where there is none; None is the main one.
+        token: of the hub; None is that of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: a name that is none, no login, no permission, or no way to the hub.
+    """
+    if name.count("/") != 1:
+        raise InputError(f"the name on the hub must be USER/MODEL, got {name!r}")
+    if token is None and get_token() is None:
+        raise InputError(
+            f"pushing to {name!r} needs a login to the hub, got none: run `hf auth login`, or set HF_TOKEN"
+        )
+    try:
+        with quiet_hub():
+            api = HfApi(token=token)
+            api.create_repo(name, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(name, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=name, folder_path=folder, revision=revision, commit_message="Push a U-ViT"
+            )
+    except (ValueError, HTTPError, OSError) as error:
+        raise InputError(f"the hub did not take {name!r}: {_reason(error)}") from None
+    return str(commit.commit_url)

@@ -14,7 +14,7 @@ from torch import Tensor
 from uvit.config import OptimConfig, ProcessConfig, UViTConfig
 from uvit.errors import InputError
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {"embed_dim": 512, "depth": 12, "num_heads": 8},
     "small_deep": {"embed_dim": 512, "depth": 16, "num_heads": 8},
     "mid": {"embed_dim": 768, "depth": 16, "num_heads": 12},
@@ -38,6 +38,24 @@ IMAGENET256_LATENTS: dict[str, Any] = {
     "num_classes": IMAGENET_CLASSES,
     "null_class": True,
 }
+IMAGENET512_LATENTS = {**IMAGENET256_LATENTS, "img_size": 64, "patch_size": 4}
+IMAGENET64: dict[str, Any] = {"img_size": 64, "patch_size": 4, "num_classes": IMAGENET_CLASSES}
+MSCOCO_LATENTS: dict[str, Any] = {"img_size": 32, "patch_size": 2, "in_chans": 4, **CLIP_CONTEXT}
+
+PUBLISHED: dict[str, UViTConfig] = {
+    "cifar10_uvit_small": UViTConfig(**SIZES["small"], img_size=32, patch_size=2),
+    "celeba64_uvit_small": UViTConfig(**SIZES["small"], img_size=64, patch_size=4),
+    "imagenet64_uvit_mid": UViTConfig(**SIZES["mid"], **IMAGENET64),
+    "imagenet64_uvit_large": UViTConfig(**SIZES["large"], **IMAGENET64),
+    "imagenet256_uvit_large": UViTConfig(**SIZES["large"], **IMAGENET256_LATENTS),
+    "imagenet256_uvit_huge": UViTConfig(**SIZES["huge"], **IMAGENET256_LATENTS, conv="none"),
+    "imagenet512_uvit_large": UViTConfig(**SIZES["large"], **IMAGENET512_LATENTS),
+    "imagenet512_uvit_huge": UViTConfig(**SIZES["huge"], **IMAGENET512_LATENTS, conv="none"),
+    "mscoco_uvit_small": UViTConfig(**SIZES["small"], **MSCOCO_LATENTS),
+    "mscoco_uvit_small_deep": UViTConfig(**SIZES["small_deep"], **MSCOCO_LATENTS),
+}
+"""The backbone of each published run, by the name of its config: the data, then the size."""
+
 # Stable Diffusion's autoencoder, and the one whose decoder alone was tuned further: both encode alike.
 SD_AUTOENCODER = "CompVis/stable-diffusion-v1-4/vae"
 SD_AUTOENCODER_EMA = "stabilityai/sd-vae-ft-ema"

@@ -105,34 +105,43 @@ def read_published(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def find_pretrained(name_or_path: str | Path) -> Path:
+def find_pretrained(name_or_path: str | Path, revision: str | None = None) -> Path:
     """Returns what holds the weights: a published `.pth` file, or a folder with config.json and model.safetensors.
 
     What is not on disk is fetched from the hub.
 
+    Args:
+        name_or_path: which.
+        revision: branch, tag or commit of the hub's; the name may also end in `@REVISION`.
+
     Raises:
-        InputError: nothing on disk by that name, and no hub model that can be had.
+        InputError: nothing on disk by that name, and no hub model that can be had, or a revision of what is on disk.
     """
     path, name = Path(name_or_path), str(name_or_path)
+    if revision is not None and (isdir(path) or isfile(path)):
+        raise InputError(f"revision must be None for what is on disk, got {revision!r} for {name}")
     if isdir(path):
         published = path / PUBLISHED_FILE
         return published if isfile(published) and not isfile(path / WEIGHTS_FILE) else path
     if isfile(path):
         return path
-    return find_folder(name, "checkpoint", (CONFIG_FILE, WEIGHTS_FILE))
+    return find_folder(name if revision is None else f"{name}@{revision}", "checkpoint", (CONFIG_FILE, WEIGHTS_FILE))
 
 
-def read_pretrained(name_or_path: str | Path, **known: Any) -> tuple[UViTConfig, dict[str, Tensor]]:
+def read_pretrained(
+    name_or_path: str | Path, revision: str | None = None, **known: Any
+) -> tuple[UViTConfig, dict[str, Tensor]]:
     """Reads a backbone's config and weights from a folder, a run, the hub, or a published `.pth` file.
 
     Args:
         name_or_path: which.
+        revision: as for find_pretrained.
         **known: fields of UViTConfig; those of a published file that its tensors do not tell.
 
     Raises:
         InputError: nothing there, or files that are not what they should be.
     """
-    path = find_pretrained(name_or_path)
+    path = find_pretrained(name_or_path, revision)
     if path.is_file():
         weights = read_published(path)
         try:

@@ -1,1 +1,1 @@
-"""Bridges to other libraries, one file each."""
+"""Where people already work: a module for each library, imported by name."""

@@ -1,0 +1,104 @@
+"""The published models in timm's registry, once this module is imported: `import uvit.integrations.timm`.
+
+Names are timm's: `uvit_small_patch2_32` is a size, its patches and the side of its images (or latents); a tag names
+the data where several published models share a name, as in `uvit_large_patch4_64.imagenet512`. Nobody serves the
+published weights at a lasting address, so no model has any to download:
+
+>>> import timm, uvit.integrations.timm
+>>> model = timm.create_model("uvit_huge_patch2_32", checkpoint_path="imagenet256_uvit_huge.pth")
+>>> features = timm.create_model("uvit_small_patch2_32", features_only=True, out_indices=(6,))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import nn
+
+from uvit.backbone import UViT
+from uvit.config import UViTConfig
+from uvit.errors import InputError
+from uvit.published import PUBLISHED
+
+
+def _timm_name(run: str, config: UViTConfig) -> tuple[str, str]:
+    """Returns timm's (architecture, tag) of a published run: `cifar10_uvit_small` is uvit_small_patch2_32.cifar10."""
+    tag, _, size = run.partition("_")
+    return f"{size}_patch{config.patch_size}_{config.img_size}", tag
+
+
+def _pretrained_cfg(config: UViTConfig) -> dict[str, Any]:
+    """What timm keeps of a model: its input, and no address of weights."""
+    pixels = config.in_chans == 3  # in [-1, 1]; latents come as they are
+    return {
+        "url": "",
+        "input_size": (config.in_chans, *config.image_shape),
+        "fixed_input_size": True,
+        "num_classes": config.num_classes,
+        "mean": (0.5 if pixels else 0.0,) * config.in_chans,
+        "std": (0.5 if pixels else 1.0,) * config.in_chans,
+        "crop_pct": 1.0,
+        "first_conv": "patch_embed.proj",
+        "classifier": None,
+        "paper_name": "All are Worth Words: A ViT Backbone for Diffusion Models",
+        "paper_ids": "arXiv:2209.12152",
+        "origin_url": "https://github.com/baofff/U-ViT",
+    }
+
+
+_CONFIGS = {".".join(_timm_name(run, config)): config for run, config in PUBLISHED.items()}
+"""Backbones by timm's names with tags; the first tag of a name is what the name alone means."""
+
+default_cfgs = generate_default_cfgs({name: _pretrained_cfg(config) for name, config in _CONFIGS.items()})
+
+
+def _create(architecture: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Builds a model as timm's entry points do.
+
+    Args:
+        architecture: timm's name without a tag.
+        pretrained: whether to load weights from where `pretrained_cfg_overlay` says, such as {"file": PATH}.
+        **kwargs: what timm.create_model hands on, and fields of UViTConfig. `num_classes` are the labels that the
+            model takes, of which 0 is none; `features_only` gives features of clean images, and `out_indices` chooses
+            the blocks as forward_intermediates does: the last three where not given.
+
+    Raises:
+        InputError: (a ValueError) an unknown tag, or fields that do not fit.
+    """
+    given, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+    tags = default_cfgs[architecture].tags
+    if isinstance(given, str) and given not in tags:
+        raise InputError(f"the tag of {architecture} must be one of {', '.join(tags)}, got {given!r}")
+    resolved = resolve_pretrained_cfg(architecture, given, overlay)
+    published = _CONFIGS[f"{architecture}.{resolved.tag or tags[0]}"]
+    if tuple(resolved.input_size[1:]) == published.image_shape:
+        kwargs.setdefault("img_size", published.img_size)  # one number stays one
+    if kwargs.get("num_classes") == 0:
+        kwargs.setdefault("null_class", False)
+
+    def build(**fields: Any) -> UViT:
+        model: Any = UViT(published, **fields)
+        half = range(model.config.depth // 2)
+        modules = [*(f"in_blocks.{n}" for n in half), "mid_block", *(f"out_blocks.{n}" for n in half)]
+        facts = {"num_chs": model.config.embed_dim, "reduction": model.config.patch_size}
+        model.feature_info = [{"module": name, **facts} for name in modules]
+        return model
+
+    features = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+    return build_model_with_cfg(build, architecture, pretrained, feature_cfg=features, **kwargs)
+
+
+def _register(architecture: str) -> None:
+    """Gives timm an entry point of this name, which it looks up in this module."""
+
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(architecture, pretrained, **kwargs)
+
+    entry_point.__name__ = entry_point.__qualname__ = architecture
+    entry_point.__doc__ = f"Builds {architecture}."
+    globals()[architecture] = register_model(entry_point)
+
+
+for _architecture in default_cfgs:
+    _register(_architecture)

@@ -1,0 +1,1 @@
+"""U-ViT inside other tools, a file for each."""

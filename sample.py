@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
         tqdm(total=evaluations, unit="eval") as progress,
     ):
         images = generate(
-            model, config, conditions, given.seed, given.batch_size, encoders, lambda x0: progress.update(len(x0))
+            model, config, conditions, given.seed, given.batch_size, encoders, lambda x: progress.update(len(x))
         )
         if output.suffix.lower() == ".npz":
             write_npz(aside, images, None if rows == [None] else conditions)

@@ -13,7 +13,7 @@ from uvit.errors import printable, shown
 ROOT = Path(__file__).parent.parent
 TABLES = (ROOT / "docs/errors.md").read_text().splitlines()
 ROWS = [line for line in TABLES if line.startswith("| ") and not line.startswith("| what went wrong |")]
-CODE = [*ROOT.glob("*.py"), *ROOT.glob("uvit/*.py")]
+CODE = [*ROOT.glob("*.py"), *ROOT.glob("uvit/**/*.py")]
 
 
 def literals() -> list[str]:

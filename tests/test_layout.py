@@ -37,6 +37,8 @@ ORDER = [
     "checkpoint",
     "generate",
     "evaluation",
+    "integrations.__init__",
+    "integrations.demo",
     "__init__",
 ]
 # These take a callable, never the network itself.
@@ -45,14 +47,15 @@ NETWORK_FREE = ["diffusion", "samplers"]
 
 def imports_of(name: str) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / f"{name.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("uvit"):
             found.add(node.module.partition(".")[2] or "__init__")
     return found
 
 
 def test_every_module_has_its_place():
-    assert sorted(ORDER) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+    found = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
+    assert sorted(ORDER) == sorted(found)
 
 
 @pytest.mark.parametrize("name", ORDER)

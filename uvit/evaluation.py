@@ -194,7 +194,7 @@ def draw_shown(
     hidden = not state.is_main_process
     with tqdm(total=total, unit="eval", desc="drawing", disable=hidden, dynamic_ncols=True) as progress:
         batches = generate_batches(
-            conditions=conditions, on_evaluation=lambda x0: progress.update(len(x0)), share=share, **drawing
+            conditions=conditions, on_evaluation=lambda x: progress.update(len(x)), share=share, **drawing
         )
         for images in batches:
             yield images, None if mine is None else mine[done : done + len(images)]

@@ -250,7 +250,7 @@ def generate_batches(
         seed: seed of the set.
         batch_size: images at a time.
         encoders: the run's text encoder, where the model takes a context, and its autoencoder, where it draws latents.
-        on_evaluation: called with a batch's estimate of x_0 after each evaluation of the network, for a progress bar;
+        on_evaluation: called with a batch's x_t after each evaluation of the network, for a progress bar;
             `decode_images` makes images of it.
         share: (process, processes); each draws every so manyth image.
 

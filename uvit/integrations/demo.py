@@ -57,9 +57,9 @@ CACHE_SECONDS = 3600
 
 NO_INTERNET: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 CSS = """
-.gradio-container { max-width: 1180px !important; }
+.pictures .image-container { padding-top: 2.5rem; }
 .pictures img { image-rendering: pixelated; }
-.facts, .facts * { color: var(--body-text-color-subdued); }
+.facts * { font-size: var(--text-sm); color: var(--neutral-500); }
 """
 HEAD = "# U-ViT\nDraw images from a trained run."
 
@@ -103,7 +103,7 @@ class Drawn:
     grid: Image.Image
     """The images, a row for each class or prompt."""
     denoising: bytes | None
-    """A picture file of the estimates on the way, WebP."""
+    """A picture file of the noisy images on the way, WebP."""
     summary: str
     """What was drawn, in one line."""
     command: str
@@ -184,10 +184,10 @@ def draw(folder: Path, drawing: Drawing, on_progress: Callable[[int, int], objec
     frames: list[Tensor] = []
     done = 0
 
-    def watch(x0: Tensor) -> None:
+    def watch(x: Tensor) -> None:
         nonlocal done
         if done in shown_at:
-            frames.append(decode_images(x0[followed], encoders).cpu())
+            frames.append(decode_images(x[followed], encoders).cpu())
         done += 1
         on_progress(done, evaluations)
 
@@ -241,7 +241,7 @@ def describe_run(config: Config) -> str:
     unit = "latents" if config.data.autoencoder else "pixels"
     return (
         f"{height} × {width} × {model.in_chans} {unit}, {what} · {model.embed_dim} wide, {model.depth + 1} blocks · "
-        f"{config.process.schedule}, {config.train.num_steps:,} steps"
+        f"{config.process.schedule}, {config.train.num_steps:,} steps of training"
     )
 
 
@@ -281,38 +281,39 @@ def build_page(folder: Path) -> gr.Blocks:
         gr.Markdown(HEAD)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                run = gr.Dropdown(label="Run", elem_id="run")
-                facts = gr.Markdown(elem_classes="facts")
-                classes = gr.Dropdown(
-                    label="Classes", info="all where none is chosen", multiselect=True, elem_id="classes"
-                )
-                prompts = gr.Textbox(label="Prompts", info="one a line", lines=3, visible=False, elem_id="prompts")
-                num_per_class = gr.Slider(
-                    1, 16, Drawing.num_per_class, step=1, label="Images of each", elem_id="number"
-                )
-                guidance = gr.Slider(1, MAX_GUIDANCE, step=0.1, label="Guidance", info="1 is none", elem_id="guidance")
-                with gr.Row():
-                    sampler = gr.Dropdown(list(get_args(SolverName)), label="Sampler", min_width=120, elem_id="sampler")
-                    seed = gr.Number(Drawing.seed, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed")
-                steps = gr.Slider(1, MAX_STEPS, step=1, label="Steps", elem_id="steps")
-                denoising = gr.Radio(
-                    list(get_args(Denoising)), value=Drawing.denoising, label="Show the denoising", elem_id="denoising"
-                )
+                with gr.Group():
+                    run = gr.Dropdown(label="Run", elem_id="run")
+                    classes = gr.Dropdown(
+                        label="Classes (all where none is chosen)", multiselect=True, elem_id="classes"
+                    )
+                    prompts = gr.Textbox(label="Prompts, one a line", lines=3, visible=False, elem_id="prompts")
+                    number = gr.Slider(1, 16, Drawing.num_per_class, step=1, label="Images of each", elem_id="number")
+                    guidance = gr.Slider(1, MAX_GUIDANCE, step=0.1, label="Guidance (1 is none)", elem_id="guidance")
+                    steps = gr.Slider(1, MAX_STEPS, step=1, label="Steps", elem_id="steps")
+                    with gr.Row():
+                        solvers = list(get_args(SolverName))
+                        sampler = gr.Dropdown(solvers, label="Sampler", min_width=120, elem_id="sampler")
+                        seed = gr.Number(Drawing.seed, label="Seed", precision=0, min_width=120, elem_id="seed")
+                    ways = list(get_args(Denoising))
+                    denoising = gr.Radio(ways, value=Drawing.denoising, label="Show the denoising", elem_id="denoising")
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
+                facts = gr.Markdown(elem_classes="facts")
             with gr.Column(scale=3, min_width=320):
-                picture: dict[str, Any] = {"interactive": False, "buttons": ["download", "fullscreen"]}
-                grid = gr.Image(label="Images", format="png", elem_id="grid", elem_classes="pictures", **picture)
+                picture: dict[str, Any] = {
+                    "interactive": False,
+                    "buttons": ["download", "fullscreen"],
+                    "elem_classes": "pictures",
+                }
+                grid = gr.Image(label="Images", format="png", elem_id="grid", **picture)
+                film = gr.Image(label="Denoising", type="filepath", visible=False, elem_id="film", **picture)
                 summary = gr.Markdown(elem_id="summary", elem_classes="facts")
-                film = gr.Image(
-                    label="Denoising",
-                    type="filepath",
-                    visible=False,
-                    elem_id="film",
-                    elem_classes="pictures",
-                    **picture,
-                )
                 command = gr.Code(
-                    label="The same from the command line", language="shell", visible=False, elem_id="command"
+                    label="The same grid from the command line",
+                    language="shell",
+                    visible=False,
+                    wrap_lines=True,
+                    show_line_numbers=False,
+                    elem_id="command",
                 )
         settings = [facts, classes, prompts, guidance, sampler, steps]
 
@@ -331,11 +332,10 @@ def build_page(folder: Path) -> gr.Blocks:
                 steps: min(sampling.num_steps, MAX_STEPS),
             }
 
-        def load() -> dict[gr.Component, Any]:
+        def load() -> Any:
             """Lists the runs, the newest chosen."""
             runs = list_runs(folder)
-            update = gr.update(choices=runs, value=runs[0] if runs else None)
-            return {run: update, **(choose(runs[0]) if runs else {facts: f"No run in {folder} yet."})}
+            return gr.update(choices=runs, value=runs[0] if runs else None)
 
         def press(*sent: Any, progress: gr.Progress = gr.Progress()) -> dict[gr.Component, Any]:  # noqa: B008
             """Draws, and shows what was drawn."""
@@ -358,7 +358,7 @@ def build_page(folder: Path) -> gr.Blocks:
             "run": run,
             "classes": classes,
             "prompts": prompts,
-            "num_per_class": num_per_class,
+            "num_per_class": number,
             "guidance": guidance,
             "steps": steps,
             "sampler": sampler,
@@ -366,8 +366,9 @@ def build_page(folder: Path) -> gr.Blocks:
             "denoising": denoising,
         }
         # Values come as they were sent: Drawing checks them, in our words.
-        page.load(load, None, [run, *settings], api_visibility="private")
-        run.input(choose, run, settings, preprocess=False, api_visibility="private")
+        chosen: dict[str, Any] = {"preprocess": False, "api_visibility": "private"}
+        page.load(load, None, run, api_visibility="private").then(choose, run, settings, **chosen)
+        run.input(choose, run, settings, **chosen)
         button.click(
             press,
             list(inputs.values()),

@@ -25,7 +25,7 @@ needs_browser = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="needs Debian's packages chromium and chromium-driver, which are not installed"
 )
 PATIENCE = 60
-SIZE = (1120, 1030)
+SIZE = (1120, 1000)
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --disable-dev-shm-usage""".split()
 
@@ -98,9 +98,9 @@ class Page:
 
     def error(self) -> str:
         """Waits for the line that says what was wrong, and closes it."""
-        text = self.wait(lambda: self.find(".toast-body.error .toast-text").text)
-        self.find(".toast-body.error .toast-close").click()
-        self.wait(lambda: not self.shows(".toast-body.error"))
+        text = self.wait(lambda: self.find("[data-testid=toast-text]").text)
+        self.find("[data-testid=toast-close]").click()
+        self.wait(lambda: not self.shows("[data-testid=toast-body]"))
         return text
 
 

@@ -27,6 +27,8 @@ from uvit.errors import InputError
 from uvit.integrations import demo
 from uvit.integrations.demo import Drawing, build_page, draw, find_run, launch, list_runs
 
+pytestmark = pytest.mark.filterwarnings("ignore:::gradio.queueing")  # what it asks of pandas
+
 
 def ignore(done: int, total: int) -> None:
     """A progress bar that nobody sees."""
@@ -126,14 +128,10 @@ def test_what_a_request_gets_wrong_is_one_line(runs, changed, message):
     assert "\n" not in str(caught.value)
 
 
-def start_app(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "app.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
+@pytest.mark.slow
 def test_the_command_listens_on_this_machine_alone_until_it_is_stopped(runs):
-    process = start_app("--runs", str(runs), "--port", "0")
+    command = [sys.executable, str(ROOT / "app.py"), "--runs", str(runs), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
         assert line.startswith(f"runs of {runs} at http://127.0.0.1:"), process.stderr.read()
@@ -141,16 +139,17 @@ def test_the_command_listens_on_this_machine_alone_until_it_is_stopped(runs):
         assert "U-ViT" in httpx.get(address).text
         with pytest.raises(OSError):  # another address of this machine
             socket.create_connection(("127.0.0.2", urlparse(address).port), timeout=5)
-        taken = start_app("--runs", str(runs), "--port", str(urlparse(address).port))
-        assert taken.communicate(timeout=60)[1].startswith("error: cannot listen on 127.0.0.1:")
-        assert taken.returncode == 2
     finally:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 143 and errors == ""
 
 
-def test_no_folder_and_no_such_port(tmp_path):
+def test_a_port_in_use_and_no_such_folder(runs, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port}: .* give another --port"):
+            app.main(["--runs", str(runs), "--port", str(port)])
     with pytest.raises(InputError, match="folder of runs not found: "):
         app.main(["--runs", str(tmp_path / "none")])
     with pytest.raises(InputError, match="port must be 0 to 65535, got 65536"):

@@ -313,6 +313,7 @@ def build_page(folder: Path) -> gr.Blocks:
                     visible=False,
                     wrap_lines=True,
                     show_line_numbers=False,
+                    lines=1,
                     elem_id="command",
                 )
         settings = [facts, classes, prompts, guidance, sampler, steps]

@@ -13,11 +13,9 @@ from tqdm import tqdm
 from uvit.cli import parse, run
 from uvit.config import MAX_IMAGES
 from uvit.files import write_aside
-from uvit.generate import Condition, DrawArguments, condition_names, describe_guidance, find_conditions, generate
-from uvit.grid import image_grid
+from uvit.generate import Condition, DrawArguments, describe_guidance, find_conditions, generate, sample_grid
 from uvit.samplers import num_evaluations
 
-UNLABELLED_COLUMNS = 8
 SUFFIXES = (".png", ".jpg", ".jpeg", ".npz")
 
 
@@ -60,12 +58,13 @@ def main(arguments: Sequence[str]) -> None:
         write_aside(output) as aside,
         tqdm(total=evaluations, unit="eval") as progress,
     ):
-        images = generate(model, config, conditions, given.seed, given.batch_size, encoders, progress.update)
+        images = generate(
+            model, config, conditions, given.seed, given.batch_size, encoders, lambda x: progress.update(len(x))
+        )
         if output.suffix.lower() == ".npz":
             write_npz(aside, images, None if rows == [None] else conditions)
         else:
-            columns = UNLABELLED_COLUMNS if rows == [None] else given.num_per_class
-            image_grid(images, columns, condition_names(rows, config)).save(aside)
+            sample_grid(images, rows, given.num_per_class, config).save(aside)
     sampling = config.sample
     print(
         f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, {describe_guidance(sampling.guidance)}, "

@@ -42,6 +42,7 @@ ORDER = [
     "checkpoint",
     "integrations.diffusers",
     "evaluation",
+    "integrations.demo",
     "__init__",
     "integrations.__init__",
     "integrations.timm",

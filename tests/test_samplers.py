@@ -303,13 +303,15 @@ def test_every_combination_draws_gaussian_data(name, prediction, solver, spacing
     config = SampleConfig(sampler=solver, num_steps=200 if solver == "euler_maruyama" else 30, spacing=spacing)
     noise = ImageNoise([(0, k) for k in range(64)], (1, 8, 8), torch.device("cpu"))
     calls = []
-    images = sample(network, process, config, noise, {}, on_evaluation=lambda: calls.append(1))
+    images = sample(network, process, config, noise, {}, on_evaluation=calls.append)
     assert images.mean().item() == pytest.approx(MEAN, abs=0.06)
     assert images.std().item() == pytest.approx(STD, rel=0.15)
     assert len(calls) == num_evaluations(process, config)
+    assert all(x.shape == images.shape for x in calls)
+    assert calls[0].std() > calls[-1].std()  # it begins in noise
     calls.clear()
     ending = dataclasses.replace(config, num_steps=4, t_end=0.01)
-    sample(network, process, ending, noise, {}, on_evaluation=lambda: calls.append(1))
+    sample(network, process, ending, noise, {}, on_evaluation=calls.append)
     assert len(calls) == num_evaluations(process, ending)
 
 

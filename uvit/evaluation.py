@@ -193,6 +193,9 @@ def draw_shown(
     total, done = len(conditions[share[0] :: share[1]]) * evaluations, 0
     hidden = not state.is_main_process
     with tqdm(total=total, unit="eval", desc="drawing", disable=hidden, dynamic_ncols=True) as progress:
-        for images in generate_batches(conditions=conditions, on_evaluation=progress.update, share=share, **drawing):
+        batches = generate_batches(
+            conditions=conditions, on_evaluation=lambda x: progress.update(len(x)), share=share, **drawing
+        )
+        for images in batches:
             yield images, None if mine is None else mine[done : done + len(images)]
             done += len(images)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from uvit.attention import resolve_backend
@@ -32,6 +32,7 @@ from uvit.config import (
     read_json,
 )
 from uvit.errors import InputError, did_you_mean
+from uvit.grid import image_grid
 from uvit.images import to_uint8
 from uvit.latents import EMPTY_CAPTION, NO_ENCODERS, Encoders, load_encoders
 from uvit.precision import check_compile, compile_model, resolve_precision
@@ -45,6 +46,9 @@ ALIVE_WIDTHS = 16
 
 Condition = int | str | None
 """What an image is drawn for: a label, a prompt, or nothing."""
+
+UNLABELLED_COLUMNS = 8
+"""Images of a row where rows stand for no condition."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +251,11 @@ def fitting_batch_size(config: Config, device: torch.device) -> int:
     return max(1, min(MAX_FITTING_BATCH, free // 2 // (tokens * alive)))
 
 
+def decode_images(x: Tensor, encoders: Encoders) -> Tensor:
+    """Makes images of what a model draws, pixels in [-1, 1] or latents: (B, C, H, W) uint8."""
+    return to_uint8(x if encoders.image is None else encoders.image.decode(x))
+
+
 def generate_batches(
     model: UViT,
     config: Config,
@@ -254,7 +263,7 @@ def generate_batches(
     seed: int,
     batch_size: int | None = None,
     encoders: Encoders = NO_ENCODERS,
-    on_evaluation: Callable[[int], object] | None = None,
+    on_evaluation: Callable[[Tensor], object] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[Tensor]:
     """Draws one image for each condition, a batch at a time.
@@ -269,7 +278,8 @@ def generate_batches(
         seed: seed of the set.
         batch_size: images at a time; None is what fits.
         encoders: the run's text encoder, where the model takes a context, and its autoencoder, where it draws latents.
-        on_evaluation: called with the number of images after each evaluation of the network, for a progress bar.
+        on_evaluation: called with a batch's x_t after each evaluation of the network, for a progress bar;
+            `decode_images` makes images of it.
         share: (process, processes); each draws every so manyth image.
 
     Yields:
@@ -291,17 +301,22 @@ def generate_batches(
     for start in range(0, len(mine), batch_size):
         keys, part = zip(*mine[start : start + batch_size])
         cond, uncond = _batch_conditions(part, config.model, encoders, device)
-        tick = None if on_evaluation is None else functools.partial(on_evaluation, len(part))
         reused = config.sample.reused
         network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
+        noise = ImageNoise(keys, shape, device)
         with torch.autocast(device.type, dtype, enabled=precision != "no"):
-            x = sample(network, config.process, config.sample, ImageNoise(keys, shape, device), cond, uncond, tick)
-        yield to_uint8(x if encoders.image is None else encoders.image.decode(x))
+            x = sample(network, config.process, config.sample, noise, cond, uncond, on_evaluation)
+        yield decode_images(x, encoders)
 
 
 def generate(*arguments: Any, **named: Any) -> Tensor:
     """Draws images as generate_batches does, and returns them all: (N, C, H, W) uint8 on the CPU."""
     return torch.cat([images.cpu() for images in generate_batches(*arguments, **named)])
+
+
+def sample_grid(images: Tensor, rows: Sequence[Condition], columns: int, config: Config) -> Image.Image:
+    """Lays images out as one picture: a named row for each condition, or plain rows where there is none."""
+    return image_grid(images, UNLABELLED_COLUMNS if rows == [None] else columns, condition_names(rows, config))
 
 
 def set_threads(config: Config) -> None:

@@ -453,7 +453,7 @@ def sample(
     noise: Noise,
     cond: Mapping[str, Tensor],
     uncond: Mapping[str, Tensor] | None = None,
-    on_evaluation: Callable[[], object] | None = None,
+    on_evaluation: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Draws images.
 
@@ -464,7 +464,8 @@ def sample(
         noise: source of (B, C, H, W) standard normal noise.
         cond: the network's condition, batches of B, such as {"y": labels}; {} for none.
         uncond: the same for the empty condition; needed with guidance.
-        on_evaluation: called after each evaluation of the network, for a progress bar.
+        on_evaluation: called with the x_t, (B, C, H, W), of each evaluation of the network after it: for a progress
+            bar, or to watch the denoising.
 
     Returns:
         (B, C, H, W) in float32, images in about [-1, 1].
@@ -479,7 +480,7 @@ def sample(
     def counted(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         estimates = denoise(x, t)
         if on_evaluation is not None:
-            on_evaluation()
+            on_evaluation(x)
         return estimates
 
     return SOLVERS[config.sampler](counted, noise(), schedule, sampling_times(process, config), noise)

@@ -92,7 +92,9 @@ class Hub:
                     asked = json.loads(body)
                     name = f"{asked['organization']}/{asked['name']}"
                     if name in hub.repositories:
-                        return self.refuse(409, "You already created this model repo")
+                        return self.json(
+                            {"error": "You already created this model repo", "url": f"{hub.url}/{name}"}, 409
+                        )
                     hub.repositories[name] = {}
                     hub.private[name] = asked.get("visibility") == "private" or asked.get("private", False)
                     hub.commit(name, "main", {".gitattributes": b""})

@@ -659,7 +659,7 @@ BAD_INPUT = [
     ("encode", "--data photos --output out --image_size 8 --autoencoder empty", "cannot read empty/config.json"),
     ("encode", "--data one --output out --image_size 8", "must have 2 images or more, got 1"),
     ("encode", "--data photos --output out --on_error ignore", "'ignore'"),
-    ("checkpoint", "", "the first argument must be one of convert, got 'nothing'"),
+    ("checkpoint", "", "the first argument must be one of convert, push, card, got 'nothing'"),
     ("checkpoint", "convert nowhere out", "checkpoint not found: nowhere"),
     ("checkpoint", "convert tiny.py out", "tiny.py is not a whole file of weights alone"),
     ("checkpoint", "convert runs/tiny runs/told", "runs/told holds a run, whose config.json would go"),

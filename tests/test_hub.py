@@ -204,6 +204,15 @@ def test_the_lines_of_a_card_run(name):
     assert given["output"].shape == x.shape
 
 
+def test_a_card_says_which_encoders_are_not_on_the_hub():
+    latent = Config(model=MODEL, data=DataConfig(autoencoder="./vae"))
+    assert "a local copy of vae: give yours with `--autoencoder`" in model_card(MODEL, 1, config=latent)
+    text = UViTConfig(context_dim=8, num_context_tokens=4)
+    captions = Config(model=text, data=DataConfig(text_encoder="./clip", autoencoder="user/model/vae"))
+    card = model_card(text, 1, config=captions)
+    assert "a local copy of clip: give yours with `--text_encoder`" in card and "--autoencoder" not in card
+
+
 def test_a_card_that_is_there_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     UViT(MODEL).save_pretrained(tmp_path)
@@ -212,8 +221,9 @@ def test_a_card_that_is_there_is_kept(tmp_path):
 
 def test_weights_alone_are_published_too(hub, login, tmp_path):
     UViT(MODEL).save_pretrained(tmp_path / "bare")
-    main(["push", str(tmp_path / "bare"), NAME])
-    assert UViT.from_pretrained(NAME).config == MODEL
+    main(["push", str(tmp_path / "bare"), NAME, "--private", "True", "--revision", "v1"])
+    assert hub.private[NAME] and UViT.from_pretrained(NAME, revision="v1").config == MODEL
+    assert "config.json" not in hub.repositories[NAME]["main"]
 
 
 def test_a_name_that_is_not_there_is_one_line(hub, tmp_path, monkeypatch, capsys):

@@ -64,7 +64,7 @@ def test_pretrained_cfg_tells_the_input_and_no_address(name):
     assert not cfg["url"] and "hf_hub_id" not in cfg
     assert model.get_submodule(cfg["first_conv"]).in_channels == model.config.in_chans
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
-        timm.create_model(name, pretrained=True)
+        create(name, pretrained=True)
 
 
 def test_fields_of_the_config_go_through():

@@ -56,7 +56,8 @@ class DrawArguments(Section):
     """What every command that draws images from a run takes."""
 
     checkpoint: str
-    """Run folder, such as runs/digits, or hub name of one; with --config also weights alone."""
+    """Run folder, such as runs/digits, or hub name of one (`user/model`, or `user/model@REVISION`); with --config also
+    weights alone."""
     config: str | None = None
     """Config of weights that do not come with one, such as configs/imagenet256_uvit_huge.py for a published file."""
     guidance: float | None = None

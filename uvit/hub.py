@@ -12,10 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
     HTTPError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -80,7 +77,7 @@ def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
     try:
         with quiet_hub():
             return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted)) / folder
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (ValueError, HTTPError, OSError) as error:
         raise InputError(
             f"{what} {name!r} is no folder on disk, and the hub did not give it: {_reason(error)}"
         ) from None

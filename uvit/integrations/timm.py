@@ -71,7 +71,7 @@ def _create(architecture: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
     if isinstance(given, str) and given not in tags:
         raise InputError(f"the tag of {architecture} must be one of {', '.join(tags)}, got {given!r}")
     resolved = resolve_pretrained_cfg(architecture, given, overlay)
-    published = _CONFIGS[f"{architecture}.{resolved.tag or tags[0]}"]
+    published = _CONFIGS[f"{architecture}.{resolved.tag if resolved.tag in tags else tags[0]}"]
     if tuple(resolved.input_size[1:]) == published.image_shape:
         kwargs.setdefault("img_size", published.img_size)  # one number stays one
     if kwargs.get("num_classes") == 0:

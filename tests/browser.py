@@ -51,7 +51,16 @@ class Page:
     def __init__(self, driver: webdriver.Chrome, address: str) -> None:
         self.driver = driver
         driver.get(address)
-        self.wait(lambda: self.find("#run input").get_attribute("value"))
+        self.wait(self.run)
+
+    def run(self) -> str:
+        """Name of the run whose settings are shown; empty before there are any."""
+        return self.find("#facts").text.partition(":")[0]
+
+    def choose_run(self, name: str) -> None:
+        """Chooses a run, and waits for its settings."""
+        self.choose("run", name)
+        self.wait(lambda: self.run() == name)
 
     def wait(self, condition, patience: float = PATIENCE):
         """Waits until a condition holds, and returns what it returns."""
@@ -111,6 +120,7 @@ def main(runs: str, output: str) -> None:
     page = build_page(Path(runs))
     with open_browser() as driver:
         shown = Page(driver, launch(page, "127.0.0.1", 0))
+        shown.choose_run("digits")
         shown.choose("classes", "two", "four", "seven", "nine")
         shown.type("number", 8)
         shown.pick("denoising", "strip")

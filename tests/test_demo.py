@@ -197,7 +197,7 @@ def test_a_person_chooses_presses_and_sees_other_images(served, runs, driver):
     page = Page(driver, served)
     driver.execute_script("performance.clearResourceTimings()")
     assert page.source() is None
-    page.choose("run", "second")
+    page.choose_run("second")
     page.choose("classes", "three", "seven")
     page.type("number", 2)
     first = page.draw()
@@ -227,12 +227,12 @@ def test_the_page_asks_nothing_of_the_internet(served, driver):
 def test_a_run_deleted_meanwhile_is_one_line_and_the_page_stays_up(served, runs, driver):
     shutil.copytree(runs / "tiny", runs / "second")
     page = Page(driver, served)
-    page.choose("run", "second")
+    page.choose_run("second")
     shutil.rmtree(runs / "second")
     page.press()
     error = page.error()
     assert error.startswith("run not found in") and "'second'" in error and "Traceback" not in error
-    page.choose("run", "tiny")
+    page.choose_run("tiny")
     assert page.draw()
 
 

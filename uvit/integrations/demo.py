@@ -231,17 +231,17 @@ def describe_command(run: Path, drawing: Drawing) -> str:
     return shlex.join(words)
 
 
-def describe_run(config: Config) -> str:
+def describe_run(name: str, config: Config) -> str:
     """Says in one line what a run draws, and with what network."""
     model = config.model
     height, width = config.model.image_shape
     what = (
         f"{model.num_classes} classes" if model.num_classes else "from text" if model.context_dim else "unconditional"
     )
-    unit = "latents" if config.data.autoencoder else "pixels"
+    size = f"{height} × {width} × {model.in_chans} {'latents' if config.data.autoencoder else 'pixels'}"
+    network = f"{model.embed_dim} wide, {model.depth + 1} blocks"
     return (
-        f"{height} × {width} × {model.in_chans} {unit}, {what} · {model.embed_dim} wide, {model.depth + 1} blocks · "
-        f"{config.process.schedule}, {config.train.num_steps:,} steps of training"
+        f"{name}: {size}, {what} · {network} · {config.process.schedule}, {config.train.num_steps:,} steps of training"
     )
 
 
@@ -297,7 +297,7 @@ def build_page(folder: Path) -> gr.Blocks:
                     ways = list(get_args(Denoising))
                     denoising = gr.Radio(ways, value=Drawing.denoising, label="Show the denoising", elem_id="denoising")
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
-                facts = gr.Markdown(elem_classes="facts")
+                facts = gr.Markdown(elem_id="facts", elem_classes="facts")
             with gr.Column(scale=3, min_width=320):
                 picture: dict[str, Any] = {
                     "interactive": False,
@@ -325,7 +325,7 @@ def build_page(folder: Path) -> gr.Blocks:
             model, sampling = config.model, config.sample
             guided = model.null_class or bool(model.context_dim)
             return {
-                facts: describe_run(config),
+                facts: html.escape(describe_run(name, config)),
                 classes: gr.update(choices=list(class_names(config)), value=[], visible=bool(model.num_classes)),
                 prompts: gr.update(value="\n".join(sampling.prompts), visible=bool(model.context_dim)),
                 guidance: gr.update(value=sampling.guidance, visible=guided),

@@ -23,9 +23,10 @@ import encode
 import evaluate
 import sample
 import train
-from uvit import Config, UViT, checkpoint
+from uvit import UViT, checkpoint
 from uvit.checkpoint import load_checkpoint, save_checkpoint
 from uvit.cli import run
+from uvit.config import load_config
 from uvit.errors import InputError
 from uvit.features import TimmFeatures
 from uvit.files import write_aside
@@ -398,7 +399,7 @@ def test_evaluate_prints_two_figures_and_the_protocol(inside, capsys):
 def test_deep_features_are_reused(inside, capsys):
     sample.main("--checkpoint runs/tiny --steps 8 --output whole.npz".split())
     sample.main("--checkpoint runs/tiny --steps 8 --output reused.npz --reuse 1:3".split())
-    assert "reuse 1:3, seed 0" in capsys.readouterr().out
+    assert "reuse 1:3, precision no, seed 0" in capsys.readouterr().out
     whole, reused = (read_npz(f"{name}.npz")[0].astype(float) for name in ("whole", "reused"))
     assert 0 < np.abs(whole - reused).mean() < 10
 
@@ -659,7 +660,7 @@ BAD_INPUT = [
     ("encode", "--data photos --output out --image_size 8 --autoencoder empty", "cannot read empty/config.json"),
     ("encode", "--data one --output out --image_size 8", "must have 2 images or more, got 1"),
     ("encode", "--data photos --output out --on_error ignore", "'ignore'"),
-    ("checkpoint", "", "the first argument must be one of convert, push, card, got 'nothing'"),
+    ("checkpoint", "", "the first argument must be one of convert, export, push, card, got 'nothing'"),
     ("checkpoint", "convert nowhere out", "checkpoint not found: nowhere"),
     ("checkpoint", "convert tiny.py out", "tiny.py is not a whole file of weights alone"),
     ("checkpoint", "convert runs/tiny runs/told", "runs/told holds a run, whose config.json would go"),
@@ -704,7 +705,7 @@ def scenery(told) -> None:
     np.savez(finished / "negative.npz", mu=np.zeros(64), sigma=-np.eye(64))
     np.savez(finished / "sized.npz", mu=np.zeros(64), sigma=np.eye(64), features="pixels", image_size=(4, 16))
     for name, text in (("foreign", config), ("emptied", "[]")):
-        save_checkpoint(finished / name, Config(), 2, {}, keep=1)
+        save_checkpoint(finished / name, load_config(finished / "runs/tiny/config.json"), 2, {}, keep=1)
         (finished / name / "config.json").write_text(text)
 
 

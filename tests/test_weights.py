@@ -140,7 +140,7 @@ def bad_published(kind, whole):
         ("resnet", "not the weights of a U-ViT: there is no tensor 'pos_embed'"),
         ("wider", "do not fit their config: "),
         ("heads", "num_heads must be given for embed_dim 32"),
-        ("command", "the first argument must be one of convert, push, card, got 'turn'"),
+        ("command", "the first argument must be one of convert, export, push, card, got 'turn'"),
     ],
 )
 def test_bad_published_files_are_one_line_each(kind, message, published, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from uvit.config import Config, from_dict, read_json
+from uvit.config import CONFIG_FILE, Config, from_dict, read_json
 from uvit.errors import InputError
 from uvit.files import append_lines, sync, write_text
 
@@ -132,6 +132,8 @@ def check_same_run(config: Config, run_dir: Path, config_file: Path | None) -> l
     """
     if config_file is None:
         return []
+    if (run_dir / CONFIG_FILE).is_file():
+        from_dict(Config, read_json(run_dir / CONFIG_FILE))  # a broken one is told of before it is written anew
     before = from_dict(Config, read_json(config_file))
     other_run, harmless = changes(before, config)
     if other_run and not config.train.resume_anyway:

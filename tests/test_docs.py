@@ -15,6 +15,7 @@ import test_layout
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
+import app
 import encode
 import evaluate
 import sample
@@ -32,6 +33,7 @@ REFERENCE = "docs/from_the_reference.md"
 WITH_EXAMPLES = sorted(page for page, words in PAGES.items() if "```python" in words and page != "README.md")
 SLURM = {"--signal", "--requeue", "--dependency"}
 PARSERS = {
+    "app.py": app.Arguments,
     "sample.py": sample.Arguments,
     "evaluate.py": evaluate.Arguments,
     "evaluate.py stats": evaluate.StatisticsArguments,
@@ -102,7 +104,7 @@ def test_examples_run_as_they_stand(page, tmp_path, monkeypatch):
 def test_there_are_examples_and_commands():
     assert {"docs/import.md", "docs/your_images.md", "docs/imagenet256.md", REFERENCE} <= {*WITH_EXAMPLES}
     assert len(commands()) >= 25
-    assert {command for command, _ in commands()} >= {"train.py", "sample.py", "evaluate.py", "encode.py"}
+    assert {command for command, _ in commands()} >= {"train.py", "sample.py", "evaluate.py", "encode.py", "app.py"}
 
 
 @pytest.mark.parametrize(("command", "arguments"), commands(), ids=lambda value: " ".join(value)[:60])

@@ -193,13 +193,13 @@ def draw_model() -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Names the modules of ours that a file imports; what `from uvit import …` gives is the backbone's."""
+    """Names the modules of ours that a file imports; the package itself gives what the backbone has."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("uvit"):
-            names = {alias.name for alias in node.names}
-            module = (node.module or "").partition(".")[2]
-            found |= {module} if module else {"backbone"} & {"backbone" for name in names if name == "UViT"}
+        if isinstance(node, ast.ImportFrom) and node.module == "uvit":
+            found |= {"backbone" for alias in node.names if alias.name == "UViT"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("uvit."):
+            found.add(node.module.removeprefix("uvit."))
     return found
 
 
@@ -215,13 +215,16 @@ def group_of(name: str) -> str:
     """Returns the group of a module.
 
     Raises:
-        KeyError: a new module: give it a group.
+        ValueError: a new module that has none.
     """
     if name.endswith(".py"):
         return "script"
     if name.startswith("integrations."):
         return "bridge"
-    return {member: group for group, members in GROUPS.items() for member in members.split()}[name]
+    for group, members in GROUPS.items():
+        if name in members.split():
+            return group
+    raise ValueError(f"every module must have a group in GROUPS of docs/diagrams.py, got {name}")
 
 
 def reduce(graph: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -312,7 +315,7 @@ def spread(rows: Sequence[Sequence[str]], edges: Sequence[tuple[str, str]], half
                 overlap = x[one] + half[one] + GAP + half[next_one] - x[next_one]
                 if overlap > 0:
                     x[one], x[next_one] = x[one] - overlap / 2, x[next_one] + overlap / 2
-    # The picture is stretched to its width, which no overlap comes of.
+    # The picture is stretched to its width.
     low = min(here - half[name] for name, here in x.items())
     high = max(here + half[name] for name, here in x.items())
     side = max(half.values()) + 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 import runpy
 import shlex
@@ -163,6 +164,15 @@ def test_links_lead_somewhere(page):
 def test_pictures_are_what_the_script_draws(name):
     drawn = DIAGRAMS["PICTURES"][name]()
     assert (ROOT / "docs" / name).read_text() == drawn, "run python docs/diagrams.py"
+
+
+@pytest.mark.parametrize("name", DIAGRAMS["PICTURES"])
+def test_boxes_of_pictures_do_not_overlap(name):
+    corner = r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" rx="7"'
+    boxes = [tuple(map(float, found)) for found in re.findall(corner, (ROOT / "docs" / name).read_text())]
+    assert len(boxes) > 20
+    for (x1, y1, width1, height1), (x2, y2, width2, height2) in itertools.combinations(boxes, 2):
+        assert x1 + width1 <= x2 or x2 + width2 <= x1 or y1 + height1 <= y2 or y2 + height2 <= y1
 
 
 def test_the_picture_of_the_modules_has_every_import():

@@ -19,10 +19,10 @@ from uvit import UViT
 
 ROOT = Path(__file__).parent.parent
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', Helvetica, Arial, sans-serif"
-LINE = "#8b949e"  # lines and free text: legible on white and on black
+LINE = "#768390"  # lines and free text: legible on white and on black
 INK = "#1f2328"  # text on boxes, which are light on either ground
 WIDTH, GAP = 980, 16
-SKIP, PALE_SKIP = "#e8833a", "#f5b183"
+SKIP, PALE_SKIP = "#d96c26", "#f5b183"
 COLOURS = {
     "script": "#f2c14e",
     "run": "#f6d9a8",
@@ -39,7 +39,7 @@ DARKER = {
     "model": "#5b9ae0",
     "process": "#3fae8f",
     "data": "#e07a7a",
-    "ground": "#8b949e",
+    "ground": "#768390",
 }
 """Of the arrows that start there."""
 LABELS = {
@@ -77,21 +77,22 @@ def box(x: float, y: float, width: float, height: float, words: str, colour: str
     return f'<rect {corner} fill="{colour}"/>' + text(x, y, words, size, **more)
 
 
-def arrow(points: str, colour: str = LINE, width: float = 1.6, head: bool = True, **more: str) -> str:
-    """Returns a line along an SVG path."""
-    extra = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
-    end = ' marker-end="url(#head)"' if head else ""
-    return f'<path d="{points}" fill="none" stroke="{colour}" stroke-width="{width:g}"{end}{extra}/>'
+def arrow(points: str, colour: str = LINE, width: float = 1.6) -> str:
+    """Returns an arrow along an SVG path."""
+    style = f'stroke="{colour}" stroke-width="{width:g}" marker-end="url(#{colour[1:]})"'
+    return f'<path d="{points}" fill="none" {style}/>'
 
 
 def picture(width: float, height: float, title: str, parts: Iterable[str]) -> str:
     """Returns an SVG file."""
-    head = '<path d="M0 0 L8 4 L0 8 z" fill="context-stroke"/>'
-    size = 'viewBox="0 0 8 8" refX="7.5" refY="4" markerWidth="5.5" markerHeight="5.5" orient="auto"'
-    marker = f'<marker id="head" {size}>{head}</marker>'
+    shape = 'viewBox="0 0 8 8" refX="7.5" refY="4" markerWidth="5.5" markerHeight="5.5" orient="auto"'
+    heads = [
+        f'<marker id="{colour[1:]}" {shape}><path d="M0 0 L8 4 L0 8 z" fill="{colour}"/></marker>'
+        for colour in dict.fromkeys([LINE, SKIP, *DARKER.values()])
+    ]
     size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{FONT}" role="img">'
-    return "\n".join([opening, f"<title>{escape(title)}</title>", f"<defs>{marker}</defs>", *parts, "</svg>"]) + "\n"
+    return "\n".join([opening, f"<title>{escape(title)}</title>", "<defs>", *heads, "</defs>", *parts, "</svg>"]) + "\n"
 
 
 # The model.

@@ -38,6 +38,11 @@ def results(name: str) -> list[dict[str, Any]]:
             path.stem.startswith(f"{name}_nvidia")]  # fmt: skip
 
 
+def speed(rate: float) -> str:
+    """Formats images a second in three digits."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
 def row(*cells: str) -> str:
     """Returns a row of a table."""
     return f"| {' | '.join(cells)} |"
@@ -45,18 +50,17 @@ def row(*cells: str) -> str:
 
 def train_rows() -> Iterator[str]:
     """A row for each model, a column for each arm."""
-    yield row("training step", *(f"{arm}" for arm in TRAIN_ARMS))
+    yield row("training, images/s", *TRAIN_ARMS)
     yield "|---" * (1 + len(TRAIN_ARMS)) + "|"
     for result in results("train"):
         for name, model in result["models"].items():
             cells = [
-                f"{arms[arm]['images_per_second']:.3g} images/s ({arms[arm]['speed_ratio']:.2f} ×)"
-                if arm in arms
-                else ""
+                f"{speed(arms[arm]['images_per_second'])} ({arms[arm]['speed_ratio']:.2f} ×)" if arm in arms else ""
                 for arms in [model["arms"]]
                 for arm in TRAIN_ARMS
             ]
-            yield row(f"{name}, batch {model['batch_size']}, {model['precision']}, {result['device']}", *cells)
+            precision = "fp32" if model["precision"] == "no" else model["precision"]
+            yield row(f"{name}, batch {model['batch_size']}, {precision}, {result['device']}", *cells)
 
 
 def sample_rows() -> Iterator[str]:
@@ -66,15 +70,16 @@ def sample_rows() -> Iterator[str]:
         yield "|---|---|---|---|---|"
         runs = result["runs"]
         first = runs[SAMPLE_ARMS[0]]
-        for arm in SAMPLE_ARMS:
+        for arm in filter(runs.__contains__, SAMPLE_ARMS):
             ratio, right, rate = (
                 statistics.median(each[figure] for each in runs[arm])
                 for figure in ("frechet_ratio", "recognised", "images_per_second")
             )
             rates = [each["images_per_second"] / other["images_per_second"] for each, other in zip(runs[arm], first)]
             yield row(arm, f"{ratio:.2f}", f"{right:.1%}", f"{rate:.0f}", f"{statistics.median(rates):.1f}")
+        if not (rates := result.get("S/2 images/s")):
+            continue
         yield ""
-        rates = result["S/2 images/s"]
         slowest, *_ = rates.values()
         yield row("guided S/2, random weights, 5 steps", "images/s", "×")
         yield "|---|---|---|"
@@ -95,6 +100,7 @@ def quality_rows() -> Iterator[str]:
 def main(_: list[str]) -> None:
     """Replaces what stands between the marks in README.md."""
     parts = ("\n".join(rows()) for rows in (train_rows, quality_rows, sample_rows))
+    parts = (part for part in parts if part)
     text, count = re.subn(
         f"{re.escape(BEGIN)}.*{re.escape(END)}",
         lambda _: BEGIN + "\n" + "\n\n".join(parts) + "\n\n" + END,

@@ -396,6 +396,18 @@ def test_evaluate_prints_two_figures_and_the_protocol(inside, capsys):
     assert saved["protocol"]["rounding"] == "uint8"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("reuse", ["none", "1:2"])
+def test_compiled_and_half_precise_networks_draw_nearly_the_same(reuse, inside):
+    common = f"--checkpoint runs/tiny --steps 4 --num_per_class 1 --reuse {reuse}".split()
+    sample.main([*common, "--output", "plain.npz"])
+    sample.main([*common, "--output", "compiled.npz", "--compile", "model"])
+    sample.main([*common, "--output", "half.npz", "--mixed_precision", "bf16"])
+    plain, compiled, half = (read_npz(f"{name}.npz")[0].astype(int) for name in ("plain", "compiled", "half"))
+    assert np.abs(plain - compiled).max() <= 1
+    assert np.abs(plain - half).max() > 0 and np.abs(plain - half).mean() < 3
+
+
 def test_deep_features_are_reused(inside, capsys):
     sample.main("--checkpoint runs/tiny --steps 8 --output whole.npz".split())
     sample.main("--checkpoint runs/tiny --steps 8 --output reused.npz --reuse 1:3".split())

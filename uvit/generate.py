@@ -125,7 +125,9 @@ class DrawArguments(Section):
         )
         resolve_precision(sampling.mixed_precision, device.type, config.model.embed_dim)
         check_compile(self.compile, device.type)
-        compile_model(model, model.blocks, self.compile)
+        # A network that is called in parts is compiled in parts.
+        in_parts = self.compile != "no" and sampling.reused is not None
+        compile_model(model, model.blocks, "blocks" if in_parts else self.compile)
         data = _replace_given(config.data, text_encoder=self.text_encoder, autoencoder=self.autoencoder)
         config = dataclasses.replace(config, sample=sampling, data=data)
         sampling_times(config.process, config.sample)  # a grid that cannot be made is found before the long work

@@ -130,11 +130,13 @@ def check_same_run(config: Config, run_dir: Path, config_file: Path | None) -> l
     Raises:
         InputError: changes that make it another run.
     """
-    if config_file is None:
+    before = None
+    if (run_dir / "checkpoints").is_dir() and (run_dir / CONFIG_FILE).is_file():
+        before = from_dict(Config, read_json(run_dir / CONFIG_FILE))  # a broken one is told of, not written anew
+    if config_file is not None:
+        before = from_dict(Config, read_json(config_file))
+    if before is None:
         return []
-    if (run_dir / CONFIG_FILE).is_file():
-        from_dict(Config, read_json(run_dir / CONFIG_FILE))  # a broken one is told of before it is written anew
-    before = from_dict(Config, read_json(config_file))
     other_run, harmless = changes(before, config)
     if other_run and not config.train.resume_anyway:
         held = f"{run_dir} holds a run with {'; '.join(other_run)}"

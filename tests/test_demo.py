@@ -142,7 +142,7 @@ def test_the_command_listens_on_this_machine_alone_until_it_is_stopped(runs):
     finally:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and errors == ""
+    assert process.returncode == 143 and errors == "\nstopped by SIGTERM\n"
 
 
 def test_a_port_in_use_and_no_such_folder(runs, tmp_path):

@@ -253,7 +253,7 @@ def make_statistics(arguments: Sequence[str]) -> None:
     network.to(state.device)
     # The output is opened first: a path that cannot be written is found before the work, not after it.
     with write_aside(output) if state.is_main_process else nullcontext(output) as aside:
-        batches = read_shown(data, given.batch_size or BATCH_SIZE, given.num_workers, state)
+        batches = read_shown(data, given.batch_size, given.num_workers, state)
         moments = Judged(network, len(data), state).look(batches).moments
         if state.is_main_process:
             facts = {"features": given.features, "image_size": data.shape[1:], "num_images": moments.count}

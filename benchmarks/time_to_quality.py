@@ -77,8 +77,9 @@ def train_and_judge(arm: str, seed: int, num_steps: int | None, given: Arguments
     config = load_config(ROOT / "configs" / "digits.py")
     num_steps = num_steps or config.train.num_steps
     with tempfile.TemporaryDirectory() as folder:
-        options = {"seed": seed, "num_steps": num_steps, "save_every": num_steps // given.points, "keep": given.points}
-        options |= {"sample_every": 0, "tracker": "none", "run_dir": folder}
+        every = max(1, num_steps // given.points)
+        options = {"seed": seed, "num_steps": num_steps, "save_every": every, "keep": num_steps}
+        options |= {"log_every": every, "sample_every": 0, "tracker": "none", "run_dir": folder}
         words = [word for name, value in options.items() for word in (f"--train.{name}", str(value))]
         command = [sys.executable, "train.py", "configs/digits.py", *ARMS[arm], *words]
         subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from uvit import Config, UViT  # noqa: E402
+from uvit import Config, UViT, UViTConfig  # noqa: E402
 from uvit.attention import attention  # noqa: E402
 from uvit.cli import parse, run  # noqa: E402
 from uvit.config import OptimConfig, load_config  # noqa: E402
@@ -239,9 +239,9 @@ def time_model(name: Model, given: Arguments, device: torch.device) -> dict[str,
     precision = resolve_precision("auto", device.type, config.model.embed_dim)
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
 
-    def build() -> UViT:
+    def build(model: UViTConfig = config.model) -> UViT:
         torch.manual_seed(0)
-        return UViT(config.model)
+        return UViT(model)
 
     def compiled(how: str) -> Config:
         return dataclasses.replace(config, train=dataclasses.replace(config.train, compile=how))
@@ -261,7 +261,7 @@ def time_model(name: Model, given: Arguments, device: torch.device) -> dict[str,
         "ours, blocks compiled": ours(compiled("blocks")),
         "ours, model compiled": ours(compiled("model")),
         **({"ours, CUDA graphs": ours(compiled("graphs"))} if device.type == "cuda" else {}),
-        "ours, checkpointing": ours(config, lambda: UViT(checkpointing)),
+        "ours, checkpointing": ours(config, lambda: build(checkpointing)),
         "ours, Muon": ours(dataclasses.replace(config, optim=muon)),
         "DiT": ours(config, lambda: build_dit(config)),
         "U-Net": ours(config, lambda: build_unet(config, width)),

@@ -520,9 +520,9 @@ class UViT(nn.Module):
 
         Args:
             repo_id: `user/model`; the repository is made where there is none.
-            private: whether a repository that is made is private; None is the account's default.
-            revision: branch to push to, made where there is none; None is the main one.
-            token: of the hub; None is that of `hf auth login` or HF_TOKEN.
+            private: as for uvit.hub.push_folder, like the next two.
+            revision: branch.
+            token: of the hub.
 
         Returns:
             The address of the commit.

@@ -12,7 +12,7 @@ from uvit.config import Compile, Precision
 from uvit.errors import InputError
 
 MIN_BF16_WIDTH = 128
-"""Narrower models are not faster in bf16 on a CPU: casts cost what products save (benchmarks/train.py)."""
+"""Narrower models stay in fp32 on a CPU: casts cost most of what products save."""
 
 
 def cpu_has_bf16() -> bool:

@@ -29,6 +29,7 @@ from accelerate.utils import (
 )
 from einops import rearrange
 from timm.utils import ModelEmaV3
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from uvit import UViT
@@ -59,6 +60,7 @@ from uvit.loader import build_loader, check_batch, load_data
 from uvit.optim import build_optimizer, build_scheduler, load_optimizer_state
 from uvit.precision import check_compile, compile_model, resolve_precision
 from uvit.resume import METRICS_FILE, MetricsFile, Progress, check_same_run, survive, tell
+from uvit.sharding import cut_all, gather, share_out
 from uvit.weights import WEIGHTS_FILE, write_weights
 
 USAGE = "train.py CONFIG"
@@ -82,9 +84,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     check_batch(config.train, int(os.environ.get("WORLD_SIZE", 1)))
     for engine in ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
-            raise InputError(
-                f"train.py shares batches between processes, not the model, got {engine}: launch without it"
-            )
+            raise InputError(f"train.py shares a model out by --train.shard True, got {engine}: launch without it")
     if config.train.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("train.tracker 'wandb' needs the package wandb, which is not installed: pip install wandb")
     run_dir = config.train.run_dir or str(Path("runs", Path(arguments[0]).stem))
@@ -115,6 +115,21 @@ def save_grid(accelerator: Accelerator, model: UViT, config: Config, encoders: E
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         with survive(f"to {tracker.name}", (Exception,)):
             tracker.log_images({"samples": np.asarray(picture)[None]}, step=step, **layout)
+
+
+def gather_model(model: UViT, keep: bool) -> UViT:
+    """Puts a model that is shared out together, in a copy; every process must call it.
+
+    Args:
+        model: shared out.
+        keep: whether this process wants the copy; if not, it gets the model.
+    """
+    weights = gather(model.state_dict(), keep)
+    if not keep:
+        return model
+    copy = UViT(model.config)
+    copy.load_state_dict(weights)
+    return copy.to(next(model.parameters()).device)
 
 
 def first_captions(data: ImageData) -> tuple[str, ...]:
@@ -211,7 +226,8 @@ def compute_gradients(
             loss = training_loss(model, config, encoders, next(batches), generator)
             accelerator.backward(loss / num_parts)
         total_loss += loss.detach() / num_parts
-    return total_loss, accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
+    return total_loss, grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
 
 def agree(
@@ -258,8 +274,10 @@ def load_state(state: dict[str, Any], stateful: dict[str, Any], run_dir: Path) -
     """
     try:
         for name, part in stateful.items():
-            load = partial(load_optimizer_state, part) if name == "optimizer" else part.load_state_dict
-            load(state[name])
+            if name == "optimizer":
+                load_optimizer_state(part, state[name])
+            else:
+                part.load_state_dict(cut_all(state[name], part.state_dict()))
         if type(state["step"]) is not int or state["step"] < 0:
             raise TypeError(f"step {state['step']!r:.80}")
         return state["step"]
@@ -335,7 +353,12 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
     plain_model, encoders = UViT(config.model).to(device), encoders.to(device)
     ema = ModelEmaV3(plain_model, decay=settings.ema_decay)
     compile_model(plain_model, plain_model.blocks, settings.compile)
-    model, optimizer = accelerator.prepare(plain_model, build_optimizer(plain_model, config.optim))
+    is_shared = settings.shard and accelerator.num_processes > 1
+    if is_shared:
+        for each in (plain_model, ema.module):
+            share_out(each, each.blocks, device, accelerator.num_processes)
+    model = accelerator.prepare_model(plain_model, evaluation_mode=is_shared)  # which leaves out DDP alone
+    optimizer = accelerator.prepare_optimizer(build_optimizer(plain_model, config.optim))
     progress = Progress(num_processes=accelerator.num_processes, num_images=len(data))
     stateful = {"model": plain_model, "ema": ema.module, "optimizer": optimizer, "progress": progress}
     if accelerator.scaler is not None:
@@ -417,16 +440,20 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
                 clock, clock_step = time.perf_counter(), done
 
             paused_at, failure = time.perf_counter(), ""
-            if is_main and settings.sample_every and (done % settings.sample_every == 0 or is_end):
-                path = run_dir / "samples" / f"step_{done:08d}.png"
-                save_grid(accelerator, ema.module, config, encoders, path, done)
-            if is_main and not is_lost and (done % settings.save_every == 0 or is_end or signum):
+            joins = is_main or is_shared  # what is shared out is put together by all
+            if joins and settings.sample_every and (done % settings.sample_every == 0 or is_end):
+                whole = gather_model(ema.module, keep=is_main) if is_shared else ema.module
+                if is_main:
+                    path = run_dir / "samples" / f"step_{done:08d}.png"
+                    save_grid(accelerator, whole, config, encoders, path, done)
+            if joins and not is_lost and (done % settings.save_every == 0 or is_end or signum):
                 # What came before steps went wrong is kept until they are right again.
                 good_step, keep = progress.good_step, None if progress.bad_steps else settings.keep
                 progress.good_step = good_step if progress.bad_steps else done
+                state = gather({name: part.state_dict() for name, part in stateful.items()}, keep=is_main)
                 try:
-                    state = {name: part.state_dict() for name, part in stateful.items()}
-                    save(config, run_dir, done, state, metrics, keep)
+                    if is_main:
+                        save(config, run_dir, done, state, metrics, keep)
                 except (OSError, InputError) as error:
                     progress.good_step = good_step
                     failure = f"step {done} could not be saved ({error}); {last_checkpoint(good_step)}"

@@ -25,6 +25,7 @@ ORDER = [
     "published",
     "weights",
     "latents",
+    "sharding",
     "optim",
     "images",
     "features",

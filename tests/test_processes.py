@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_cli import ROOT, TINY, command, deterministic_loss
+from torch.distributed.tensor import DTensor
 
 from uvit.checkpoint import load_checkpoint
 from uvit.weights import read_weights
@@ -22,36 +24,54 @@ def main() -> None:
     """Trains with a loss that does not depend on how a batch is shared, and writes what the gradients were."""
     import train
 
-    grads = []
+    grads, sizes = [], []
     original = torch.optim.AdamW.step
 
     def spy(self, *arguments, **named):
-        parts = [p.grad.flatten() for group in self.param_groups for p in group["params"] if p.grad is not None]
-        grads.append(torch.cat(parts).clone())
+        parts = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+        grads.append(torch.cat([part.flatten() for part in whole]))
+        sizes.append(sum((part.to_local() if isinstance(part, DTensor) else part).numel() for part in parts))
         return original(self, *arguments, **named)
 
     torch.optim.AdamW.step = spy
     train.training_loss = deterministic_loss
     train.main(sys.argv[1:])
-    torch.save(torch.stack(grads), Path(sys.argv[sys.argv.index("--train.run_dir") + 1]) / "grads.pt")
+    folder = Path(sys.argv[sys.argv.index("--train.run_dir") + 1])
+    torch.save({"grads": torch.stack(grads), "size": sizes[0]}, folder / f"seen_{os.environ.get('RANK', 0)}.pt")
 
 
-def train_on(count, folder, monkeypatch):
+def run_on(count, script, cwd, *arguments):
+    launch = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+    result = command(*launch, str(script), *arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a small config; processes are started on the CPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")
-    launch = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-    arguments = ["tiny.py", *OPTIONS.split(), "--train.run_dir", str(folder / f"run_{count}")]
-    result = command(*launch, __file__, *arguments, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    run_dir = folder / f"run_{count}"
-    losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return torch.load(run_dir / "grads.pt", weights_only=True), losses, run_dir
-
-
-def test_gradients_weights_and_losses_are_those_of_one_process(tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(TINY)
-    (one, losses, alone), (two, shared, together) = (train_on(count, tmp_path, monkeypatch) for count in (1, 2))
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    return tmp_path
+
+
+def train_on(count, folder, options=OPTIONS):
+    """What each process saw, the losses, and the run."""
+    run_dir = folder / f"run_{count}"
+    run_on(count, __file__, folder, "tiny.py", *options.split(), "--train.run_dir", str(run_dir))
+    losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [torch.load(run_dir / f"seen_{rank}.pt") for rank in range(count)], losses, run_dir
+
+
+@pytest.mark.parametrize("share", [1, 2], ids=["ddp", "fsdp"])
+def test_gradients_weights_and_losses_are_those_of_one_process(share, folder):
+    [one], losses, alone = train_on(1, folder)
+    two, shared, together = train_on(2, folder, f"{OPTIONS} --train.shard {share > 1}")
+    for seen in two:
+        torch.testing.assert_close(seen["grads"], one["grads"], rtol=1e-4, atol=1e-6)
+        assert seen["size"] == pytest.approx(one["size"] / share, rel=0.05)  # what a process holds of them
     assert shared == pytest.approx(losses, rel=1e-5)
     ours, theirs = (load_checkpoint(run_dir) for run_dir in (together, alone))
     for part in ("model", "ema"):
@@ -61,23 +81,40 @@ def test_gradients_weights_and_losses_are_those_of_one_process(tmp_path, monkeyp
     assert set(read_weights(together / "model.safetensors")) == set(theirs["ema"])
 
 
+def test_a_run_goes_on_alike_shared_out_or_not(folder):
+    """Muon's moments too, which it makes from whole matrices; grids are drawn from a whole model."""
+
+    def train(name, *options):
+        arguments = [*OPTIONS.replace("adamw", "muon").split(), *options, "--train.run_dir", name]
+        run_on(2, ROOT / "train.py", folder, "tiny.py", *arguments)
+        return load_checkpoint(folder / name)
+
+    shared = ["--train.shard", "True"]
+    expected = train("straight", "--train.sample_every", "1", *shared)
+    assert len(list((folder / "straight" / "samples").glob("*.png"))) == 2
+    for name, rest in {"shared": shared, "whole": []}.items():
+        train(name, "--train.num_steps", "1", *shared)
+        found = train(name, *rest)
+        assert found["step"] == 2
+        for part in ("model", "ema"):
+            for key, tensor in expected[part].items():
+                torch.testing.assert_close(found[part][key], tensor, rtol=1e-4, atol=1e-6)
+
+
 def figures_of(count, cwd, *arguments):
     """What evaluate.py prints, shows as progress and saves, on so many processes."""
-    launch = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
     output = cwd / "figures.json"
-    result = command(*launch, str(ROOT / "evaluate.py"), *arguments, "--output", str(output), cwd=cwd)
-    assert result.returncode == 0, result.stderr
+    result = run_on(count, ROOT / "evaluate.py", cwd, *arguments, "--output", str(output))
     return result.stdout, result.stderr, json.loads(output.read_text())
 
 
-def test_two_processes_evaluate_alike(tmp_path, monkeypatch):
+def test_two_processes_evaluate_alike(folder):
     """The same images, whoever draws them, and one sum over all."""
-    (tmp_path / "tiny.py").write_text(TINY)
-    *_, run_dir = train_on(1, tmp_path, monkeypatch)
+    *_, run_dir = train_on(1, folder)
     found = []
     for count in (1, 2):
         printed, progress, figures = figures_of(
-            count, tmp_path, "--checkpoint", str(run_dir), "--num_images", "50", "--steps", "2"
+            count, folder, "--checkpoint", str(run_dir), "--num_images", "50", "--steps", "2"
         )
         assert printed.count("recognised ") == 1  # one figure of all, not a figure of each
         assert f"{360 // count}/{360 // count}" in progress  # each read its share of the held-out part
@@ -88,14 +125,14 @@ def test_two_processes_evaluate_alike(tmp_path, monkeypatch):
     assert found[1]["frechet_real"] == pytest.approx(found[0]["frechet_real"], rel=1e-6)
 
 
-def test_three_processes_measure_five_images_as_one_does(tmp_path, inception):
+def test_three_processes_measure_five_images_as_one_does(folder, inception):
     """Not every process has as many images; samples and splits are those of one process."""
     rng = np.random.default_rng(0)
     for name in "ab":
-        np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(0, 256, (5, 8, 8, 3)).astype(np.uint8))
+        np.savez(folder / f"{name}.npz", arr_0=rng.integers(0, 256, (5, 8, 8, 3)).astype(np.uint8))
     weights = ["--features", "inception", "--feature_weights", str(inception)]
     shared = ["--images", "a.npz", "--reference", "b.npz", *weights, "--batch_size", "2"]
-    (*_, alone), (*_, together) = (figures_of(count, tmp_path, *shared) for count in (1, 3))
+    (*_, alone), (*_, together) = (figures_of(count, folder, *shared) for count in (1, 3))
     assert alone.pop("protocol") == together.pop("protocol")
     assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)
 

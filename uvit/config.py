@@ -394,6 +394,9 @@ class TrainConfig(Section):
     faster: on CUDA, and for models of some width on a CPU with instructions for it."""
     compile: Compile = "no"
     """Compile the model: block by block (the shortest start), whole, or whole in CUDA graphs."""
+    shard: bool = False
+    """Share weights, gradients, moments and average out between the processes (FSDP2), to fit a model in their memory;
+    what is trained and saved is the same."""
     label_dropout: float = 0.0
     """Share of labels (or captions) replaced by the null class (or the empty caption), for guidance."""
     ema_decay: float = 0.9999
@@ -433,6 +436,8 @@ class TrainConfig(Section):
         self._require_at_most(batch_size=MAX_BATCH, num_threads=MAX_THREADS)
         self._require("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        self._require("compile", not (self.shard and self.compile == "graphs"), "another with shard True")
+        self._require("mixed_precision", not (self.shard and self.mixed_precision == "fp16"), "another with shard True")
         if self.batch_size % self.accumulation_steps:
             raise InputError(
                 f"batch_size {self.batch_size} must be divisible by accumulation_steps {self.accumulation_steps}"

@@ -10,6 +10,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from uvit.config import OptimConfig
+from uvit.sharding import cut_all
 
 # Muon orthogonalises the matrices inside the blocks; what maps to or from tokens is left to its AdamW.
 MUON_FALLBACK = (
@@ -76,9 +77,15 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     saved = [group.keys() - {"params", "initial_lr"} for group in state["param_groups"]]
     if saved != [group.keys() for group in own]:
         raise ValueError("its optimizer is another one")
-    numbers = {number for group in state["param_groups"] for number in group["params"]}
-    if state["state"] and state["state"].keys() != numbers:
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if state["state"] and state["state"].keys() != set(numbers):
         raise ValueError(f"its optimizer has state of {len(state['state'])} parameters, expected {len(numbers)}")
-    optimizer.load_state_dict(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shares = {
+        number: cut_all(state["state"][number], dict.fromkeys(state["state"][number], parameter))
+        for number, parameter in zip(numbers, parameters)
+        if number in state["state"]
+    }
+    optimizer.load_state_dict({**state, "state": shares})
     for group, values in zip(optimizer.param_groups, own):
         group.update(values)

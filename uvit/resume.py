@@ -30,6 +30,7 @@ HARMLESS = {
         "run_dir",
         "num_steps",
         "compile",
+        "shard",
         "num_threads",
         "log_every",
         "sample_every",

@@ -65,19 +65,24 @@ ARMS = (
     Arm("the same in one call, our batches", PAPER),
     Arm("the same, compiled", PAPER, compile="model"),
     Arm("50 steps", {"num_steps": 50, "reuse": "none"}),
-    *(Arm(f"{steps} steps", {"num_steps": steps, "reuse": "none"}) for steps in (20, 14, 10, 8)),
+    *(Arm(f"{steps} steps", {"num_steps": steps, "reuse": "none"}) for steps in (20, 10, 8)),
     *(
         Arm(f"{steps} steps, reuse {reuse}", {"num_steps": steps, "reuse": reuse})
         for steps, reuse in (
-            (20, "2:3"),
-            (20, "1:2"),
             (20, "1:3"),
-            (20, "1:4"),
             (14, "1:2"),
             (14, "1:3"),
             (10, "1:2"),
             (10, "1:3"),
+            (8, "1:2"),
         )
+    ),
+    *(
+        Arm(
+            f"{steps} steps, guided below 0.7",
+            {"num_steps": steps, "reuse": "none", "guidance_interval": (0.0, 0.7)},
+        )
+        for steps in (10, 8)
     ),
     # Whole, only a call without reuse would be compiled.
     Arm("10 steps, reuse 1:2, compiled", {"num_steps": 10, "reuse": "1:2"}, compile="blocks"),

@@ -49,10 +49,12 @@ TARGETS = {
 class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of training."""
-    paper_steps: int = 15_000
+    paper_steps: int = 10_000
     """Steps of the paper's recipe; ours has those of its config."""
-    points: int = 15
-    """Checkpoints of a run that are judged."""
+    paper_points: int = 5
+    """Checkpoints of a run of the paper's recipe that are judged."""
+    points: int = 30
+    """Checkpoints of a run of ours that are judged."""
     num_images: int = 2_000
     """Images of each."""
     jobs: int = 1
@@ -72,12 +74,10 @@ def seconds_by_step(run_dir: Path) -> dict[int, float]:
     return found
 
 
-def train_and_judge(arm: str, seed: int, num_steps: int | None, given: Arguments) -> list[dict[str, float]]:
+def train_and_judge(arm: str, seed: int, num_steps: int, num_points: int, num_images: int) -> list[dict[str, float]]:
     """Trains an arm with a seed in a process of its own; returns step, time and quality of its checkpoints."""
-    config = load_config(ROOT / "configs" / "digits.py")
-    num_steps = num_steps or config.train.num_steps
     with tempfile.TemporaryDirectory() as folder:
-        every = max(1, num_steps // given.points)
+        every = max(1, num_steps // num_points)
         options = {"seed": seed, "num_steps": num_steps, "save_every": every, "keep": num_steps}
         options |= {"log_every": every, "sample_every": 0, "tracker": "none", "run_dir": folder}
         words = [word for name, value in options.items() for word in (f"--train.{name}", str(value))]
@@ -85,7 +85,7 @@ def train_and_judge(arm: str, seed: int, num_steps: int | None, given: Arguments
         subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
         seconds, config = seconds_by_step(Path(folder)), load_config(Path(folder) / "config.json")
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=1.0))
-        judge, model, points = Judge(config, given.num_images), UViT(config.model).eval(), []
+        judge, model, points = Judge(config, num_images), UViT(config.model).eval(), []
         for checkpoint in checkpoint_dirs(Path(folder)):
             state = read_state(checkpoint)
             model.load_state_dict(state["ema"])
@@ -130,15 +130,16 @@ def main(arguments: list[str]) -> None:
     """Trains all arms and writes the figures."""
     given = parse(Arguments, arguments, "benchmarks/time_to_quality.py", __doc__ or "")
     torch.set_num_threads(1)
-    steps = {"ours": None, "paper": given.paper_steps}
+    num_steps = load_config(ROOT / "configs" / "digits.py").train.num_steps
+    arms = {"ours": (num_steps, given.points), "paper": (given.paper_steps, given.paper_points)}
     with ThreadPoolExecutor(given.jobs) as pool:
         # The arms in turn, so that what else the machine does falls on both alike.
         futures = {
-            (arm, seed): pool.submit(train_and_judge, arm, seed, steps[arm], given)
+            (arm, seed): pool.submit(train_and_judge, arm, seed, *lengths, given.num_images)
             for seed in given.seeds
-            for arm in steps
+            for arm, lengths in arms.items()
         }
-        runs: dict[str, Any] = {arm: [futures[arm, seed].result() for seed in given.seeds] for arm in steps}
+        runs: dict[str, Any] = {arm: [futures[arm, seed].result() for seed in given.seeds] for arm in arms}
     times = {arm: {name: [time_to(target, points) for points in seeds] for name, target in TARGETS.items()}
              for arm, seeds in runs.items()}  # fmt: skip
     path = save_result("time_to_quality", {"jobs": given.jobs, "seeds": given.seeds, "times": times, "runs": runs})
@@ -146,7 +147,7 @@ def main(arguments: list[str]) -> None:
     limits = {arm: min(points[-1]["seconds"] for points in seeds) for arm, seeds in runs.items()}
     print("| until | ours | the paper's recipe |\n|---|---|---|")
     for name in TARGETS:
-        print(f"| {name} | " + " | ".join(describe(times[arm][name], limits[arm]) for arm in steps) + " |")
+        print(f"| {name} | " + " | ".join(describe(times[arm][name], limits[arm]) for arm in arms) + " |")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ LABELS = {
     "ground": "ground",
 }
 GROUPS = {
-    "run": "generate evaluation features metrics checkpoint resume optim card publish loader",
+    "run": "generate evaluation features metrics checkpoint resume sharding optim card publish loader",
     "model": "backbone attention weights published precision reuse",
     "process": "diffusion samplers",
     "data": "data images latents latent_data",

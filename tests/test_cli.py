@@ -740,7 +740,7 @@ def test_bad_input_is_one_line_and_exit_2(script, arguments, message, inside, mo
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_engines_that_share_the_model_are_refused(engine, inside, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(InputError, match=f"not the model, got {engine}: launch without it"):
+    with pytest.raises(InputError, match=f"by --train.shard True, got {engine}: launch without it"):
         train.main(["tiny.py"])
 
 

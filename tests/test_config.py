@@ -73,6 +73,13 @@ def test_bad_models_say_what_was_given_and_expected(fields, message):
         UViTConfig(**fields)
 
 
+@pytest.mark.parametrize("fields", [{"compile": "graphs"}, {"mixed_precision": "fp16"}])
+def test_what_cannot_be_shared_out_is_refused(fields):
+    [(name, value)] = fields.items()
+    with pytest.raises(InputError, match=f"{name} must be another with shard True, got '{value}'"):
+        TrainConfig(shard=True, **fields)
+
+
 def test_sections_that_do_not_fit_together():
     with pytest.raises(InputError, match=r"label_dropout 0.1 needs model.null_class"):
         Config(train=TrainConfig(label_dropout=0.1))

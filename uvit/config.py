@@ -436,8 +436,9 @@ class TrainConfig(Section):
         self._require_at_most(batch_size=MAX_BATCH, num_threads=MAX_THREADS)
         self._require("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
-        self._require("compile", not (self.shard and self.compile == "graphs"), "another with shard True")
-        self._require("mixed_precision", not (self.shard and self.mixed_precision == "fp16"), "another with shard True")
+        if self.shard:
+            self._require("compile", self.compile != "graphs", "another with shard True")
+            self._require("mixed_precision", self.mixed_precision != "fp16", "another with shard True")
         if self.batch_size % self.accumulation_steps:
             raise InputError(
                 f"batch_size {self.batch_size} must be divisible by accumulation_steps {self.accumulation_steps}"

@@ -1,4 +1,4 @@
-"""Runs every command and example of the README, shortened, in one shell, so that it cannot rot."""
+"""Runs every command of the README and the pages, shortened, in one shell, so that they cannot rot."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+# The pages, and the languages of their blocks to run; Python of the other pages is run by the tests.
+PAGES = {"README.md": "bash|python", "docs/your_images.md": "bash", "docs/import.md": "bash"}
 # What a command becomes: a pattern, and what takes its place.
 SHORTENED = [
     (r"^make demo$", "make demo TRAIN_ARGS='--train.num_steps 20' EVALUATE_ARGS='--num_images 20'"),
@@ -31,13 +33,19 @@ SKIPPED = {
     "nnet_ema.pth": "needs a published file; the tests make one",
     "imagenet": "needs a download; the tests encode and train on photos",
     "mscoco": "needs a download; the tests encode and train on captions",
+    "birds": "needs images of your own; the tests make a folder of some",
 }
 
 
 def shell_lines() -> list[str]:
-    """Returns the README as a script: its bash blocks, and its Python blocks fed to python."""
+    """Returns the pages as a script: bash blocks, and Python blocks fed to python."""
     lines = []
-    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S):
+    blocks = [
+        found
+        for page, languages in PAGES.items()
+        for found in re.findall(rf"^```({languages})\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    ]
+    for language, block in blocks:
         if language == "python":
             lines.append(f"python - <<'EXAMPLE'\n{block}EXAMPLE")
             continue
@@ -56,7 +64,7 @@ def shell_lines() -> list[str]:
 def main() -> None:
     """Runs the script and stops at the first command that fails."""
     subprocess.run(["bash", "-ex"], input="\n".join(shell_lines()), text=True, cwd=ROOT, check=True)
-    print("README: every command ran")
+    print(f"{', '.join(PAGES)}: every command ran")
 
 
 if __name__ == "__main__":

@@ -297,7 +297,6 @@ def test_the_first_press_draws_where_all_classes_are_too_many(served, runs, driv
 def test_a_person_chooses_presses_and_sees_other_images(served, runs, driver):
     shutil.copytree(runs / "tiny", runs / "second")
     page = Page(driver, served)
-    driver.execute_script("performance.clearResourceTimings()")
     assert page.source() is None
     page.choose_run("second")
     page.choose("classes", "three", "seven")
@@ -322,7 +321,7 @@ def test_the_page_asks_nothing_of_the_internet(served, driver):
     page.draw()
     asked = driver.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
     hosts = {urlparse(each).hostname for each in asked if not each.startswith(("data:", "blob:"))}
-    assert asked and hosts == {"127.0.0.1"}
+    assert len(asked) < 250 and hosts == {"127.0.0.1"}  # a browser lists no more than 250
 
 
 @needs_browser

@@ -14,7 +14,7 @@ from uvit.errors import InputError
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Section):
     runs: str = "runs"
-    """Folder whose runs the page draws from; it reads no others."""
+    """Folder whose runs the page draws from, and no others."""
     host: str = "127.0.0.1"
     """Address to listen on: this machine alone, or 0.0.0.0 for everyone who can reach it."""
     port: int = 7860

@@ -122,7 +122,7 @@ def main(runs: str, output: str) -> None:
         shown = Page(driver, launch(page, "127.0.0.1", 0))
         shown.choose_run("digits")
         shown.choose("classes", "two", "four", "seven", "nine")
-        shown.type("number", 8)
+        shown.type("num_per_class", 8)
         shown.pick("denoising", "strip")
         shown.draw()
         shown.wait(lambda: shown.source("film"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -17,15 +19,19 @@ from urllib.parse import urlparse
 import httpx
 import numpy as np
 import pytest
+import torch
 from browser import Page, needs_browser, open_browser
 from PIL import Image
 from test_cli import ROOT, finished, told  # noqa: F401
 
 import app
 import sample
+from uvit import UViT
+from uvit.config import load_config, to_json
 from uvit.errors import InputError
 from uvit.integrations import demo
 from uvit.integrations.demo import Drawing, build_page, draw, find_run, launch, list_runs
+from uvit.weights import write_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:::gradio.queueing")  # what it asks of pandas
 
@@ -46,7 +52,7 @@ def test_the_command_that_the_page_shows_draws_the_same_grid(runs, monkeypatch):
     asked = Drawing(run="tiny", classes=("three", "7"), num_per_class=3, guidance=2.0, steps=3, sampler="heun", seed=5)
     seen = []
     drawn = draw(Path("runs"), asked, lambda *each: seen.append(each))
-    assert seen == [(k, 5) for k in range(1, 6)] and drawn.denoising is None
+    assert seen == [(6 * k, 30) for k in range(1, 6)] and drawn.denoising is None
     command = drawn.command.split()
     assert command[:2] == ["python", "sample.py"]
     sample.main([*command[2:], "--output", "grid.png"])
@@ -79,6 +85,21 @@ def test_the_denoising_begins_in_noise_and_ends_in_the_images(runs):
     assert not np.array_equal(strip[2 : 2 + cell, left : left + cell], grid[2 : 2 + cell, left : left + cell])
 
 
+@pytest.mark.parametrize(("denoising", "together"), [("none", 4), ("strip", 6)])
+def test_as_many_are_drawn_at_a_time_as_is_fastest_unless_they_are_followed(runs, monkeypatch, denoising, together):
+    monkeypatch.setattr("uvit.generate.fitting_batch_size", lambda *_: 4)
+    seen = []
+    asked = Drawing(run="tiny", classes=("1", "2"), num_per_class=3, steps=2, denoising=denoising)
+    draw(runs, asked, lambda *each: seen.append(each))
+    assert seen[0] == (together, 12) and seen[-1] == (12, 12)
+
+
+def test_a_film_of_many_images_is_made_smaller():
+    tall = [Image.new("RGB", (30, demo.MAX_WEBP_SIDE + 1), colour) for colour in ("red", "blue")]
+    film = Image.open(io.BytesIO(demo._to_webp(tall)))
+    assert film.n_frames == 2 and film.size == (30, demo.MAX_WEBP_SIDE)
+
+
 def test_runs_are_found_newest_first_and_weights_alone_are_not(runs):
     shutil.copytree(runs / "tiny", runs / "group" / "second")
     os.utime(runs / "tiny" / "model.safetensors", (1, 1))
@@ -86,6 +107,44 @@ def test_runs_are_found_newest_first_and_weights_alone_are_not(runs):
     config = json.loads((runs / "tiny" / "config.json").read_text())
     (runs / "weights" / "config.json").write_text(json.dumps(config["model"]))
     assert list_runs(runs) == ["group/second", "tiny"]
+
+
+def test_what_is_deleted_meanwhile_or_has_no_name_to_print_is_left_out(runs, monkeypatch):
+    for name in ["two\nlines", *[os.fsdecode(b"\xff")] * (sys.platform == "linux")]:
+        shutil.copytree(runs / "tiny", runs / name)
+    shutil.copytree(runs / "tiny", runs / "second")
+    assert sorted(list_runs(runs)) == ["second", "tiny"]
+
+    def delete(config: Path) -> bool:
+        if config.parent.name == "second":
+            shutil.rmtree(config.parent)
+        return True
+
+    monkeypatch.setattr(demo, "_holds_run", delete)
+    assert list_runs(runs) == ["tiny"]
+
+
+def test_a_run_deleted_before_it_is_loaded_is_not_asked_of_the_hub(runs, monkeypatch):
+    shutil.copytree(runs / "tiny", runs / "group" / "second")
+    monkeypatch.chdir(runs.parent)
+
+    def find_and_delete(*given) -> Path:
+        found = find_run(*given)
+        shutil.rmtree(found.parent)
+        return found
+
+    monkeypatch.setattr(demo, "find_run", find_and_delete)
+    with pytest.raises(InputError, match=r"^checkpoint not found: second$"):
+        draw(Path("runs"), Drawing(run="group/second"), ignore)
+
+
+def test_other_folders_of_the_machine_are_not_named(runs, tmp_path):
+    (tmp_path / "encoders" / "vae-large").mkdir(parents=True)
+    config = json.loads((runs / "tiny" / "config.json").read_text())
+    config["data"]["autoencoder"] = str(tmp_path / "encoders" / "vae")
+    (runs / "tiny" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"^autoencoder not found: vae$"):
+        draw(runs, Drawing(run="tiny"), ignore)
 
 
 def test_no_name_leads_out_of_the_folder(runs, tmp_path):
@@ -156,6 +215,23 @@ def test_a_port_in_use_and_no_such_folder(runs, tmp_path):
         app.main(["--port", "65536"])
 
 
+def test_a_port_that_is_taken_at_the_last_moment(runs, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setattr(socket, "create_server", lambda _: contextlib.nullcontext(other))
+        with pytest.raises(InputError, match=r"cannot listen on 127.0.0.1:.*: it is in use; give another --port"):
+            launch(build_page(runs), "127.0.0.1", 0)
+
+
+def test_a_proxy_between_the_page_and_itself_is_one_line(runs, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    page = build_page(runs)
+    with pytest.raises(InputError, match=r"the page does not answer at .*: set NO_PROXY=localhost,127.0.0.1 "):
+        launch(page, "127.0.0.1", 0)
+    page.close(verbose=False)
+
+
 @pytest.fixture
 def served(runs):
     """The address of a page that draws from `runs`."""
@@ -191,15 +267,40 @@ def test_a_program_gets_images_and_the_same_checks(served, runs, capfd):
         assert httpx.get(f"{served}gradio_api/file={path}").status_code == 403
 
 
+def test_too_little_memory_is_one_line(served, monkeypatch, capfd):
+    monkeypatch.setattr(demo, "generate", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    assert "not enough memory for that many images: draw fewer" in call(served)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@needs_browser
+def test_the_first_press_draws_where_all_classes_are_too_many(served, runs, driver):
+    config = load_config(runs / "tiny" / "config.json")
+    model = dataclasses.replace(config.model, num_classes=1000)
+    config = dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, class_names=()),
+        sample=dataclasses.replace(config.sample, guidance=12.0),
+    )
+    (runs / "many").mkdir()
+    (runs / "many" / "config.json").write_text(to_json(config))
+    write_weights(runs / "many", UViT(model).state_dict())
+    page = Page(driver, served)
+    page.choose_run("many")
+    picture = Image.open(io.BytesIO(httpx.get(page.draw()).content))
+    assert picture.size[1] == 2 + demo.FIRST_CLASSES * 66
+    assert f"--guidance {demo.MAX_GUIDANCE:g}" in page.find("#command").text.replace("\n", " ")
+
+
 @needs_browser
 def test_a_person_chooses_presses_and_sees_other_images(served, runs, driver):
     shutil.copytree(runs / "tiny", runs / "second")
     page = Page(driver, served)
-    driver.execute_script("performance.clearResourceTimings()")
     assert page.source() is None
     page.choose_run("second")
     page.choose("classes", "three", "seven")
-    page.type("number", 2)
+    page.type("num_per_class", 2)
     first = page.draw()
     picture = Image.open(io.BytesIO(httpx.get(first).content))
     assert picture.format == "PNG" and picture.size[1] == 2 + 2 * 66
@@ -220,7 +321,7 @@ def test_the_page_asks_nothing_of_the_internet(served, driver):
     page.draw()
     asked = driver.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
     hosts = {urlparse(each).hostname for each in asked if not each.startswith(("data:", "blob:"))}
-    assert asked and hosts == {"127.0.0.1"}
+    assert len(asked) < 250 and hosts == {"127.0.0.1"}  # a browser lists no more than 250
 
 
 @needs_browser

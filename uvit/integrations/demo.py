@@ -10,12 +10,14 @@ import contextlib
 import html
 import io
 import os
+import re
 import shlex
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from os.path import getmtime, isdir, isfile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from uvit.config import CONFIG_FILE, Config, Section, SolverName, from_dict, read_json
-from uvit.errors import InputError, did_you_mean, printable, shown
+from uvit.errors import UNPRINTABLE, InputError, did_you_mean, printable, shown
 from uvit.generate import (
     DrawArguments,
     class_names,
@@ -49,19 +51,22 @@ MAX_STEPS = 250
 MAX_GUIDANCE = 8.0
 MAX_WAITING = 20
 
+FIRST_CLASSES = 4
+"""Classes that are chosen at first where all of them would be too many."""
 STRIP_COLUMNS = 10
 MAX_FRAMES = 40
 FRAME_MS, LAST_FRAME_MS = 120, 1500
+MAX_WEBP_SIDE = 2**14 - 1
 CACHE_SECONDS = 3600
 """How long a picture can be downloaded."""
 
-NO_INTERNET: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+FOLDERS = re.compile(r"(?<![\w:/.])/\S*/")
+"""Where in a message a path of this machine begins, up to its last part."""
 CSS = """
 .pictures .image-container { padding-top: 2.5rem; }
 .pictures img { image-rendering: pixelated; }
 .facts * { font-size: var(--text-sm); color: var(--neutral-500); }
 """
-HEAD = "# U-ViT\nDraw images from a trained run."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +112,26 @@ class Drawn:
     summary: str
     """What was drawn, in one line."""
     command: str
-    """The command that draws the same grid."""
+    """The command that draws the same grid; no command line takes a class or prompt that begins like an option."""
 
 
 def list_runs(folder: Path) -> list[str]:
     """Returns the runs in a folder and the folders inside it, newest first, by their path below the folder.
 
-    Links that lead out of the folder are left out, and so are weights alone, which do not say how they were trained.
+    Left out are links that lead out of the folder, weights alone, which do not say how they were trained, and what
+    cannot be read or has a name that cannot be printed.
     """
     root, found = folder.resolve(), []
     for place, inside, _ in os.walk(root):
-        config, weights = (Path(place, name) for name in (CONFIG_FILE, WEIGHTS_FILE))
-        if not weights.is_file() or not config.is_file():
+        config, weights = files = [Path(place, name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        if not all(map(isfile, files)):
             continue
         inside.clear()  # a run holds no other
-        if all(path.resolve().is_relative_to(root) for path in (config, weights)) and _holds_run(config):
-            found.append((-weights.stat().st_mtime, str(Path(place).relative_to(root))))
+        name = str(Path(place).relative_to(root))
+        with contextlib.suppress(OSError):  # it may be deleted meanwhile
+            within = all(path.resolve().is_relative_to(root) for path in files)
+            if within and not UNPRINTABLE.search(name) and _holds_run(config):
+                found.append((-getmtime(weights), name))
     return [name for _, name in sorted(found)]
 
 
@@ -156,28 +165,32 @@ def draw(folder: Path, drawing: Drawing, on_progress: Callable[[int, int], objec
     Args:
         folder: of the runs.
         drawing: what to draw.
-        on_progress: called with evaluations of the network, done and in all.
+        on_progress: called with evaluations of the network, one for each image, done and in all.
 
     Raises:
         InputError: a run that is not there or cannot be read, or settings that do not fit it.
     """
     run = find_run(folder, drawing.run)
     given = DrawArguments(
-        checkpoint=str(run),
+        checkpoint=str(run.resolve()),  # a relative one that is deleted now might be a name of the hub's
         guidance=drawing.guidance,
         steps=drawing.steps,
         sampler=drawing.sampler,
         seed=drawing.seed,
-        batch_size=MAX_IMAGES,
     )
-    config, model, encoders = given.load()
+    try:
+        config, model, encoders = given.load()
+    except InputError as error:  # what other folders this machine has is not for visitors
+        raise InputError(FOLDERS.sub("", str(error)).partition(", did you mean")[0]) from None
     rows = find_conditions(config, drawing.classes, drawing.prompts)
     conditions = [row for row in rows for _ in range(drawing.num_per_class)]
     if len(conditions) > MAX_IMAGES:
         raise InputError(f"images must be at most {MAX_IMAGES} in all, got {len(rows)} × {drawing.num_per_class}")
 
-    # A strip follows the first image of each row, an animation all of them; both end in the images themselves.
+    # A strip follows the first image of each row, an animation all of them; both end in the images themselves. They
+    # come about together, as one batch; what is not followed is drawn as many at a time as is fastest.
     evaluations = num_evaluations(config.process, config.sample)
+    batch_size = None if drawing.denoising == "none" else MAX_IMAGES
     followed = slice(None, None, drawing.num_per_class if drawing.denoising == "strip" else 1)
     most = {"none": 0, "strip": STRIP_COLUMNS - 1, "animation": MAX_FRAMES - 1}[drawing.denoising]
     shown_at = {round(each * (evaluations - 1) / most) for each in range(most)}
@@ -186,13 +199,13 @@ def draw(folder: Path, drawing: Drawing, on_progress: Callable[[int, int], objec
 
     def watch(x: Tensor) -> None:
         nonlocal done
-        if done in shown_at:
+        if done // len(x) in shown_at:
             frames.append(decode_images(x[followed], encoders).cpu())
-        done += 1
-        on_progress(done, evaluations)
+        done += len(x)
+        on_progress(done, len(conditions) * evaluations)
 
     start = time.monotonic()
-    images = generate(model, config, conditions, drawing.seed, given.batch_size, encoders, watch)
+    images = generate(model, config, conditions, drawing.seed, batch_size, encoders, watch)
     seconds = time.monotonic() - start
     frames.append(images[followed])
     denoising = None
@@ -211,11 +224,16 @@ def draw(folder: Path, drawing: Drawing, on_progress: Callable[[int, int], objec
 
 
 def _to_webp(pictures: list[Image.Image]) -> bytes:
-    """Writes a picture, or several as an animation that stays at the last, as the bytes of a WebP file."""
+    """Writes a picture, or several as an animation that stays at the last, as the bytes of a WebP file.
+
+    They are made smaller, in place, where a file would not take them.
+    """
+    for picture in pictures:
+        picture.thumbnail((MAX_WEBP_SIDE, MAX_WEBP_SIDE))
     file = io.BytesIO()
-    durations = [FRAME_MS] * (len(pictures) - 1) + [LAST_FRAME_MS]
-    animated = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
-    pictures[0].save(file, "WEBP", lossless=True, **(animated if len(pictures) > 1 else {}))
+    first, *others = pictures
+    durations = [*[FRAME_MS] * len(others), LAST_FRAME_MS]
+    first.save(file, "WEBP", lossless=True, save_all=True, append_images=others, duration=durations, loop=0)
     return file.getvalue()
 
 
@@ -234,15 +252,12 @@ def describe_command(run: Path, drawing: Drawing) -> str:
 def describe_run(name: str, config: Config) -> str:
     """Says in one line what a run draws, and with what network."""
     model = config.model
-    height, width = config.model.image_shape
-    what = (
-        f"{model.num_classes} classes" if model.num_classes else "from text" if model.context_dim else "unconditional"
-    )
+    height, width = model.image_shape
     size = f"{height} × {width} × {model.in_chans} {'latents' if config.data.autoencoder else 'pixels'}"
+    classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
     network = f"{model.embed_dim} wide, {model.depth + 1} blocks"
-    return (
-        f"{name}: {size}, {what} · {network} · {config.process.schedule}, {config.train.num_steps:,} steps of training"
-    )
+    training = f"{config.process.schedule}, {config.train.num_steps:,} steps of training"
+    return f"{name}: {size}, {'from text' if model.context_dim else classes} · {network} · {training}"
 
 
 @contextlib.contextmanager
@@ -252,16 +267,14 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except InputError as error:
         line = printable(" ".join(str(error).split()))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # A processor's memory that runs out has no exception of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         line = "not enough memory for that many images: draw fewer"
     else:
         return
     raise gr.Error(html.escape(line), print_exception=False)
-
-
-def _words(value: Any) -> Any:
-    """Makes a tuple of what a list of choices sends; what is not one is left for the check of its type."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _lines(value: Any) -> Any:
@@ -278,7 +291,7 @@ def build_page(folder: Path) -> gr.Blocks:
         folder: of the runs.
     """
     with gr.Blocks(title="U-ViT", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
-        gr.Markdown(HEAD)
+        gr.Markdown("# U-ViT\nDraw images from a trained run.")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 with gr.Group():
@@ -287,7 +300,9 @@ def build_page(folder: Path) -> gr.Blocks:
                         label="Classes (all where none is chosen)", multiselect=True, elem_id="classes"
                     )
                     prompts = gr.Textbox(label="Prompts, one a line", lines=3, visible=False, elem_id="prompts")
-                    number = gr.Slider(1, 16, Drawing.num_per_class, step=1, label="Images of each", elem_id="number")
+                    number = gr.Slider(
+                        1, 16, Drawing.num_per_class, step=1, label="Images of each", elem_id="num_per_class"
+                    )
                     guidance = gr.Slider(1, MAX_GUIDANCE, step=0.1, label="Guidance (1 is none)", elem_id="guidance")
                     steps = gr.Slider(1, MAX_STEPS, step=1, label="Steps", elem_id="steps")
                     with gr.Row():
@@ -316,19 +331,22 @@ def build_page(folder: Path) -> gr.Blocks:
                     lines=1,
                     elem_id="command",
                 )
+        inputs = [run, classes, prompts, number, guidance, steps, sampler, seed, denoising]
         settings = [facts, classes, prompts, guidance, sampler, steps]
 
         def choose(name: Any) -> dict[gr.Component, Any]:
-            """Shows the settings that a run takes, at its own values."""
+            """Shows the settings that a run takes, at its own values, or the nearest that a page draws."""
             with _one_line_errors():
                 config = from_dict(Config, read_json(find_run(folder, name) / CONFIG_FILE))
             model, sampling = config.model, config.sample
             guided = model.null_class or bool(model.context_dim)
+            names = list(class_names(config))
+            chosen = names[:FIRST_CLASSES] if len(names) * Drawing.num_per_class > MAX_IMAGES else []
             return {
                 facts: html.escape(describe_run(name, config)),
-                classes: gr.update(choices=list(class_names(config)), value=[], visible=bool(model.num_classes)),
+                classes: gr.update(choices=names, value=chosen, visible=bool(model.num_classes)),
                 prompts: gr.update(value="\n".join(sampling.prompts), visible=bool(model.context_dim)),
-                guidance: gr.update(value=sampling.guidance, visible=guided),
+                guidance: gr.update(value=min(max(sampling.guidance, 1.0), MAX_GUIDANCE), visible=guided),
                 sampler: sampling.sampler,
                 steps: min(sampling.num_steps, MAX_STEPS),
             }
@@ -341,12 +359,10 @@ def build_page(folder: Path) -> gr.Blocks:
         def press(*sent: Any, progress: gr.Progress = gr.Progress()) -> dict[gr.Component, Any]:  # noqa: B008
             """Draws, and shows what was drawn."""
             with _one_line_errors():
-                values = dict(zip(inputs, sent))
-                drawing = Drawing(
-                    **{**values, "classes": _words(values["classes"]), "prompts": _lines(values["prompts"])}
-                )
+                values = {each.elem_id: value for each, value in zip(inputs, sent)}
+                drawing = from_dict(Drawing, {**values, "prompts": _lines(values["prompts"])})
                 progress(0, desc="loading")
-                drawn = draw(folder, drawing, lambda done, total: progress((done, total), desc="drawing", unit="steps"))
+                drawn = draw(folder, drawing, lambda done, total: progress((done, total), desc="drawing", unit="evals"))
             film_path = drawn.denoising and save_bytes_to_cache(drawn.denoising, "denoising.webp", film.GRADIO_CACHE)
             return {
                 grid: drawn.grid,
@@ -355,24 +371,13 @@ def build_page(folder: Path) -> gr.Blocks:
                 command: gr.update(value=drawn.command, visible=True),
             }
 
-        inputs: Mapping[str, gr.Component] = {
-            "run": run,
-            "classes": classes,
-            "prompts": prompts,
-            "num_per_class": number,
-            "guidance": guidance,
-            "steps": steps,
-            "sampler": sampler,
-            "seed": seed,
-            "denoising": denoising,
-        }
         # Values come as they were sent: Drawing checks them, in our words.
-        chosen: dict[str, Any] = {"preprocess": False, "api_visibility": "private"}
-        page.load(load, None, run, api_visibility="private").then(choose, run, settings, **chosen)
-        run.input(choose, run, settings, **chosen)
+        as_sent: dict[str, Any] = {"preprocess": False, "api_visibility": "private"}
+        page.load(load, None, run, api_visibility="private").then(choose, run, settings, **as_sent)
+        run.input(choose, run, settings, **as_sent)
         button.click(
             press,
-            list(inputs.values()),
+            inputs,
             [grid, summary, film, command],
             api_name="draw",
             preprocess=False,
@@ -391,29 +396,38 @@ def launch(page: gr.Blocks, host: str, port: int) -> str:
         port: where; 0 is any that is free.
 
     Raises:
-        InputError: an address that cannot be listened on, such as a port in use.
+        InputError: an address that cannot be listened on, such as a port in use, or that cannot be reached.
     """
     try:
         with socket.create_server((host, port)) as probe:
             port = probe.getsockname()[1]
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            inline=False,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            run_history=False,
+            footer_links=[],
+            max_file_size=1,  # nothing is uploaded
+            # The system's fonts: gradio's own come from the internet.
+            theme=gr.themes.Default(
+                primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+            ),
+            css=CSS,
+        )
     except OSError as error:
-        raise InputError(f"cannot listen on {host}:{port}: {error.strerror}; give another --port") from None
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        inline=False,
-        quiet=True,
-        share=False,
-        ssr_mode=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        run_history=False,
-        footer_links=[],
-        max_file_size=1,  # nothing is uploaded
-        theme=gr.themes.Default(primary_hue="blue", **NO_INTERNET),
-        css=CSS,
-    )
+        reason = error.strerror or "it is in use"
+        raise InputError(f"cannot listen on {host}:{port}: {reason}; give another --port") from None
+    except Exception as error:
+        # gradio asks its own address whether the page is there, in vain where a proxy is asked instead.
+        raise InputError(
+            f"the page does not answer at {host}:{port}: set NO_PROXY=localhost,{host} ({error})"
+        ) from None
     return address
 
 
@@ -423,7 +437,7 @@ def serve(folder: Path, host: str, port: int) -> None:
     Raises:
         InputError: no such folder, or as launch.
     """
-    if not folder.is_dir():
+    if not isdir(folder):
         raise InputError(f"folder of runs not found: {folder}")
     page = build_page(folder)
     try:

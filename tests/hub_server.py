@@ -56,6 +56,9 @@ class Hub:
             def refuse(self, status: int, message: str, code: str = "") -> None:
                 self.json({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
 
+            def token(self) -> str:
+                return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
             def do_GET(self) -> None:
                 path = unquote(self.path.partition("?")[0])
                 found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)
@@ -63,6 +66,8 @@ class Hub:
                 name, *_ = (found or file).groups()
                 if name not in hub.repositories:
                     return self.refuse(404, "Repository not found", "RepoNotFound")
+                if hub.private.get(name) and self.token() not in (WRITER, READER):
+                    return self.refuse(401, "Repository not found", "RepoNotFound")
                 revision = (file[2] if file else found[3]) or "main"
                 files = hub.repositories[name].get(revision)
                 if files is None:
@@ -81,7 +86,7 @@ class Hub:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+                token = self.token()
                 if token not in (WRITER, READER):
                     return self.refuse(401, "Invalid credentials in Authorization header")
                 if self.path == "/api/validate-yaml":

@@ -118,6 +118,18 @@ def test_what_was_fetched_once_loads_without_the_hub(hub, login, monkeypatch):
     assert_equal_weights(model, UViT.from_pretrained(NAME))
 
 
+def test_a_private_model_loads_with_a_token_from_a_cache_of_ones_own(hub, tmp_path):
+    model = UViT(MODEL)
+    model.push_to_hub(NAME, private=True, token=WRITER)
+    with pytest.raises(InputError, match="there is no such repository, or it is private"):
+        UViT.from_pretrained(NAME)
+    own = tmp_path / "own"
+    assert_equal_weights(model, UViT.from_pretrained(NAME, token=READER, cache_dir=own))
+    assert_equal_weights(model, UViT.from_pretrained(NAME, cache_dir=own, local_files_only=True))
+    with pytest.raises(InputError, match="the hub did not give it: Cannot find an appropriate cached snapshot"):
+        UViT.from_pretrained(NAME, token=READER, local_files_only=True)
+
+
 def test_a_revision_of_a_folder_is_refused(run_dir):
     with pytest.raises(InputError, match="revision must be None for what is on disk, got 'v1' for "):
         UViT.from_pretrained(run_dir, revision="v1")

@@ -27,7 +27,7 @@ from uvit.config import CONFIG_FILE, UViTConfig, read_json, to_json
 from uvit.errors import InputError, did_you_mean
 from uvit.files import write_text
 from uvit.hub import push_folder
-from uvit.weights import read_pretrained, write_weights
+from uvit.weights import find_pretrained, read_pretrained, write_weights
 
 MAX_PERIOD = 10_000
 
@@ -469,20 +469,36 @@ class UViT(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, **fields: Any) -> UViT:
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **fields: Any,
+    ) -> UViT:
         """Loads a backbone in eval mode from a folder, a run, the hub, or a published `.pth` file.
 
         Args:
             name_or_path: a folder with config.json and model.safetensors, a hub name such as `user/model`, a file
                 of the reference code such as `imagenet256_uvit_huge.pth`, or its checkpoint folder with nnet_ema.pth.
             revision: branch, tag or commit of a hub model; None is the newest of its main branch.
+            token: of the hub; None or True is that of `hf auth login` or HF_TOKEN, False is none.
+            cache_dir: where the hub's files are kept; None is its usual folder.
+            local_files_only: whether to take of the hub only what was fetched before.
             **fields: fields of UViTConfig that change no weight, such as `attention`; and of a published file those
                 that its tensors do not tell, such as `num_heads` of an unpublished width.
 
         Raises:
             InputError: (a ValueError) nothing there, broken files, or weights of another shape.
         """
-        config, state_dict = read_pretrained(name_or_path, revision, **_known_fields(fields))
+        known = _known_fields(fields)
+        path = find_pretrained(
+            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        config, state_dict = read_pretrained(path, **known)
         try:
             with torch.device("meta"):  # sizes that the weights do not have are found before memory is taken for them
                 cls(config).load_state_dict(state_dict, strict=True, assign=True)

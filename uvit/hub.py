@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from glob import glob
-from os.path import isdir
+from os.path import exists, isdir
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, snapshot_download
@@ -50,7 +50,16 @@ def _reason(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
+def find_folder(
+    name: str,
+    what: str,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """Returns a folder on disk, or one of the hub's, which is fetched once.
 
     Args:
@@ -58,17 +67,24 @@ def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
             end is a branch, tag or commit of the hub's.
         what: what it is to the user, for the error.
         patterns: names of the files wanted from the hub, `*` for any letters.
+        revision: branch, tag or commit of the hub's, where the name does not say it.
+        token: of the hub; None or True is that of `hf auth login` or HF_TOKEN, False is none.
+        cache_dir: where the hub's files are kept; None is its usual folder.
+        local_files_only: whether to take only what was fetched before.
 
     Raises:
-        InputError: nothing by that name that can be had.
+        InputError: nothing by that name that can be had, or a revision of what is on disk.
     """
     path = Path(name)
+    if revision is not None and exists(path):
+        raise InputError(f"revision must be None for what is on disk, got {revision!r} for {name}")
     if isdir(path):
         return path
     # What has a folder on disk above it, or leads out of where it starts, is not meant for the hub.
     if path.is_absolute() or isdir(path.parent) or ".." in path.parts:
         folders = [str(path.parent / each).rstrip("/") for each in glob("*/", root_dir=path.parent)]
         raise InputError(f"{what} not found: {name}{did_you_mean(name, folders)}")
+    name = name if revision is None else f"{name}@{revision}"
     inside, at, revision = name.partition("@")
     if at and not REVISION.fullmatch(revision):
         raise InputError(f"a revision must be a branch, tag or commit of the hub's, got {revision!r} in {name}")
@@ -76,11 +92,19 @@ def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
     wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
     try:
         with quiet_hub():
-            return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted)) / folder
+            found = snapshot_download(
+                repository,
+                revision=revision or None,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=wanted,
+            )
     except (ValueError, HTTPError, OSError) as error:
         raise InputError(
             f"{what} {name!r} is no folder on disk, and the hub did not give it: {_reason(error)}"
         ) from None
+    return Path(found) / folder
 
 
 def push_folder(

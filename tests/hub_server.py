@@ -66,7 +66,7 @@ class Hub:
                 name, *_ = (found or file).groups()
                 if name not in hub.repositories:
                     return self.refuse(404, "Repository not found", "RepoNotFound")
-                if hub.private.get(name) and self.token() not in (WRITER, READER):
+                if hub.private[name] and self.token() not in (WRITER, READER):
                     return self.refuse(401, "Repository not found", "RepoNotFound")
                 revision = (file[2] if file else found[3]) or "main"
                 files = hub.repositories[name].get(revision)
@@ -80,7 +80,8 @@ class Hub:
                     kind = {"type": "file"}
                     return self.json([{**kind, "path": p, "oid": o, "size": len(files[p])} for p, o in oids.items()])
                 oid = next(o for o, held in hub.repositories[name].items() if held == files and len(o) == 40)
-                self.json({"id": name, "modelId": name, "sha": oid, "siblings": [{"rfilename": p} for p in files]})
+                facts = {"id": name, "modelId": name, "sha": oid, "private": hub.private[name]}
+                self.json({**facts, "siblings": [{"rfilename": p} for p in files]})
 
             do_HEAD = do_GET
 

@@ -115,7 +115,8 @@ def push_folder(
     Args:
         folder: what to push.
         name: `user/model`; the repository is made where there is none.
-        private: whether a repository that is made is private; None is the account's default.
+        private: whether a repository that is made is private; None is the account's default. One that is there stays
+            as it is: True refuses it where it is public.
         revision: branch to push to, made where there is none; None is the main one.
         token: of the hub; None is that of `hf auth login` or HF_TOKEN.
 
@@ -123,7 +124,8 @@ def push_folder(
         The address of the commit.
 
     Raises:
-        InputError: a name that is none, no login, no permission, or no way to the hub.
+        InputError: a name that is none, no login, no permission, no way to the hub, or a public repository where a
+            private one is asked for.
     """
     if name.count("/") != 1:
         raise InputError(f"the name on the hub must be USER/MODEL, got {name!r}")
@@ -135,6 +137,8 @@ def push_folder(
         with quiet_hub():
             api = HfApi(token=token)
             api.create_repo(name, private=private, exist_ok=True)
+            if private and not api.model_info(name).private:
+                raise InputError("private must be None or False for a repository that is public, got True")
             if revision is not None:
                 api.create_branch(name, branch=revision, exist_ok=True)
             commit = api.upload_folder(

@@ -56,6 +56,9 @@ class Hub:
             def refuse(self, status: int, message: str, code: str = "") -> None:
                 self.json({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
 
+            def token(self) -> str:
+                return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
             def do_GET(self) -> None:
                 path = unquote(self.path.partition("?")[0])
                 found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)
@@ -63,6 +66,8 @@ class Hub:
                 name, *_ = (found or file).groups()
                 if name not in hub.repositories:
                     return self.refuse(404, "Repository not found", "RepoNotFound")
+                if hub.private[name] and self.token() not in (WRITER, READER):
+                    return self.refuse(401, "Repository not found", "RepoNotFound")
                 revision = (file[2] if file else found[3]) or "main"
                 files = hub.repositories[name].get(revision)
                 if files is None:
@@ -75,13 +80,14 @@ class Hub:
                     kind = {"type": "file"}
                     return self.json([{**kind, "path": p, "oid": o, "size": len(files[p])} for p, o in oids.items()])
                 oid = next(o for o, held in hub.repositories[name].items() if held == files and len(o) == 40)
-                self.json({"id": name, "modelId": name, "sha": oid, "siblings": [{"rfilename": p} for p in files]})
+                facts = {"id": name, "modelId": name, "sha": oid, "private": hub.private[name]}
+                self.json({**facts, "siblings": [{"rfilename": p} for p in files]})
 
             do_HEAD = do_GET
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+                token = self.token()
                 if token not in (WRITER, READER):
                     return self.refuse(401, "Invalid credentials in Authorization header")
                 if self.path == "/api/validate-yaml":

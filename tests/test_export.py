@@ -118,6 +118,9 @@ def test_weights_too_large_for_one_file_lie_beside_it(make, tmp_path, monkeypatc
         (tmp_path / name).rename(moved / name)
     assert largest_difference(model, load_exported(moved / "model.onnx"), 3) < 1e-4
     onnx.checker.check_model(moved / "model.onnx")
+    monkeypatch.undo()
+    save_exported(model, moved / "model.onnx")  # whole in one file, where two were
+    assert [each.name for each in moved.iterdir()] == ["model.onnx"]
 
 
 def test_a_file_that_differs_from_the_model_does_not_take_its_place(make, tmp_path, monkeypatch):

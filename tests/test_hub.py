@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 import sample
 from uvit import Config, UViT, UViTConfig
-from uvit.card import model_card
+from uvit.card import describe_figures, model_card
 from uvit.checkpoint import main
 from uvit.cli import run
 from uvit.config import DataConfig, SampleConfig, TrainConfig, to_json
@@ -118,6 +119,18 @@ def test_what_was_fetched_once_loads_without_the_hub(hub, login, monkeypatch):
     assert_equal_weights(model, UViT.from_pretrained(NAME))
 
 
+def test_a_private_model_loads_with_a_token_from_a_cache_of_ones_own(hub, tmp_path):
+    model = UViT(MODEL)
+    model.push_to_hub(NAME, private=True, token=WRITER)
+    with pytest.raises(InputError, match="there is no such repository, or it is private"):
+        UViT.from_pretrained(NAME)
+    own = tmp_path / "own"
+    assert_equal_weights(model, UViT.from_pretrained(NAME, token=READER, cache_dir=own))
+    assert_equal_weights(model, UViT.from_pretrained(NAME, cache_dir=own, local_files_only=True))
+    with pytest.raises(InputError, match="the hub did not give it: Cannot find an appropriate cached snapshot"):
+        UViT.from_pretrained(NAME, token=READER, local_files_only=True)
+
+
 def test_a_revision_of_a_folder_is_refused(run_dir):
     with pytest.raises(InputError, match="revision must be None for what is on disk, got 'v1' for "):
         UViT.from_pretrained(run_dir, revision="v1")
@@ -180,7 +193,7 @@ def test_the_card_tells_recipe_figures_and_how_to_load(run_dir, tmp_path):
     for text in (
         f'model = UViT.from_pretrained("{NAME}")\noutput = model(x, timesteps, y)',
         f"python sample.py --checkpoint {NAME}",
-        "![samples](grid.png)",
+        "![samples](grid.png)\n\nDrawn at step 10 of the training.",
         "| optimizer | adamw, learning rate 0.0002",
         "- Fréchet distance 2.00 x real (2.000 against 1.000)",
         "| reference | ./ref.npz: mu and sigma, hash 12 |",
@@ -226,6 +239,17 @@ def test_weights_alone_are_published_too(hub, login, tmp_path):
     assert "config.json" not in hub.repositories[NAME]["main"]
 
 
+def test_a_private_push_does_not_go_to_a_public_model(hub, login, run_dir, monkeypatch, capsys):
+    UViT(MODEL).push_to_hub(NAME)
+    before = hub.repositories[NAME]["main"]
+    line = one_line(["push", run_dir, NAME, "--private", "True"], monkeypatch, capsys)
+    assert "the hub did not take 'me/digits': private must be None or False for a repository that is public" in line
+    assert hub.repositories[NAME]["main"] == before
+    hub.private[NAME] = True
+    main(["push", str(run_dir), NAME, "--private", "True"])
+    assert hub.repositories[NAME]["main"] != before
+
+
 def test_a_name_that_is_not_there_is_one_line(hub, tmp_path, monkeypatch, capsys):
     line = one_line(["card", "me/nothing", tmp_path / "out"], monkeypatch, capsys)
     assert "'me/nothing' is no folder on disk, and the hub did not give it: there is no such repository" in line
@@ -258,7 +282,18 @@ def test_no_way_to_the_hub_is_one_line(login, run_dir, monkeypatch, capsys):
     ("change", "message"),
     [
         ({"frechet": "low"}, "must hold figures and their protocol, as evaluate.py saves them"),
+        ({"recognised": None}, "must hold figures and their protocol, as evaluate.py saves them"),
+        ({"recognised": [0.5]}, "must hold figures and their protocol, as evaluate.py saves them"),
+        ({"kid": 0.5}, "must hold figures and their protocol, as evaluate.py saves them"),
         ({"protocol": None}, "must hold figures and their protocol, as evaluate.py saves them"),
+        (
+            {"weights": 1.0, "protocol": {"reference": "", "features": ""}},
+            "must hold figures and their protocol, as evaluate.py saves them",
+        ),
+        (
+            {"protocol": {"weights": {}, "reference": "", "features": ""}},
+            "must hold figures and their protocol, as evaluate.py saves them",
+        ),
         ({"protocol": {"weights": "hash 1", "reference": "", "features": ""}}, "holds figures of other weights than"),
     ],
 )
@@ -269,6 +304,29 @@ def test_figures_that_are_not_those_of_the_weights_are_refused(change, message, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_card_overwrites_nothing(run_dir, monkeypatch, capsys):
-    line = one_line(["card", run_dir, run_dir], monkeypatch, capsys)
-    assert "the output must be a new folder, got " in line
+def test_real_images_that_do_not_differ_are_no_measure():
+    results = {"frechet": 2.0, "frechet_real": 0.0}
+    assert describe_figures(results, {"features": "pixels"}) == ["Fréchet distance 2.000"]
+
+
+def test_a_card_overwrites_nothing(run_dir, tmp_path, monkeypatch, capsys):
+    (link := tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for output in (run_dir, link):
+        line = one_line(["card", run_dir, output], monkeypatch, capsys)
+        assert "the output must be a new folder, got " in line
+    assert link.is_symlink()
+
+
+def test_a_card_that_cannot_be_written_is_one_line(run_dir, tmp_path, monkeypatch, capsys):
+    line = one_line(["card", run_dir, tmp_path / ("n" * 300)], monkeypatch, capsys)
+    assert "cannot write to " in line and "File name too long" in line
+    (run_dir / "samples" / "step_00000010.png").write_bytes(bytes(100_000))
+    before = sorted(tmp_path.iterdir())
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        line = one_line(["card", run_dir, tmp_path / "out"], monkeypatch, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert "cannot write to " in line and "grid.png: File too large" in line
+    assert sorted(tmp_path.iterdir()) == before

@@ -38,12 +38,13 @@ def execute(folder: Path) -> nbformat.NotebookNode:
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[list[tuple[str, ...]]]:
-    """Which kinds of output each cell of code has."""
-    return [
-        sorted((output.output_type, output.get("name", ""), *output.get("data", {})) for output in cell.outputs)
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-    ]
+    """Which kinds of output each cell of code has, and what it prints; progress bars, on stderr, tell times."""
+
+    def told(output: nbformat.NotebookNode) -> tuple[str, ...]:
+        name = output.get("name", "")
+        return (output.output_type, name, output.text if name == "stdout" else "", *output.get("data", {}))
+
+    return [sorted(map(told, cell.outputs)) for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def test_the_committed_outputs_are_of_one_run_and_name_no_machine():

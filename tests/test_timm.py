@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import subprocess
 import sys
 
@@ -105,4 +107,57 @@ def test_features_only_gives_the_chosen_blocks():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
     named = dict(features.model.named_modules())
     assert all(name in named for name in features.feature_info.module_name())
-    assert timm.create_model(SMALL, **sizes, features_only=True).feature_info.out_indices == (-3, -2, -1)
+    assert timm.create_model(SMALL, **sizes, features_only=True).feature_info.out_indices == (2, 3, 4)
+
+
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_features_only_keeps_no_deep_blocks_that_it_does_not_need(block):
+    sizes = {"embed_dim": 32, "depth": 4, "num_heads": 4}
+    torch.manual_seed(0)
+    whole = timm.create_model(SMALL, **sizes)
+    torch.manual_seed(0)
+    features = timm.create_model(SMALL, **sizes, features_only=True, out_indices=(block - 5,))
+    left = {name.partition(".")[2] for name, _ in features.named_parameters()}
+    kept = {name.split(".")[1] for name in left if name.startswith("out_blocks")}
+    assert kept == ({"0"} if block == 3 else set())
+    assert not any(name.startswith(("norm", "decoder_pred", "final_layer")) for name in left)
+    x = torch.randn(2, 3, 32, 32)
+    (found,) = features(x)
+    assert torch.equal(found, whole.forward_intermediates(x, [block], intermediates_only=True)[0])
+    found.mean().backward()
+    if block >= 2:
+        assert all(parameter.grad is not None for parameter in features.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("uvit_mid_patch4_64", {}, "got context_dim 0, num_classes 1000: use forward_intermediates"),
+        ("uvit_small_deep_patch2_32", {}, "got context_dim 768, num_classes 0: use forward_intermediates"),
+        (SMALL, {"num_classes": 10}, "got context_dim 0, num_classes 10: use forward_intermediates"),
+        ("uvit_mid_patch4_64", {"num_classes": 0}, None),
+        ("uvit_mid_patch4_64", {"null_class": True}, None),
+    ],
+)
+def test_features_of_images_alone_need_a_model_that_takes_no_more(name, fields, message):
+    refused = contextlib.nullcontext() if message is None else pytest.raises(InputError, match=message)
+    with refused:
+        create(name, **fields, features_only=True)
+
+
+def test_intermediates_are_returned_as_timms_vit_returns_them():
+    """One call for both, whatever form is asked for: the same types, keys and shapes."""
+    vit = timm.create_model("test_vit", img_size=32, patch_size=2, embed_dim=64, depth=5, num_heads=2).eval()
+    ours = timm.create_model(SMALL, embed_dim=64, depth=4, num_heads=2).eval()
+
+    def shapes(value):
+        if isinstance(value, dict):
+            return {key: shapes(each) for key, each in value.items()}
+        return tuple(value.shape) if torch.is_tensor(value) else [type(value), *map(shapes, value)]
+
+    x = torch.randn(2, 3, 32, 32)
+    for chosen in itertools.product((False, True), repeat=4):
+        flags = dict(zip(("return_prefix_tokens", "stop_early", "intermediates_only", "output_dict"), chosen))
+        for output_fmt in ("NCHW", "NLC"):
+            given = [model.forward_intermediates(x, [1, 2], output_fmt=output_fmt, **flags) for model in (ours, vit)]
+            assert shapes(given[0]) == shapes(given[1])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden import FACTS, config_of, golden_model
 from malicious import PICKLE, WORDS
+from safetensors.torch import load_file, save_file
 
 from uvit import UViT
 from uvit.checkpoint import main
@@ -51,6 +52,26 @@ def test_truncated_weights(saved):
     (saved / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(InputError, match="is not a whole safetensors file"):
         UViT.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("fields", [{}, {"pos_embed": "sincos2d", "patch_embed": "conv", "conv": "none"}])
+def test_loading_draws_no_random_numbers_and_leaves_weights_of_its_own(tiny, fields, tmp_path):
+    model = UViT(tiny, **fields).eval()
+    model.save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    loaded = UViT.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    x, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0])
+    assert torch.equal(loaded(x, timesteps), model(x, timesteps))
+    assert all(each.requires_grad and each.untyped_storage().nbytes() == each.nbytes for each in loaded.parameters())
+
+
+def test_halved_weights_load_in_full_precision(saved):
+    halves = {name: tensor.bfloat16() for name, tensor in load_file(saved / "model.safetensors").items()}
+    save_file(halves, saved / "model.safetensors")
+    loaded = UViT.from_pretrained(saved).state_dict()
+    assert all(torch.equal(tensor, halves[name].float()) for name, tensor in loaded.items())
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
 
 
 def test_weights_of_another_shape(saved, tiny):
@@ -98,6 +119,12 @@ def test_published_files_and_folders_load(published):
         model = UViT.from_pretrained(path, num_heads=4, null_class=True)
         assert model.config.null_label == 10
         assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_help_lists_the_commands(capsys):
+    main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"{name:<8} " in printed for name in ("convert", "export", "push", "card"))
 
 
 def test_convert(published, tmp_path, capsys):

@@ -27,7 +27,7 @@ from uvit.config import CONFIG_FILE, UViTConfig, read_json, to_json
 from uvit.errors import InputError, did_you_mean
 from uvit.files import write_text
 from uvit.hub import push_folder
-from uvit.weights import read_pretrained, write_weights
+from uvit.weights import find_pretrained, read_pretrained, write_weights
 
 MAX_PERIOD = 10_000
 
@@ -205,8 +205,8 @@ class UViT(nn.Module):
         self.mid_block = Block(config)
         self.out_blocks = nn.ModuleList(Block(config, deep=True) for _ in range(config.depth // 2))
 
-        self.norm = nn.LayerNorm(dim)
-        self.decoder_pred = nn.Linear(dim, patch_size**2 * in_chans)
+        self.norm: nn.Module = nn.LayerNorm(dim)
+        self.decoder_pred: nn.Module = nn.Linear(dim, patch_size**2 * in_chans)
         if config.conv == "none":
             self.final_layer: nn.Module = nn.Identity()
         else:
@@ -310,20 +310,18 @@ class UViT(nn.Module):
             raise InputError(f"outer blocks must be 0 to depth / 2 = {len(self.in_blocks)}, got {outer}")
         self._check_inputs(x, timesteps, y, context)
         h, time = self._embed(x, timesteps, y, context)
-        skips = []
-        for block in self.in_blocks[:outer]:
-            h = self._run(block, h, time)
-            skips.append(h)
-        h = deep = self._run_deep(h, time, outer) if deep is None else deep
-        for block in self.out_blocks[len(self.out_blocks) - outer :]:
-            h = self._run(block, h, time, skips.pop())  # the last one in is the first one out
+        skips: list[Tensor] = []
+        end = len(self.blocks)
+        h = self._run(range(outer), h, time, skips)
+        h = deep = self._run(range(outer, end - outer), h, time, skips) if deep is None else deep
+        h = self._run(range(end - outer, end), h, time, skips)
         return self._to_image(h), deep
 
     def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """All tokens, and the embedded time."""
         config = self.config
         time = timestep_embedding(timesteps.expand(x.shape[0]), config.embed_dim)  # (B, D)
-        time = self.time_embed(time.to(self.norm.weight.dtype))  # (B, D)
+        time = self.time_embed(time.to(self.pos_embed.dtype))  # (B, D)
         tokens = [self.patch_embed(x)]  # (B, N, D), where N = H * W / patch_size ** 2
         if context is not None:
             tokens.insert(0, self.context_embed(context))  # (B, num_context_tokens, D)
@@ -333,15 +331,17 @@ class UViT(nn.Module):
             tokens.insert(0, self.label_emb(y)[:, None])  # (B, 1, D)
         return torch.cat(tokens, dim=1) + self.pos_embed, time  # (B, L, D), where L = extras + N
 
-    def _run_deep(self, h: Tensor, time: Tensor, outer: int) -> Tensor:
-        """Runs the blocks inside the outer ones."""
-        skips = []
-        for block in self.in_blocks[outer:]:
-            h = self._run(block, h, time)
-            skips.append(h)
-        h = self._run(self.mid_block, h, time)
-        for block in self.out_blocks[: len(self.out_blocks) - outer]:
-            h = self._run(block, h, time, skips.pop())
+    def _run(self, numbers: range, h: Tensor, time: Tensor, skips: list[Tensor]) -> Tensor:
+        """Runs blocks by number; a shallow one leaves its output in `skips`, the deep one across from it takes it."""
+        blocks, middle = self.blocks, self.config.depth // 2
+        for number in numbers:
+            inputs = (h, time, skips.pop()) if number > middle else (h, time)  # the last one in is the first one out
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(blocks[number], *inputs, use_reentrant=False)
+            else:
+                h = blocks[number](*inputs)
+            if number < middle:
+                skips.append(h)
         return h
 
     def _to_image(self, h: Tensor) -> Tensor:
@@ -371,12 +371,15 @@ class UViT(nn.Module):
         stop_early: bool = False,
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
         *,
         timesteps: Tensor | None = None,
         y: Tensor | None = None,
         context: Tensor | None = None,
     ) -> Any:
-        """Returns what comes out of chosen blocks, for representation work; the arguments are those of timm's ViT.
+        """Returns what comes out of chosen blocks, for representation work.
+
+        The arguments are those of timm's ViT, save for its masks of attention (`attn_mask`, `is_causal`).
 
         Blocks count from 0 in the order in which they run: depth / 2 shallow ones, the middle one at depth / 2, depth /
         2 deep ones. Left to themselves, the conditions say what is true of a clean image of unknown content: time 0
@@ -391,29 +394,24 @@ class UViT(nn.Module):
             stop_early: whether blocks after the last chosen one are left out.
             output_fmt: `NCHW` gives (B, D, H / patch_size, W / patch_size), `NLC` gives (B, patches, D).
             intermediates_only: whether to leave the tokens at the end out.
+            output_dict: whether to return a dict: `image_intermediates`, with `return_prefix_tokens` also
+                `image_intermediates_prefix`, and unless `intermediates_only` the tokens as `image_features`.
             timesteps: (B,) times in the network's units, or one time for all; None is 0.
             y: (B,) labels; None is the null class.
             context: (B, num_context_tokens, context_dim); a model that takes one has no default.
 
         Returns:
             The list of intermediates, in the order of the blocks; unless `intermediates_only`, a pair of the normed
-            tokens (B, L, D) after the last block that was run, and this list.
+            tokens (B, L, D) after the last block that was run, and this list; or a dict, see `output_dict`.
 
         Raises:
             InputError: (a ValueError) shapes that the model was not built for, labels that are needed, or blocks that
                 it does not have.
         """
-        config, blocks = self.config, self.blocks
+        config = self.config
         if output_fmt not in ("NCHW", "NLC"):
             raise InputError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        if isinstance(indices, int):
-            if not 1 <= indices <= len(blocks):
-                raise InputError(f"indices must be 1 to {len(blocks)} for the last blocks, got {indices}")
-            indices = range(-indices, 0)
-        for index in (indices := range(len(blocks)) if indices is None else indices):
-            if not -len(blocks) <= index < len(blocks):
-                raise InputError(f"indices must be {-len(blocks)} to {len(blocks) - 1}, got {index}")
-        taken = {index % len(blocks) for index in indices}
+        taken = self._block_numbers(indices)
 
         timesteps = torch.zeros(1, device=x.device) if timesteps is None else timesteps
         if y is None and config.null_label is not None:
@@ -421,23 +419,59 @@ class UViT(nn.Module):
         self._check_inputs(x, timesteps, y, context)
         h, time = self._embed(x, timesteps, y, context)
         skips: list[Tensor] = []
-        found: list[Any] = []
-        for number, block in enumerate(blocks[: max(taken, default=-1) + 1] if stop_early else blocks):
-            h = self._run(block, h, time, *([skips.pop()] if number > len(self.in_blocks) else []))
-            if number < len(self.in_blocks):
-                skips.append(h)
+        prefixes, patches = [], []
+        for number in range(max(taken, default=-1) + 1 if stop_early else len(self.blocks)):
+            h = self._run(range(number, number + 1), h, time, skips)
             if number in taken:
-                tokens = self.norm(h) if norm else h
-                prefix, patches = tokens.tensor_split([config.num_extra_tokens], dim=1)
+                prefix, tokens = (self.norm(h) if norm else h).tensor_split([config.num_extra_tokens], dim=1)
                 if output_fmt == "NCHW":
-                    patches = rearrange(patches, "B (h w) D -> B D h w", h=config.grid_shape[0]).contiguous()
-                found.append((patches, prefix) if return_prefix_tokens else patches)
-        return found if intermediates_only else (self.norm(h), found)
+                    tokens = rearrange(tokens, "B (h w) D -> B D h w", h=config.grid_shape[0]).contiguous()
+                prefixes.append(prefix)
+                patches.append(tokens)
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": patches}
+            found |= {"image_intermediates_prefix": prefixes} if return_prefix_tokens else {}
+            return found if intermediates_only else {**found, "image_features": self.norm(h)}
+        intermediates = list(zip(patches, prefixes)) if return_prefix_tokens else patches
+        return intermediates if intermediates_only else (self.norm(h), intermediates)
 
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the deep blocks after the last chosen one, as timm does for `features_only`.
+
+        What is left serves `forward_intermediates` alone, with the numbers that are returned.
+
+        Args:
+            indices: as for forward_intermediates.
+            prune_norm: whether the last layer norm goes too.
+            prune_head: whether what makes an image of tokens goes too.
+
+        Returns:
+            The chosen blocks, counted from 0.
+
+        Raises:
+            InputError: (a ValueError) blocks that it does not have.
+        """
+        taken, middle = self._block_numbers(indices), self.config.depth // 2
+        self.out_blocks = self.out_blocks[: max([middle, *taken]) - middle]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.decoder_pred, self.final_layer = nn.Identity(), nn.Identity()
+        return taken
+
+    def _block_numbers(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Counts chosen blocks from 0."""
+        count = len(self.blocks)
+        if isinstance(indices, int):
+            if not 1 <= indices <= count:
+                raise InputError(f"indices must be 1 to {count} for the last blocks, got {indices}")
+            indices = range(-indices, 0)
+        for index in (indices := range(count) if indices is None else indices):
+            if not -count <= index < count:
+                raise InputError(f"indices must be {-count} to {count - 1}, got {index}")
+        return [index % count for index in indices]
 
     def resize(self, img_size: int | tuple[int, int]) -> UViT:
         """Changes the image size in place, interpolating the patch part of the position embedding (bicubic).
@@ -469,25 +503,46 @@ class UViT(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, **fields: Any) -> UViT:
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **fields: Any,
+    ) -> UViT:
         """Loads a backbone in eval mode from a folder, a run, the hub, or a published `.pth` file.
 
         Args:
             name_or_path: a folder with config.json and model.safetensors, a hub name such as `user/model`, a file
                 of the reference code such as `imagenet256_uvit_huge.pth`, or its checkpoint folder with nnet_ema.pth.
             revision: branch, tag or commit of a hub model; None is the newest of its main branch.
+            token: of the hub; None or True is that of `hf auth login` or HF_TOKEN, False is none.
+            cache_dir: where the hub's files are kept; None is its usual folder.
+            local_files_only: whether to take of the hub only what was fetched before.
             **fields: fields of UViTConfig that change no weight, such as `attention`; and of a published file those
                 that its tensors do not tell, such as `num_heads` of an unpublished width.
 
         Raises:
             InputError: (a ValueError) nothing there, broken files, or weights of another shape.
         """
-        config, state_dict = read_pretrained(name_or_path, revision, **_known_fields(fields))
+        known = _known_fields(fields)
+        path = find_pretrained(
+            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        config, state_dict = read_pretrained(path, **known)
         try:
-            with torch.device("meta"):  # sizes that the weights do not have are found before memory is taken for them
-                cls(config).load_state_dict(state_dict, strict=True, assign=True)
-            model = cls(config)
-            model.load_state_dict(state_dict, strict=True)
+            with torch.device("meta"):  # spends no time, memory or random numbers on weights that are replaced
+                model = cls(config)
+            # Copies: what reads a file may give views of it, or of one storage for all.
+            own: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
+            own |= {"copy": True, "memory_format": torch.contiguous_format}
+            weights = {name: tensor.detach().to(**own) for name, tensor in state_dict.items()}
+            model.load_state_dict(weights, strict=True, assign=True)
+            if config.pos_embed == "sincos2d":
+                model.pos_embed = model._sincos_pos_embed()
         except RuntimeError as error:
             reason = " ".join(str(error).split()[5:])[:200]
             raise InputError(f"weights in {name_or_path} do not fit their config: {reason}") from None
@@ -496,7 +551,8 @@ class UViT(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors to a folder that `from_pretrained` loads.
 
-        A model card goes beside them as README.md, where there is none yet.
+        A model card goes beside them as README.md. One that is there is kept, for it may be yours: remove it where it
+        tells of another model.
 
         Raises:
             InputError: (a ValueError) a folder that cannot be written to, or that holds a run, whose config would go.

@@ -39,7 +39,7 @@ def describe_figures(results: Mapping[str, Any], protocol: Mapping[str, str]) ->
             f"recognised {results['recognised']:.1%}" + ("" if real is None else f" (real images: {real:.1%})")
         )
     name = _frechet_name(protocol)
-    if "frechet_real" in results:
+    if results.get("frechet_real"):
         times = results["frechet"] / results["frechet_real"]
         lines.append(f"{name} {times:.2f} x real ({results['frechet']:.3f} against {results['frechet_real']:.3f})")
     else:
@@ -114,7 +114,7 @@ def model_card(
     name: str = "user/model",
     config: Config | None = None,
     evaluation: tuple[Mapping[str, Any], Mapping[str, str]] | None = None,
-    grid: str | None = None,
+    grid: tuple[str, int] | None = None,
 ) -> str:
     """Writes a model card.
 
@@ -124,7 +124,7 @@ def model_card(
         name: of the model on the hub.
         config: the run that trained it, where it is known.
         evaluation: figures of these very weights and their protocol, as evaluate.py saves them.
-        grid: name of a picture of samples beside the card.
+        grid: name of a picture of samples beside the card, and the step of the training that drew it.
 
     Returns:
         Markdown, with the hub's metadata at its top.
@@ -153,8 +153,9 @@ def model_card(
         f"# {name.rpartition('/')[2]}\n",
         "A [U-ViT](https://arxiv.org/abs/2209.12152), a vision transformer for diffusion models with long skip "
         "connections, of the Python package `uvit`.\n",
-        *([f"![samples]({grid})\n"] if grid else []),
+        *([f"![samples]({grid[0]})\n", f"Drawn at step {grid[1]:,} of the training.\n"] if grid else []),
         "## Load it\n",
+        "The package is installed from its source folder, with `pip install .`.\n",
         "```python",
         "from uvit import UViT",
         f'model = UViT.from_pretrained("{name}")',

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +200,7 @@ class PushArguments(Section):
     name: tyro.conf.Positional[str]
     """Where to: `user/model`, which is made where there is none."""
     private: bool | None = None
-    """Whether a model that is made is private; the account's default where not given."""
+    """Whether a model that is made is private, the account's default where not given; True refuses a public one."""
     revision: str | None = None
     """Branch to push to, made where there is none; the main one where not given."""
 
@@ -223,7 +225,7 @@ def card(arguments: Sequence[str]) -> None:
     """Writes the folder that push would publish, to look at it first."""
     given = parse(CardArguments, arguments, "python -m uvit.checkpoint card", card.__doc__ or "")
     output = Path(given.output)
-    if output.exists():
+    if lexists(output):
         raise InputError(f"the output must be a new folder, got {given.output}, which exists")
     make_directory(output.parent)
     aside = aside_of(output)
@@ -231,6 +233,8 @@ def card(arguments: Sequence[str]) -> None:
         aside.mkdir()
         write_published(given.source, aside, given.name)
         aside.replace(output)
+    except OSError as error:
+        raise InputError(f"cannot write to {output}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"{given.source} to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
@@ -240,7 +244,12 @@ COMMANDS = {"convert": convert, "export": export, "push": push, "card": card}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command that the first argument names."""
+    """Runs the command that the first argument names; `--help` in its place lists them."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        for name, command in COMMANDS.items():
+            print(f"{name:<8} {(inspect.getdoc(command) or '').splitlines()[0]}")
+        print("python -m uvit.checkpoint COMMAND --help lists the options of each.")
+        return
     if not arguments or arguments[0] not in COMMANDS:
         given = arguments[0] if arguments else "nothing"
         raise InputError(f"the first argument must be one of {', '.join(COMMANDS)}, got {given!r}")

@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from glob import glob
-from os.path import isdir
+from os.path import exists, isdir
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, snapshot_download
@@ -50,7 +50,16 @@ def _reason(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
+def find_folder(
+    name: str,
+    what: str,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """Returns a folder on disk, or one of the hub's, which is fetched once.
 
     Args:
@@ -58,17 +67,24 @@ def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
             end is a branch, tag or commit of the hub's.
         what: what it is to the user, for the error.
         patterns: names of the files wanted from the hub, `*` for any letters.
+        revision: branch, tag or commit of the hub's, where the name does not say it.
+        token: of the hub; None or True is that of `hf auth login` or HF_TOKEN, False is none.
+        cache_dir: where the hub's files are kept; None is its usual folder.
+        local_files_only: whether to take only what was fetched before.
 
     Raises:
-        InputError: nothing by that name that can be had.
+        InputError: nothing by that name that can be had, or a revision of what is on disk.
     """
     path = Path(name)
+    if revision is not None and exists(path):
+        raise InputError(f"revision must be None for what is on disk, got {revision!r} for {name}")
     if isdir(path):
         return path
     # What has a folder on disk above it, or leads out of where it starts, is not meant for the hub.
     if path.is_absolute() or isdir(path.parent) or ".." in path.parts:
         folders = [str(path.parent / each).rstrip("/") for each in glob("*/", root_dir=path.parent)]
         raise InputError(f"{what} not found: {name}{did_you_mean(name, folders)}")
+    name = name if revision is None else f"{name}@{revision}"
     inside, at, revision = name.partition("@")
     if at and not REVISION.fullmatch(revision):
         raise InputError(f"a revision must be a branch, tag or commit of the hub's, got {revision!r} in {name}")
@@ -76,11 +92,19 @@ def find_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
     wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
     try:
         with quiet_hub():
-            return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted)) / folder
+            found = snapshot_download(
+                repository,
+                revision=revision or None,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=wanted,
+            )
     except (ValueError, HTTPError, OSError) as error:
         raise InputError(
             f"{what} {name!r} is no folder on disk, and the hub did not give it: {_reason(error)}"
         ) from None
+    return Path(found) / folder
 
 
 def push_folder(
@@ -91,7 +115,8 @@ def push_folder(
     Args:
         folder: what to push.
         name: `user/model`; the repository is made where there is none.
-        private: whether a repository that is made is private; None is the account's default.
+        private: whether a repository that is made is private; None is the account's default. One that is there stays
+            as it is: True refuses it where it is public.
         revision: branch to push to, made where there is none; None is the main one.
         token: of the hub; None is that of `hf auth login` or HF_TOKEN.
 
@@ -99,7 +124,8 @@ def push_folder(
         The address of the commit.
 
     Raises:
-        InputError: a name that is none, no login, no permission, or no way to the hub.
+        InputError: a name that is none, no login, no permission, no way to the hub, or a public repository where a
+            private one is asked for.
     """
     if name.count("/") != 1:
         raise InputError(f"the name on the hub must be USER/MODEL, got {name!r}")
@@ -111,6 +137,8 @@ def push_folder(
         with quiet_hub():
             api = HfApi(token=token)
             api.create_repo(name, private=private, exist_ok=True)
+            if private and not api.model_info(name).private:
+                raise InputError("private must be None or False for a repository that is public, got True")
             if revision is not None:
                 api.create_branch(name, branch=revision, exist_ok=True)
             commit = api.upload_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shutil
 import tempfile
@@ -16,13 +17,13 @@ from uvit.backbone import UViT
 from uvit.card import CARD_FILE, model_card
 from uvit.config import CONFIG_FILE, Config, read_json, to_json
 from uvit.errors import InputError
-from uvit.files import RESULT_FILE, write_text
+from uvit.files import RESULT_FILE, write_aside, write_text
 from uvit.generate import load_run
 from uvit.hub import push_folder
 from uvit.weights import find_pretrained, hash_weights, write_weights
 
 GRID_FILE = "grid.png"
-NEEDED = {"frechet", "weights", "reference", "features"}
+NEEDED = {"weights", "reference", "features"}
 PARTS = re.compile(r"((?:train|test) part of |EMA of )?(.*?)((?:: |, split |, step_|, hash ).*)?", re.DOTALL)
 """What a protocol says before a name, the name, and what it says after it."""
 FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:~[^/\\]*|\.{1,2})?[/\\].*[/\\]")
@@ -58,15 +59,17 @@ def read_evaluation(path: Path, weights_hash: str) -> tuple[dict[str, Any], dict
     protocol = raw.pop("protocol", None) if isinstance(raw, dict) else None
     if (
         not isinstance(protocol, dict)
-        or not {*raw, *protocol} >= NEEDED
-        or any(isinstance(x, str) for x in raw.values())
+        or not protocol.keys() >= NEEDED
+        or not all(isinstance(value, str) for value in protocol.values())
+        or not all(isinstance(value, float) and math.isfinite(value) for value in raw.values())
+        or not raw.keys() >= {"frechet", *(f"{key}_deviation" for key in ("kid", "inception_score") if key in raw)}
     ):
         raise InputError(f"{path} must hold figures and their protocol, as evaluate.py saves them")
-    if not str(protocol["weights"]).endswith(f"hash {weights_hash}"):
+    if not protocol["weights"].endswith(f"hash {weights_hash}"):
         raise InputError(
             f"{path} holds figures of other weights than {weights_hash}: run evaluate.py again, or remove it"
         )
-    return raw, {key: public_name(str(value)) for key, value in protocol.items()}
+    return raw, {key: public_name(value) for key, value in protocol.items()}
 
 
 def write_published(source: str | Path, folder: Path, name: str) -> None:
@@ -89,12 +92,13 @@ def write_published(source: str | Path, folder: Path, name: str) -> None:
         return
     config, model = load_run(str(path), "auto", torch.device("cpu"))
     config = public_config(config)
-    results, grids = path / RESULT_FILE, sorted(path.glob("samples/step_*.png"))
+    results, grids = path / RESULT_FILE, sorted(path.glob(f"samples/step_{'[0-9]' * 8}.png"))
     evaluation = read_evaluation(results, hash_weights(model.state_dict())) if results.is_file() else None
-    grid = GRID_FILE if grids else None
+    grid = (GRID_FILE, int(grids[-1].stem.removeprefix("step_"))) if grids else None
     write_text(folder / CARD_FILE, model_card(config.model, model.num_parameters, name, config, evaluation, grid))
     if grids:
-        shutil.copyfile(grids[-1], folder / GRID_FILE)
+        with write_aside(folder / GRID_FILE) as aside:
+            shutil.copyfile(grids[-1], aside)
     write_weights(folder, model.state_dict())
     write_text(folder / CONFIG_FILE, to_json(config))
 
@@ -105,7 +109,7 @@ def publish(source: str, name: str, private: bool | None = None, revision: str |
     Args:
         source: as for write_published.
         name: `user/model`.
-        private: whether a repository that is made for it is private; None is the account's default.
+        private: as for push_folder.
         revision: branch to push to, made where there is none; None is the main one.
 
     Returns:

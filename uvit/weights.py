@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import warnings
 from collections.abc import Mapping
-from os.path import isdir, isfile
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -105,43 +105,55 @@ def read_published(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def find_pretrained(name_or_path: str | Path, revision: str | None = None) -> Path:
+def find_pretrained(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """Returns what holds the weights: a published `.pth` file, or a folder with config.json and model.safetensors.
 
     What is not on disk is fetched from the hub.
 
     Args:
         name_or_path: which.
-        revision: branch, tag or commit of the hub's; the name may also end in `@REVISION`.
+        revision: as for uvit.hub.find_folder, like the next three.
+        token: of the hub.
+        cache_dir: where the hub's files are kept.
+        local_files_only: whether to take only what was fetched before.
 
     Raises:
         InputError: nothing on disk by that name, and no hub model that can be had, or a revision of what is on disk.
     """
-    path, name = Path(name_or_path), str(name_or_path)
-    if revision is not None and (isdir(path) or isfile(path)):
-        raise InputError(f"revision must be None for what is on disk, got {revision!r} for {name}")
-    if isdir(path):
-        published = path / PUBLISHED_FILE
-        return published if isfile(published) and not isfile(path / WEIGHTS_FILE) else path
-    if isfile(path):
+    path = Path(name_or_path)
+    if revision is None and isfile(path):
         return path
-    return find_folder(name if revision is None else f"{name}@{revision}", "checkpoint", (CONFIG_FILE, WEIGHTS_FILE))
+    files = (CONFIG_FILE, WEIGHTS_FILE)
+    folder = find_folder(
+        str(name_or_path),
+        "checkpoint",
+        files,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    published = folder / PUBLISHED_FILE
+    return published if isfile(published) and not isfile(folder / WEIGHTS_FILE) else folder
 
 
-def read_pretrained(
-    name_or_path: str | Path, revision: str | None = None, **known: Any
-) -> tuple[UViTConfig, dict[str, Tensor]]:
-    """Reads a backbone's config and weights from a folder, a run, the hub, or a published `.pth` file.
+def read_pretrained(path: Path, **known: Any) -> tuple[UViTConfig, dict[str, Tensor]]:
+    """Reads a backbone's config and weights.
 
     Args:
-        name_or_path: which.
-        revision: as for find_pretrained.
+        path: what find_pretrained found.
         **known: fields of UViTConfig; those of a published file that its tensors do not tell.
 
     Raises:
-        InputError: nothing there, or files that are not what they should be.
+        InputError: files that are not there, or not what they should be.
     """
-    path = find_pretrained(name_or_path, revision)
     if path.is_file():
         weights = read_published(path)
         try:

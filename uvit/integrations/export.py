@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import io
@@ -155,6 +156,10 @@ def save_exported(model: UViT, path: Path) -> float:
             difference = max(difference, (given - expected).abs().max().item())
             if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
                 raise InputError(f"{path} would differ from the model by {difference:.1e}, expected {TOLERANCE:g}")
+        alone = not Path(f"{aside}.data").exists()
+    if path.suffix == ".onnx" and alone:
+        with contextlib.suppress(OSError):
+            Path(f"{path.resolve()}.data").unlink()  # of a larger model that was here before
     return difference
 
 
@@ -196,7 +201,8 @@ def export(arguments: Sequence[str]) -> None:
     model predicts. The file is compared with the model before it takes its place.
     """
     given = parse(ExportArguments, arguments, "python -m uvit.checkpoint export", inspect.getdoc(export) or "")
-    model = UViT.from_pretrained(given.source, **({"attention": given.attention} if given.attention else {}))
+    fields: dict[str, Any] = {"attention": given.attention} if given.attention else {}
+    model = UViT.from_pretrained(given.source, **fields)
     if given.img_size is not None:
         model.resize(given.img_size)
     output = Path(given.output or f"model.{given.format}")

@@ -61,10 +61,12 @@ def _create(architecture: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
         pretrained: whether to load weights from where `pretrained_cfg_overlay` says, such as {"file": PATH}.
         **kwargs: what timm.create_model hands on, and fields of UViTConfig. `num_classes` are the labels that the
             model takes, of which 0 is none; `features_only` gives features of clean images, and `out_indices` chooses
-            the blocks as forward_intermediates does: the last three where not given.
+            the blocks as forward_intermediates does: the last three where not given. Deep blocks after the last
+            chosen one are removed.
 
     Raises:
-        InputError: (a ValueError) an unknown tag, or fields that do not fit.
+        InputError: (a ValueError) an unknown tag, fields that do not fit, or features of images alone of a model that
+            needs labels or context.
     """
     given, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
     tags = default_cfgs[architecture].tags
@@ -79,9 +81,15 @@ def _create(architecture: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
 
     def build(**fields: Any) -> UViT:
         model: Any = UViT(published, **fields)
-        half = range(model.config.depth // 2)
+        config = model.config
+        if kwargs.get("features_only") and (config.context_dim or (config.num_classes and not config.null_class)):
+            raise InputError(
+                "features_only needs a model without context and with a null class or no classes, got context_dim "
+                f"{config.context_dim}, num_classes {config.num_classes}: use forward_intermediates of the whole model"
+            )
+        half = range(config.depth // 2)
         modules = [*(f"in_blocks.{n}" for n in half), "mid_block", *(f"out_blocks.{n}" for n in half)]
-        facts = {"num_chs": model.config.embed_dim, "reduction": model.config.patch_size}
+        facts = {"num_chs": config.embed_dim, "reduction": config.patch_size}
         model.feature_info = [{"module": name, **facts} for name in modules]
         return model
 

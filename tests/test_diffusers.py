@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -21,6 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from encoders import make_autoencoder, make_text_encoder
+from hub_server import READER, Hub, serve_hub
 
 import sample as sample_script
 from uvit import UViT
@@ -58,6 +61,13 @@ def pipeline(network: UViT, process: ProcessConfig, scheduler, **parts) -> UViTP
     pipe = UViTPipeline(network, scheduler, schedule=process.schedule, prediction=process.prediction, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def offload(pipe: UViTPipeline) -> None:
+    """Does what enable_sequential_cpu_offload does, with a processor for the device, which that does not take."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
 
 
 def noise_for(network: UViT, count: int = len(LABELS)) -> torch.Tensor:
@@ -155,7 +165,7 @@ def test_times_of_a_table_are_the_networks_own():
 @pytest.mark.parametrize("schedule", ["vp", "ldm"])
 def test_other_schedulers_take_the_config(network, cls, schedule):
     process = ProcessConfig(schedule=schedule, prediction="v")
-    scheduler = cls.from_config(make_scheduler(process, "ddim").config)
+    scheduler = cls.from_config(make_scheduler(process).config)
     pipe = pipeline(network, process, scheduler)
     draw = {"class_labels": LABELS, "num_inference_steps": 10, "output_type": "latent"}
     first, second = (pipe(**draw, generator=torch.manual_seed(0)).images for _ in range(2))
@@ -165,6 +175,40 @@ def test_other_schedulers_take_the_config(network, cls, schedule):
         latents = noise_for(network) * (sigma**2 + 1).sqrt() / sigma
         expected = ours(network, process, "ddim", 10, guidance=1.0)
         assert_equal_to_rounding(pipe(**draw, latents=latents).images, expected, 2e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc"])
+def test_schedulers_made_of_another_ones_config_do_not_clip(network, sampler, tmp_path):
+    """DDIM and DDPM do, unless their config says otherwise."""
+    process = ProcessConfig(schedule="ldm", prediction="v")
+    expected = ours(network, process, "ddim", 10)
+    assert expected.abs().max() > 1.5
+    made = make_scheduler(process, sampler)
+    made.save_pretrained(tmp_path)
+    for scheduler in (DDIMScheduler.from_config(made.config), DDIMScheduler.from_pretrained(tmp_path)):
+        assert_equal_to_rounding(theirs(network, process, scheduler, 10), expected)
+    assert not DDPMScheduler.from_config(made.config).config.clip_sample
+
+
+def test_latents_are_not_clipped(network):
+    process = ProcessConfig(schedule="ldm", prediction="v")
+    config = make_scheduler(process).config
+    clipping = DDIMScheduler.from_config(config, clip_sample=True)
+    pipeline(network, process, clipping)  # of pixels, whose bounds are known
+    latents = UViT(img_size=4, in_chans=4, embed_dim=16, depth=2, num_heads=2)
+    with pytest.raises(InputError, match="DDIMScheduler must have clip_sample False for this pipeline, got True"):
+        pipeline(latents, process, clipping)
+    with pytest.raises(InputError, match="must have thresholding False"):
+        pipeline(latents, process, DPMSolverMultistepScheduler.from_config(config, thresholding=True))
+    # The class of this one has no such option, though its config keeps it.
+    pipeline(latents, process, EulerDiscreteScheduler.from_config(clipping.config))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc"])
+def test_a_table_has_so_many_steps(network, sampler):
+    process = ProcessConfig(schedule="cosine", prediction="noise")
+    with pytest.raises(InputError, match="num_inference_steps must be at most 999, the entries of a table, got 1000"):
+        theirs(network, process, make_scheduler(process, sampler), 1000)
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), [*TABLES, ("flow", "flow"), ("flow", "noise")])
@@ -217,6 +261,18 @@ def test_what_diffusers_cannot_express(fields, sampler, message):
             FlowMatchEulerDiscreteScheduler(),
             "takes prediction_type 'flow_prediction', expected 'epsilon' for a network that predicts 'noise'",
         ),
+        (  # which keeps the other class's prediction_type, and does not follow it
+            ProcessConfig(schedule="flow", prediction="noise"),
+            FlowMatchEulerDiscreteScheduler.from_config(
+                make_scheduler(ProcessConfig(schedule="flow", prediction="noise")).config
+            ),
+            "takes prediction_type 'flow_prediction', expected 'epsilon' for a network that predicts 'noise'",
+        ),
+        (  # which keeps use_flow_sigmas likewise
+            FLOW,
+            EulerDiscreteScheduler.from_config(make_scheduler(FLOW).config),
+            "EulerDiscreteScheduler follows another table of alphas, expected the process of schedule 'flow'",
+        ),
         (
             ProcessConfig(schedule="vp", prediction="noise"),
             FlowMatchHeunDiscreteScheduler(),
@@ -261,7 +317,7 @@ def test_a_run_draws_what_sample_py_writes(network, tmp_path, capsys):
         model=network.config,
         process=ProcessConfig(time_shift=2.0),
         data=DataConfig(class_names=("cat", "1", "dog")),
-        sample=SampleConfig(num_steps=6, guidance=1.5),
+        sample=SampleConfig(num_steps=6, guidance=1.5, guidance_interval=(0.2, 0.9), reuse="1:2"),
     )
     save_run(tmp_path / "run", config)
     output = tmp_path / "images.npz"
@@ -272,11 +328,28 @@ def test_a_run_draws_what_sample_py_writes(network, tmp_path, capsys):
     pipe = UViTPipeline.from_run(str(tmp_path / "run"))
     pipe.save_pretrained(tmp_path / "pipe")
     noise = ImageNoise([(5, 0, 0), (5, 0, 1), (5, 2, 0), (5, 2, 1)], (1, 8, 8), torch.device("cpu"))()
+    settings = {"guidance_scale": 1.5, "guidance_interval": [0.2, 0.9], "num_inference_steps": 6, "reuse": "1:2"}
     for each in (pipe, UViTPipeline.from_pretrained(tmp_path / "pipe")):
-        images = each(["cat", 0, "dog", 2], guidance_scale=1.5, num_inference_steps=6, latents=noise).images
+        images = each(["cat", 0, "dog", 2], latents=noise, **settings).images
         assert [(image.mode, image.size) for image in images] == [("L", (8, 8))] * 4
         given = np.stack([np.asarray(image, dtype=int)[..., None] for image in images])
         assert np.abs(given - expected).max() <= 1 and expected.std() > 10
+    whole = pipe(["cat", "dog"], num_images_per_prompt=2, latents=noise, **{**settings, "reuse": "none"}).images
+    assert np.abs(np.stack([np.asarray(image, dtype=int)[..., None] for image in whole]) - expected).max() > 1
+
+
+def test_published_weights_become_a_pipeline_by_their_config(network, tmp_path):
+    """The solvers of the published recipes are not among diffusers'."""
+    network.save_pretrained(tmp_path / "weights")
+    process = ProcessConfig(schedule="vp", prediction="noise")
+    config = Config(model=network.config, process=process, sample=SampleConfig(sampler="dpm_solver_fast"))
+    write_text(tmp_path / "recipe.json", to_json(config))
+    weights, recipe = str(tmp_path / "weights"), str(tmp_path / "recipe.json")
+    with pytest.raises(InputError, match="got sampler 'dpm_solver_fast': give one of these as sampler"):
+        UViTPipeline.from_run(weights, config_file=recipe)
+    pipe = UViTPipeline.from_run(weights, sampler="unipc", config_file=recipe)
+    assert isinstance(pipe.scheduler, UniPCMultistepScheduler) and pipe.process == process
+    assert torch.equal(pipe.transformer.norm.weight, network.norm.weight)
 
 
 def test_a_saved_pipeline_holds_an_ordinary_folder_of_weights(network, tmp_path):
@@ -317,6 +390,10 @@ def test_a_network_of_latents_is_decoded_by_its_autoencoder(tmp_path):
     expected = encoders.image.decode(sample(pipe.transformer, FLOW, euler, lambda: latents, {}))
     torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
     assert images.shape == (3, 3, 8, 8) and images.std() > 0.01
+    offload(pipe)
+    again = pipe(batch_size=3, num_inference_steps=5, latents=latents, output_type="pt").images
+    torch.testing.assert_close(again, images, rtol=0, atol=1e-5)
+    pipe.remove_all_hooks()
     pipe.vae = None
     with pytest.raises(InputError, match="in_chans 4 needs a vae to make images"):
         pipe()
@@ -346,13 +423,27 @@ def test_prompts_of_a_text_model(tmp_path):
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
     assert not torch.allclose(images, pipe(prompt=["a cat", "a cat"], **draw).images, atol=1e-4)
 
-    with pytest.raises(InputError, match="takes prompt, got none"):
+    leading_away = {"context": text(["two dogs"] * 2)}
+    expected = sample(network, FLOW, settings, lambda: draw["latents"], cond, leading_away)
+    given = pipe(prompt=["a cat", "two dogs"], negative_prompt="two dogs", **draw).images
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-4)
+    first, second = pipe(prompt="a cat", num_images_per_prompt=2, **draw), pipe(prompt=["a cat"] * 2, **draw)
+    assert torch.equal(first.images, second.images)
+    offload(pipe)
+    again = pipe(prompt=["a cat", "two dogs"], **draw).images
+    torch.testing.assert_close(again, images, rtol=0, atol=1e-5)
+
+    with pytest.raises(InputError, match="draws from prompts, got none"):
         pipe()
+    with pytest.raises(InputError, match=r"prompts must be tuple\[str, ...\], got \(5,\)"):
+        pipe(prompt=5)
+    with pytest.raises(InputError, match=r"negative_prompt must be one text, .* got \['a', 'b'\]"):
+        pipe(prompt=["a cat"], negative_prompt=["a", "b"])
     parts = {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}
     with pytest.raises(InputError, match="needs a text encoder and a tokenizer, got none"):
         pipeline(network, FLOW, make_scheduler(FLOW), **{**parts, "tokenizer": None})
     other = UViT(dataclasses.replace(model, num_context_tokens=5))
-    with pytest.raises(InputError, match="gives 12 tokens of width 8, expected 5 of 8"):
+    with pytest.raises(InputError, match=r"gives 12 tokens of width 8, expected model.num_context_tokens 5 and"):
         pipeline(other, FLOW, make_scheduler(FLOW), **parts)
 
 
@@ -362,6 +453,53 @@ def test_one_generator_for_each_image(network):
     alone = pipe(2, generator=torch.Generator().manual_seed(6), output_type="np", return_dict=False)[0]
     assert both.shape == (2, 8, 8, 1)
     np.testing.assert_allclose(both[1], alone[0], atol=1e-5)
+    for count in (0, 1, 3):
+        with pytest.raises(InputError, match=f"generator must be one, or one for each of 2 images, got {count}"):
+            pipe([1, 2], generator=[torch.Generator() for _ in range(count)])
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 2]), np.array([0, 2]), (0, "2"), [np.int64(0), 2]])
+def test_labels_come_as_tensors_too(network, labels):
+    pipe = pipeline(network, FLOW, make_scheduler(FLOW))
+    draw = {"latents": noise_for(network, 2), "num_inference_steps": 3, "output_type": "latent"}
+    assert torch.equal(pipe(labels, **draw).images, pipe([0, 2], **draw).images)
+    draw["latents"] = noise_for(network, 1)
+    assert torch.equal(pipe(torch.tensor(0), **draw).images, pipe(0, **draw).images)
+
+
+@pytest.mark.parametrize("fields", [{}, {"pos_embed": "sincos2d", "time_conditioning": "adaln", "qk_norm": True}])
+def test_weights_may_be_elsewhere_between_layers(network, fields):
+    """As where memory is short: a processor stands for the device here, and what is not there is nowhere."""
+    model = random_weights(UViT(dataclasses.replace(network.config, **fields)))
+    pipe = pipeline(model, FLOW, make_scheduler(FLOW))
+    draw = {"class_labels": [0, 1], "latents": noise_for(network, 2), "output_type": "latent", "reuse": "1:2"}
+    images = pipe(**draw).images
+    offload(pipe)
+    assert pipe.transformer.out_blocks[0].skip_linear.weight.is_meta
+    torch.testing.assert_close(pipe(**draw).images, images, rtol=0, atol=1e-5)
+    pipe.remove_all_hooks()
+
+    other = pipeline(model, FLOW, make_scheduler(FLOW))
+    other.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert other.transformer.out_blocks[0].skip_linear.weight.dtype == torch.bfloat16
+    assert (other(**draw).images - images).abs().mean() < 0.1 * images.std()
+
+
+def test_a_call_may_be_watched_and_steered(network):
+    pipe = pipeline(network, FLOW, make_scheduler(FLOW))
+    seen = []
+
+    def watch(given, step, timestep, tensors):
+        assert given is pipe
+        seen.append((step, float(timestep), tensors["latents"].clone()))
+        return {}
+
+    draw = {"class_labels": [0], "latents": noise_for(network, 1), "num_inference_steps": 4, "output_type": "latent"}
+    images = pipe(**draw, callback_on_step_end=watch).images
+    assert [each[:2] for each in seen] == [(0, 1000.0), (1, 750.0), (2, 500.0), (3, 250.0)]
+    assert torch.equal(seen[-1][2], images)
+    zeros = pipe(**draw, callback_on_step_end=lambda *given: {"latents": torch.zeros_like(given[-1]["latents"])}).images
+    assert torch.equal(zeros, torch.zeros_like(images))
 
 
 @pytest.mark.parametrize(
@@ -376,7 +514,21 @@ def test_one_generator_for_each_image(network):
             {"class_labels": [0], "latents": torch.zeros(1, 1, 4, 4)},
             r"latents must be \(1, 1, 8, 8\), got \(1, 1, 4, 4\)",
         ),
-        ({"class_labels": [0], "num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"class_labels": torch.zeros(1, 2)}, r"class must be 0 to 2 or a class name, got '\[0.0, 0.0\]'"),
+        ({"class_labels": 0.5}, "class must be 0 to 2 or a class name, got '0.5'"),
+        ({"class_labels": torch.tensor([])}, "num_classes 3 takes class_labels, got none"),
+        ({"class_labels": [0], "num_inference_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"class_labels": [0], "num_inference_steps": 2.5}, "num_steps must be int, got 2.5"),
+        ({"class_labels": [0], "guidance_scale": "high"}, "guidance must be float, got 'high'"),
+        ({"class_labels": [0], "guidance_interval": (0.5,)}, r"guidance_interval must be .*, got \(0.5,\)"),
+        ({"class_labels": [0], "guidance_interval": 0.5}, "guidance_interval must be .*, got 0.5"),
+        ({"class_labels": [0], "reuse": "2:2"}, "reuse must have K of model.depth / 2 = 1 at most, got K 2"),
+        ({"class_labels": [0], "batch_size": 4}, "batch_size must be None for a model that takes class_labels"),
+        (
+            {"class_labels": [0], "num_images_per_prompt": 0},
+            "num_images_per_prompt must be a whole number from 1, got 0",
+        ),
+        ({"class_labels": [0], "negative_prompt": "a dog"}, "for a model that takes prompts, got 'a dog'"),
     ],
 )
 def test_what_a_call_refuses(network, arguments, message):
@@ -396,13 +548,13 @@ def test_a_name_that_is_another_labels_number(network):
 
 def test_guidance_needs_a_null_class(network):
     plain = UViT(dataclasses.replace(network.config, null_class=False)).eval()
-    with pytest.raises(InputError, match=r"guidance 2.0 needs a model with a null class"):
+    with pytest.raises(InputError, match=r"guidance 2.0 needs model.null_class, got False"):
         pipeline(plain, FLOW, make_scheduler(FLOW))(0, guidance_scale=2.0)
 
 
 def test_parts_that_do_not_fit(network, tmp_path):
     vae = make_autoencoder(tmp_path / "vae")
-    with pytest.raises(InputError, match="latents of 4 channels, expected the network's in_chans 1"):
+    with pytest.raises(InputError, match=r"latents of 4 channels, expected model.in_chans 1"):
         pipeline(network, FLOW, make_scheduler(FLOW), vae=vae)
     with pytest.raises(InputError, match="schedule must be one of"):
         UViTPipeline(network, make_scheduler(FLOW), schedule="linear")
@@ -412,9 +564,107 @@ def test_parts_that_do_not_fit(network, tmp_path):
         UViTPipeline.from_pretrained(tmp_path / "vae")
     with pytest.raises(InputError, match="pipeline not found"):
         UViTPipeline.from_pretrained(tmp_path / "none")
-    network.save_pretrained(tmp_path / "weights")
-    with pytest.raises(InputError, match="device_map must be None for a UViT, got 'auto'"):
-        UViTModel.from_pretrained(tmp_path / "weights", device_map="auto")
+    with pytest.raises(InputError, match="the transformer must be a UViT, got AutoencoderKL"):
+        pipeline(vae, FLOW, make_scheduler(FLOW))
+    plain = UViT(img_size=8, embed_dim=16, depth=2, num_heads=2)
+    for batch_size in (0, 1.5):
+        with pytest.raises(InputError, match=f"batch_size must be a whole number from 1, got {batch_size}"):
+            pipeline(plain, FLOW, make_scheduler(FLOW))(batch_size=batch_size)
+
+
+def test_arguments_of_diffusers_are_followed_or_refused(network, tmp_path):
+    pipeline(network, FLOW, make_scheduler(FLOW)).save_pretrained(tmp_path)
+    model = UViTModel.from_pretrained(
+        tmp_path,
+        subfolder="transformer",
+        device_map="cpu",
+        dtype=torch.bfloat16,
+        attention="math",
+        use_safetensors=True,
+    )
+    assert model.dtype == torch.bfloat16 and model.config.attention == "math"
+    folder = tmp_path / "transformer"
+    for argument, message in {
+        "atention": "UViTConfig has no field 'atention', did you mean 'attention'",
+        "variant": "UViTConfig has no field 'variant'",
+        "revision": "revision must be None for what is on disk, got 'auto'",
+        "device_map": "device_map must be a device for a UViT, such as 'cuda', got 'auto'",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            UViTModel.from_pretrained(folder, **{argument: "auto"})
+    for argument in ("variant", "force_download", "custom_pipeline"):
+        with pytest.raises(InputError, match=f"from_pretrained takes no argument '{argument}'"):
+            UViTPipeline.from_pretrained(tmp_path, **{argument: "auto"})
+    with pytest.raises(InputError, match="takes no argument 'schedular', did you mean 'schedule"):
+        UViTPipeline.from_pretrained(tmp_path, schedular=make_scheduler(FLOW))
+    pipe = UViTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, device_map="cpu", low_cpu_mem_usage=True)
+    assert pipe.transformer.dtype == torch.bfloat16
+
+
+def publish(hub: Hub, name: str, folder: Path, revision: str = "main") -> None:
+    hub.repositories.setdefault(name, {})
+    hub.private.setdefault(name, False)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.commit(name, revision, files)
+
+
+def test_a_pipeline_of_the_hub(network, tmp_path, monkeypatch):
+    other = UViT(network.config).eval()
+    for name, model in (("first", network), ("second", other)):
+        pipeline(model, FLOW, make_scheduler(FLOW)).save_pretrained(tmp_path / name)
+    own = {"token": READER, "cache_dir": tmp_path / "own"}
+    with serve_hub(monkeypatch, str(tmp_path / "cache")) as hub:
+        publish(hub, "me/pipe", tmp_path / "second")
+        publish(hub, "me/pipe", tmp_path / "first", "v1")
+        hub.private["me/pipe"] = True
+        with pytest.raises(InputError, match="there is no such repository, or it is private"):
+            UViTPipeline.from_pretrained("me/pipe")
+        loaded = [
+            (other, UViTPipeline.from_pretrained("me/pipe", **own).transformer),
+            (network, UViTPipeline.from_pretrained("me/pipe", revision="v1", **own).transformer),
+            (network, UViTPipeline.from_pretrained("me/pipe@v1", **own).transformer),
+            (network, UViTModel.from_pretrained("me/pipe", subfolder="transformer", revision="v1", **own)),
+        ]
+        with pytest.raises(InputError, match="it has no such revision"):
+            UViTPipeline.from_pretrained("me/pipe", revision="v2", **own)
+    assert not (tmp_path / "cache").exists()
+    loaded.append((other, UViTPipeline.from_pretrained("me/pipe", **own, local_files_only=True).transformer))
+    for model, given in loaded:
+        assert torch.equal(given.mid_block.mlp.fc1.weight, model.mid_block.mlp.fc1.weight)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (None, "me/other is no pipeline, it has no model_index.json"),
+        (b"{", "model_index.json is not valid JSON"),
+        (b"[1]", r"is a pipeline of another kind, expected transformer .*UViTModel.*, got \[1\]"),
+        (b'{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}', "got None"),
+        (b'{"transformer": ["diffusers", "UNet2DModel"]}', r"got \['diffusers', 'UNet2DModel'\]"),
+    ],
+)
+def test_nothing_is_fetched_of_what_is_no_pipeline_of_ours(tmp_path, monkeypatch, index, message):
+    with serve_hub(monkeypatch, str(tmp_path / "cache")) as hub:
+        hub.repositories["me/other"], hub.private["me/other"] = {}, False
+        files = {"config.json": b"{}", "unet/model.safetensors": b"gigabytes"}
+        hub.commit("me/other", "main", files if index is None else {**files, "model_index.json": index})
+        with pytest.raises(InputError, match=message) as error:
+            UViTPipeline.from_pretrained("me/other")
+    assert "\n" not in str(error.value)
+    assert not [*(tmp_path / "cache").rglob("*.safetensors")] and not [*(tmp_path / "cache").rglob("config.json")]
+
+
+def test_a_pipeline_that_is_not_whole(network, tmp_path):
+    pipeline(network, FLOW, make_scheduler(FLOW)).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(InputError, match=r"pipeline .* cannot be loaded: ") as error:
+        UViTPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+    del index["scheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"pipeline .* cannot be loaded: .* expected"):
+        UViTPipeline.from_pretrained(tmp_path)
 
 
 def test_a_plain_network_is_copied_in_its_dtype(network):

@@ -96,6 +96,14 @@ class AdaLayerNorm(nn.Module):
         return scale * self.norm(x) + shift
 
 
+class ConcatLinear(nn.Linear):
+    """Linear(Concat(x, skip)) as two products over its one weight: nothing is copied or kept."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        of_x, of_skip = rearrange(self.weight, "D (two E) -> two D E", two=2)
+        return F.linear(x, of_x, self.bias) + F.linear(skip, of_skip)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block; a deep one merges its long skip first."""
 
@@ -105,7 +113,7 @@ class Block(nn.Module):
         norm = AdaLayerNorm if config.time_conditioning == "adaln" else LayerNorm
         self.skip = config.skip if deep else "none"
         if self.skip not in ("add", "none"):
-            self.skip_linear = nn.Linear(2 * dim if self.skip == "concat" else dim, dim)
+            self.skip_linear = ConcatLinear(2 * dim, dim) if self.skip == "concat" else nn.Linear(dim, dim)
         self.norm1 = norm(dim)
         self.attn = Attention(config)
         self.norm2 = norm(dim)
@@ -114,10 +122,8 @@ class Block(nn.Module):
     def merge(self, x: Tensor, skip: Tensor) -> Tensor:
         """Merges the main branch and the long skip, (B, L, D) each (paper, section 3.1 and figure 2a)."""
         match self.skip:
-            case "concat":  # Linear(Concat(x, skip)) as two products over its one weight: nothing is copied or kept
-                linear = self.skip_linear
-                of_x, of_skip = rearrange(linear.weight, "D (two E) -> two D E", two=2)
-                return F.linear(x, of_x, linear.bias) + F.linear(skip, of_skip)
+            case "concat":
+                return self.skip_linear(x, skip)
             case "add":
                 return x + skip
             case "linear_add":

@@ -182,16 +182,17 @@ def class_names(config: Config) -> tuple[str, ...]:
     return config.data.class_names or tuple(map(str, range(config.model.num_classes)))
 
 
-def find_classes(given: Sequence[str], config: Config) -> list[int]:
-    """Returns the labels that a user's numbers or names mean.
+def find_classes(given: Sequence[int | str], config: Config) -> list[int]:
+    """Returns the labels that a user's numbers or names mean; text is a name first, a number is never one.
 
     Raises:
         InputError: a label that the model does not have.
     """
     names, count = class_names(config), config.model.num_classes
     labels = []
-    for text in given:
-        if text in names:
+    for each in given:
+        text = str(each)
+        if each in names:
             labels.append(names.index(text))
         elif text.isdecimal() and int(text) < count:
             labels.append(int(text))
@@ -200,7 +201,7 @@ def find_classes(given: Sequence[str], config: Config) -> list[int]:
     return labels
 
 
-def find_conditions(config: Config, classes: Sequence[str] = (), prompts: Sequence[str] = ()) -> list[Condition]:
+def find_conditions(config: Config, classes: Sequence[int | str] = (), prompts: Sequence[str] = ()) -> list[Condition]:
     """Returns what to draw: the classes or prompts given, or else all classes, the run's own prompts, or [None].
 
     Raises:
@@ -226,19 +227,34 @@ def condition_names(conditions: Sequence[Condition], config: Config) -> list[str
     return [names[each] if isinstance(each, int) else each for each in conditions if each is not None]
 
 
-def _batch_conditions(
-    conditions: Sequence[Any], config: UViTConfig, encoders: Encoders, device: torch.device
+def batch_conditions(
+    conditions: Sequence[Any],
+    config: UViTConfig,
+    encode: Callable[[Sequence[str]], Tensor] | None,
+    device: torch.device,
+    negative: str = EMPTY_CAPTION,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]:
-    """The network's arguments for conditions of one kind, and for the empty condition where the model knows one."""
+    """Returns the network's arguments for conditions, and for what guidance leads away from, where the model knows it.
+
+    Args:
+        conditions: B labels, B prompts, or None B times, as the model takes.
+        config: of the model.
+        encode: text encoder of a model that takes a context: B texts to (B, num_context_tokens, context_dim).
+        device: where labels go.
+        negative: text that guidance leads away from, for a model that takes a context; labels have the null class.
+
+    Raises:
+        InputError: no text encoder where the model needs one.
+    """
     if config.num_classes:
         y = torch.tensor(conditions, device=device)
         null = None if config.null_label is None else {"y": torch.full_like(y, config.null_label)}
         return {"y": y}, null
     if config.context_dim:
-        if encoders.text is None:
+        if encode is None:
             raise InputError(f"a model with context_dim {config.context_dim} needs a text encoder, got none")
-        context = encoders.text(conditions)
-        return {"context": context}, {"context": encoders.text([EMPTY_CAPTION]).expand_as(context)}
+        context = encode(conditions)
+        return {"context": context}, {"context": encode([negative]).expand_as(context)}
     return {}, None
 
 
@@ -303,7 +319,7 @@ def generate_batches(
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     for start in range(0, len(mine), batch_size):
         keys, part = zip(*mine[start : start + batch_size])
-        cond, uncond = _batch_conditions(part, config.model, encoders, device)
+        cond, uncond = batch_conditions(part, config.model, encoders.text, device)
         reused = config.sample.reused
         network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
         noise = ImageNoise(keys, shape, device)

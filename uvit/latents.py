@@ -35,7 +35,7 @@ IMAGE_CHANNELS = (1, 3)
 
 
 @contextlib.contextmanager
-def _loading(what: str, library: str) -> Iterator[ModuleType]:
+def loading(what: str, library: str) -> Iterator[ModuleType]:
     """Hands out a library and keeps it from drawing bars and reports; what goes wrong is one line."""
     try:
         module = importlib.import_module(library)
@@ -72,7 +72,7 @@ def _count_values(path: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
 
 
-def encode_captions(network: Any, tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
+def encode_captions(network: Any, tokenizer: Any, captions: Sequence[str], length: int, device: torch.device) -> Tensor:
     """Encodes captions, cut or padded to a length.
 
     Args:
@@ -80,13 +80,52 @@ def encode_captions(network: Any, tokenizer: Any, captions: Sequence[str], lengt
         tokenizer: its tokenizer.
         captions: B texts.
         length: tokens of the context.
+        device: on which the network runs.
 
     Returns:
-        (B, length, D) last hidden states, on the device of the network.
+        (B, length, D) last hidden states, on that device.
     """
     tokens = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     # Without the mask of padding, as the published models were trained: the padding is part of the context.
-    return network(tokens.input_ids.to(network.device)).last_hidden_state
+    return network(tokens.input_ids.to(device)).last_hidden_state
+
+
+def decode_latents(network: Any, latents: Tensor, scale_factor: float) -> Tensor:
+    """Decodes latents, a few at a time: an image needs far more memory than its latents.
+
+    Args:
+        network: an AutoencoderKL, in whose precision it is done.
+        latents: (B, C, h, w) as the model draws them.
+        scale_factor: the model's latents are the autoencoder's times this.
+
+    Returns:
+        (B, 3, H, W) images in about [-1, 1], in float32.
+    """
+    parts = (latents / scale_factor).to(network.dtype).split(DECODED_AT_ONCE)
+    return torch.cat([network.decode(part).sample.float() for part in parts])
+
+
+def check_encoders(model: UViTConfig, text: Any = None, image: Any = None) -> None:
+    """Checks that the networks around a backbone are of its sizes.
+
+    Args:
+        model: of the backbone.
+        text: a CLIP text model.
+        image: an AutoencoderKL.
+
+    Raises:
+        InputError: they are not; says what both are.
+    """
+    if text is not None:
+        sizes = text.config.max_position_embeddings, text.config.hidden_size
+        if sizes != (model.num_context_tokens, model.context_dim):
+            raise InputError(
+                f"the text encoder gives {sizes[0]} tokens of width {sizes[1]}, expected model.num_context_tokens "
+                f"{model.num_context_tokens} and model.context_dim {model.context_dim}"
+            )
+    if image is not None and image.config.latent_channels != model.in_chans:
+        channels = f"latents of {image.config.latent_channels} channels"
+        raise InputError(f"the autoencoder has {channels}, expected model.in_chans {model.in_chans}")
 
 
 class TextEncoder(nn.Module):
@@ -110,7 +149,7 @@ class TextEncoder(nn.Module):
         kind = raw.get("model_type") if isinstance(raw, dict) else None
         if kind not in CLIP_KINDS:
             raise InputError(f"{what} must be a CLIP, got model_type {kind!r}")
-        with _loading(what, "transformers") as transformers:
+        with loading(what, "transformers") as transformers:
             config = transformers.CLIPTextConfig.from_pretrained(folder)
             self.context_shape = (config.max_position_embeddings, config.hidden_size)
             _check_depth(what, num_hidden_layers=config.num_hidden_layers)
@@ -146,7 +185,7 @@ class TextEncoder(nn.Module):
             self._cache.clear()
             new = list(dict.fromkeys(captions))
         if new:
-            encoded = encode_captions(self.network, self.tokenizer, new, self.context_shape[0])
+            encoded = encode_captions(self.network, self.tokenizer, new, self.context_shape[0], self.network.device)
             self._cache.update(zip(new, encoded))
         return torch.stack([self._cache[caption] for caption in captions]).to(self.network.device)
 
@@ -166,7 +205,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         what = f"autoencoder {name!r}"
         folder = find_folder(name, "autoencoder", (CONFIG_FILE, AUTOENCODER_FILE))
-        with _loading(what, "diffusers") as diffusers:
+        with loading(what, "diffusers") as diffusers:
             config = read_json(folder / CONFIG_FILE)
             _check_depth(what, layers_per_block=config["layers_per_block"], blocks=len(config["block_out_channels"]))
             with torch.device("meta"):  # sizes that the weights do not have are found before memory is taken for them
@@ -198,16 +237,8 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents, a few at a time: an image needs far more memory than its latents.
-
-        Args:
-            latents: (B, C, h, w) as the model draws them.
-
-        Returns:
-            (B, 3, H, W) images in about [-1, 1].
-        """
-        parts = (latents / self.scale_factor).split(DECODED_AT_ONCE)
-        return torch.cat([self.network.decode(part).sample for part in parts])
+        """Decodes latents, as decode_latents does."""
+        return decode_latents(self.network, latents, self.scale_factor)
 
     @property
     def weights_hash(self) -> str:
@@ -268,13 +299,5 @@ def load_encoders(data: DataConfig, model: UViTConfig) -> Encoders:
         raise InputError(f"a model with in_chans {model.in_chans} needs data.autoencoder to make images, got None")
     text = TextEncoder(data.text_encoder) if model.context_dim else None
     image = None if data.autoencoder is None else Autoencoder(data.autoencoder, data.scale_factor)
-    if text is not None and text.context_shape != (model.num_context_tokens, model.context_dim):
-        gives = "{} tokens of width {}".format(*text.context_shape)
-        raise InputError(
-            f"text encoder {data.text_encoder!r} gives {gives}, expected model.num_context_tokens "
-            f"{model.num_context_tokens} and model.context_dim {model.context_dim}"
-        )
-    if image is not None and image.latent_channels != model.in_chans:
-        channels = f"latents of {image.latent_channels} channels"
-        raise InputError(f"autoencoder {data.autoencoder!r} has {channels}, expected model.in_chans {model.in_chans}")
+    check_encoders(model, text and text.network, image and image.network)
     return Encoders(text, image)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,30 @@ from uvit.config import (
     SolverName,
     UViTConfig,
     from_dict,
+    read_json,
 )
 from uvit.diffusion import LDM, SCHEDULES, TIME_MARGIN, shift_time
-from uvit.errors import InputError, shown
-from uvit.generate import find_classes, load_run
+from uvit.errors import InputError, did_you_mean, shown
+from uvit.generate import Condition, batch_conditions, find_conditions, load_run
 from uvit.hub import find_folder
-from uvit.latents import DECODED_AT_ONCE, EMPTY_CAPTION, IMAGE_CHANNELS, encode_captions, load_encoders
+from uvit.latents import (
+    EMPTY_CAPTION,
+    IMAGE_CHANNELS,
+    check_encoders,
+    decode_latents,
+    encode_captions,
+    load_encoders,
+    loading,
+)
+from uvit.reuse import reuse_deep_features
 from uvit.samplers import guide, sampling_times
 
 INDEX_FILE = "model_index.json"
+READING_OPTIONS = {
+    *("use_safetensors", "low_cpu_mem_usage", "disable_mmap"),
+    *("max_memory", "offload_folder", "offload_state_dict", "use_flashpack"),
+}
+"""Arguments of diffusers of how weights are read, which change nothing in them."""
 TABLE_STEPS = 1000
 """diffusers' tables of a process hold time t at index 1000 t - 1."""
 TABLE_TOLERANCE = 1e-3
@@ -119,9 +134,10 @@ def _table(process: ProcessConfig) -> dict[str, Any]:
 def make_scheduler(process: ProcessConfig, sampler: SolverName = "dpmpp_2m") -> Scheduler:
     """Expresses a process and a solver as a scheduler of diffusers, whose `config` saves and loads.
 
-    UViTPipeline draws with it what sample.py draws, to rounding, where the number of steps divides that of the table,
-    to whose entries diffusers rounds times. Two differ a little in the first steps, which are infinite in log-SNR:
-    `unipc` begins `flow` at 1 - 1e-6, and the multistep solvers begin `cosine` at α = 2⁻¹² in place of 0.
+    UViTPipeline draws with it what sample.py draws from the same noise with the same settings, to rounding, on a grid
+    uniform in time down to 0; and of a table where the number of steps divides that of its entries, to which diffusers
+    rounds times. Two differ a little in the first steps, which are infinite in log-SNR: `unipc` begins `flow` at
+    1 - 1e-6, and the multistep solvers begin `cosine` at α = 2⁻¹² in place of 0.
 
     Args:
         process: `ldm` is diffusers' `scaled_linear`; `vp` and `cosine` are tables of 1000 betas (999 for a
@@ -145,25 +161,35 @@ def make_scheduler(process: ProcessConfig, sampler: SolverName = "dpmpp_2m") -> 
         known = {name: cls for name, cls in known.items() if not cls.__name__.startswith("FlowMatch")}
     if sampler not in known:
         of = f"prediction {process.prediction!r} on schedule {process.schedule!r}"
-        raise InputError(f"diffusers' schedulers for {of} are {', '.join(known)}, got sampler {sampler!r}")
+        takes = f"diffusers' schedulers for {of} are {', '.join(known)}"
+        raise InputError(f"{takes}, got sampler {sampler!r}: give one of these as sampler")
     cls = known[sampler]
-    if not flow:
-        settings: dict[str, Any] = {**_table(process), "timestep_spacing": "trailing"}
-        settings |= {"clip_sample": False} if cls is DDIMScheduler else {}
-    elif cls.__name__.startswith("FlowMatch"):
+    if flow and cls.__name__.startswith("FlowMatch"):
         return cls(shift=process.time_shift)
-    else:
-        settings = {"use_flow_sigmas": True, "flow_shift": process.time_shift}
-    return cls(**settings, prediction_type=prediction_type)
+    if flow:
+        return cls(use_flow_sigmas=True, flow_shift=process.time_shift, prediction_type=prediction_type)
+    # Some clip unless told otherwise: a config keeps this for those made of it, where its own class does not know it.
+    settings = {"timestep_spacing": "trailing", "prediction_type": prediction_type, "clip_sample": False}
+    return cls.from_config({**_table(process), **settings})
+
+
+def _option(scheduler: Scheduler, name: str) -> Any:
+    """A scheduler's option; None where its class has none, though `from_config` may have kept another class's."""
+    return scheduler.config.get(name) if name in inspect.signature(type(scheduler).__init__).parameters else None
 
 
 def _is_flow(scheduler: Scheduler) -> bool:
     """Tells whether a scheduler's sigmas are times of rectified flow."""
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(_option(scheduler, "use_flow_sigmas"))
 
 
-def check_scheduler(scheduler: Scheduler, process: ProcessConfig) -> None:
+def check_scheduler(scheduler: Scheduler, process: ProcessConfig, latents: bool = False) -> None:
     """Checks that a scheduler's process and prediction are those that a network was trained for.
+
+    Args:
+        scheduler: one of diffusers.
+        process: what the network was trained on.
+        latents: whether it draws latents, which have no bounds that estimates of them could be clipped to.
 
     Raises:
         InputError: they are not; says what both are.
@@ -182,12 +208,12 @@ def check_scheduler(scheduler: Scheduler, process: ProcessConfig) -> None:
             fits = distance.abs().max().item() <= TABLE_TOLERANCE
     if not fits:
         raise InputError(f"{name} follows {follows}, expected the process of schedule {process.schedule!r}: {advice}")
-    given = scheduler.config.get("prediction_type", "flow_prediction" if _is_flow(scheduler) else "epsilon")
+    given = _option(scheduler, "prediction_type") or ("flow_prediction" if _is_flow(scheduler) else "epsilon")
     if given != expected:
         wanted = f"expected {expected!r} for a network that predicts {process.prediction!r}"
         raise InputError(f"{name} takes prediction_type {given!r}, {wanted}: {advice}")
-    for option in ("use_dynamic_shifting", "invert_sigmas"):
-        if scheduler.config.get(option):
+    for option in ("use_dynamic_shifting", "invert_sigmas", *(("clip_sample", "thresholding") if latents else ())):
+        if _option(scheduler, option):
             raise InputError(f"{name} must have {option} False for this pipeline, got True")
 
 
@@ -207,14 +233,18 @@ def set_times(
 
     Returns:
         A time for each of `scheduler.timesteps`.
+
+    Raises:
+        InputError: more steps than a table has entries.
     """
-    settings = scheduler.config
     if not _is_flow(scheduler):
+        if num_steps > (entries := len(scheduler.alphas_cumprod)):
+            raise InputError(f"num_inference_steps must be at most {entries}, the entries of a table, got {num_steps}")
         scheduler.set_timesteps(num_steps, device=device)
         times = ((scheduler.timesteps.double() + 1) / TABLE_STEPS).tolist()
     else:
         samplers = [name for name, cls in FLOW_SCHEDULERS.items() if isinstance(scheduler, cls)]
-        shift = settings.get("flow_shift") or settings.get("shift") or 1.0
+        shift = _option(scheduler, "flow_shift") or _option(scheduler, "shift") or 1.0
         grid = sampling_times(
             dataclasses.replace(process, time_shift=shift),
             SampleConfig(num_steps=num_steps, sampler=samplers[0] if samplers else "ddim"),
@@ -224,12 +254,12 @@ def set_times(
             scheduler.set_timesteps(sigmas=before_shift.numpy(), num_inference_steps=num_steps, device=device)
         else:
             scheduler.set_timesteps(num_steps, device=device)
-            if samplers and not any(settings.get(option) for option in OWN_GRIDS):
+            if samplers and not any(_option(scheduler, option) for option in OWN_GRIDS):
                 # Its own begins at 0.999, or ends with a step of 0.001, and it takes no other.
                 sigmas = torch.tensor(grid)
                 inner = sigmas[1:-1].repeat_interleave(scheduler.order)  # Heun's method asks twice there
                 scheduler.sigmas = torch.cat([sigmas[:1], inner, sigmas[-1:]])
-                scheduler.timesteps = (scheduler.sigmas[:-1] * settings.num_train_timesteps).to(device)
+                scheduler.timesteps = (scheduler.sigmas[:-1] * scheduler.config.num_train_timesteps).to(device)
         times = scheduler.sigmas[: len(scheduler.timesteps)].tolist()
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
@@ -238,6 +268,12 @@ def set_times(
 
 class UViTModel(UViT, ModelMixin):
     """A UViT as diffusers loads and saves the parts of a pipeline; its folder is an ordinary one of weights."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Predicts as UViT does; with `outer` as its forward_reusing: what moves weights acts on this method alone."""
+        if "outer" in named:
+            return self.forward_reusing(*inputs, **named)
+        return super().forward(*inputs, **named)
 
     def to(self, *arguments: Any, **named: Any) -> UViTModel:
         """Moves or casts the model; ModelMixin's own warns of modules to keep in float32, of which there are none."""
@@ -255,25 +291,61 @@ class UViTModel(UViT, ModelMixin):
     def from_pretrained(
         cls,
         name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
+        device_map: str | torch.device | None = None,
         **options: Any,
     ) -> UViTModel:
-        """Loads as UViT does, in float32 or the dtype given by either name.
+        """Loads as UViT does, with the arguments of diffusers.
 
-        Fields of UViTConfig change the model; diffusers' other options, of how a file is read, do nothing.
+        Args:
+            name_or_path: folder, or hub name.
+            subfolder: the folder inside, such as the `transformer` of a pipeline.
+            torch_dtype: of the weights; None is float32.
+            dtype: the same.
+            device_map: device to load to; None is the CPU.
+            **options: as UViT.from_pretrained's, and READING_OPTIONS, which do nothing.
 
         Raises:
-            InputError: as UViT.from_pretrained, or a choice of devices or variant of the weights.
+            InputError: as UViT.from_pretrained, or a choice of several devices.
         """
-        for name in ("device_map", "variant"):
-            if options.get(name) is not None:
-                raise InputError(
-                    f"{name} must be None for a UViT, got {options[name]!r}: move it by .to(device, dtype)"
-                )
-        fields = {field.name for field in dataclasses.fields(UViTConfig)}
-        model = super().from_pretrained(name_or_path, **{name: options[name] for name in options if name in fields})
-        return model.to(dtype or torch_dtype)  # type: ignore[return-value]
+        try:
+            device = None if device_map is None else torch.device(device_map)
+        except (RuntimeError, TypeError):
+            given = shown(device_map)
+            raise InputError(f"device_map must be a device for a UViT, such as 'cuda', got {given}") from None
+        options = {name: value for name, value in options.items() if value is not None and name not in READING_OPTIONS}
+        model = super().from_pretrained(f"{name_or_path}/{subfolder}" if subfolder else name_or_path, **options)
+        return model.to(device, dtype or torch_dtype)  # type: ignore[return-value]
+
+
+def _listed(given: Any) -> list[Any]:
+    """What a call was given one or several of, in a list: None is nothing, and arrays are their numbers."""
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if given is None:
+        return []
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+
+
+def _find_conditions(
+    config: Config, labels: Sequence[int | str], batch_size: int | None, num_images_per_prompt: int
+) -> list[Condition]:
+    """What a call draws, a condition for each image; prompts are the config's."""
+    model = config.model
+    if model.num_classes and not labels:
+        raise InputError(f"a model with num_classes {model.num_classes} takes class_labels, got none")
+    if batch_size is not None and (model.num_classes or model.context_dim):
+        raise InputError(
+            "batch_size must be None for a model that takes class_labels or a prompt, "
+            f"got {shown(batch_size)}: give num_images_per_prompt"
+        )
+    for name, number in (("batch_size", batch_size), ("num_images_per_prompt", num_images_per_prompt)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise InputError(f"{name} must be a whole number from 1, got {shown(number)}")
+    rows = find_conditions(config, labels, config.sample.prompts) * (batch_size or 1)
+    return [row for row in rows for _ in range(num_images_per_prompt)]
 
 
 class UViTPipeline(DiffusionPipeline):
@@ -318,27 +390,22 @@ class UViTPipeline(DiffusionPipeline):
         class_names: list[str] | None = None,
     ) -> None:
         super().__init__()
-        model = transformer.config
+        model = getattr(transformer, "config", None)
+        if not isinstance(model, UViTConfig):
+            raise InputError(f"the transformer must be a UViT, got {type(transformer).__name__}")
         Config(model=model, data=DataConfig(class_names=tuple(class_names or ())))  # checks how many names there are
         self.register_to_config(schedule=schedule, prediction=prediction, class_names=list(class_names or ()))
-        check_scheduler(scheduler, self.process)
-        if vae is not None and vae.config.latent_channels != model.in_chans:
-            channels = f"latents of {vae.config.latent_channels} channels"
-            raise InputError(f"the vae has {channels}, expected the network's in_chans {model.in_chans}")
-        if model.context_dim:
-            if text_encoder is None or tokenizer is None:
-                raise InputError(
-                    f"a model with context_dim {model.context_dim} needs a text encoder and a tokenizer, got none"
-                )
-            sizes = text_encoder.config.max_position_embeddings, text_encoder.config.hidden_size
-            if sizes != (model.num_context_tokens, model.context_dim):
-                expected = f"{model.num_context_tokens} of {model.context_dim}"
-                raise InputError(f"the text encoder gives {sizes[0]} tokens of width {sizes[1]}, expected {expected}")
+        if model.context_dim and (text_encoder is None or tokenizer is None):
+            raise InputError(
+                f"a model with context_dim {model.context_dim} needs a text encoder and a tokenizer, got none"
+            )
+        check_encoders(model, text_encoder if model.context_dim else None, vae)
         if isinstance(transformer, UViT) and not isinstance(transformer, UViTModel):
             transformer = UViTModel.of(transformer)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
+        self._check_scheduler()
         self.image_processor = VaeImageProcessor()
 
     @property
@@ -346,18 +413,28 @@ class UViTPipeline(DiffusionPipeline):
         """The part of the process that sampling needs."""
         return from_dict(ProcessConfig, {name: self.config[name] for name in ("schedule", "prediction")})
 
+    def _check_scheduler(self) -> None:
+        latents = self.vae is not None or self.transformer.config.in_chans not in IMAGE_CHANNELS
+        check_scheduler(self.scheduler, self.process, latents)
+
     @classmethod
-    def from_run(cls, checkpoint: str, sampler: SolverName | None = None) -> UViTPipeline:
-        """Makes a pipeline of a run, with its encoders where it has them, on the CPU; steps and guidance are a call's.
+    def from_run(
+        cls, checkpoint: str, sampler: SolverName | None = None, config_file: str | None = None
+    ) -> UViTPipeline:
+        """Makes a pipeline of a run, with its encoders where it has them, on the CPU.
+
+        Steps, guidance and reuse are a call's. Of the run's other settings of sampling, the pipeline has none: its grid
+        is uniform in time and ends at 0, and its precision is that of its weights.
 
         Args:
-            checkpoint: run folder, or hub name of one.
+            checkpoint: run folder, or hub name of one; with `config_file` also weights alone.
             sampler: solver; None is the run's own.
+            config_file: the run's config, for weights that do not come with one.
 
         Raises:
             InputError: as load_run, load_encoders and make_scheduler.
         """
-        config, model = load_run(checkpoint, "auto", torch.device("cpu"))
+        config, model = load_run(checkpoint, "auto", torch.device("cpu"), config_file)
         scheduler = make_scheduler(config.process, sampler or config.sample.sampler)
         encoders = load_encoders(config.data, config.model)
         vae = None if encoders.image is None else encoders.image.network
@@ -375,118 +452,147 @@ class UViTPipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> UViTPipeline:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> UViTPipeline:
         """Loads what `save_pretrained` wrote, from a folder or the hub.
 
         Args:
             pretrained_model_name_or_path: folder, or hub name.
-            **kwargs: as DiffusionPipeline's, such as torch_dtype or a part to take instead of the saved one.
+            revision: as for uvit.hub.find_folder, like the next three.
+            token: of the hub.
+            cache_dir: where the hub's files are kept.
+            local_files_only: whether to take only what was fetched before.
+            **kwargs: a part to take instead of the saved one, or of DiffusionPipeline's arguments dtype, torch_dtype,
+                device_map and READING_OPTIONS.
 
         Raises:
-            InputError: no pipeline there, or parts that do not fit together.
+            InputError: no pipeline there, one of another kind, parts that do not fit together, or another argument.
         """
-        name = str(pretrained_model_name_or_path)
-        folder = find_folder(name, "pipeline", ("*.json", "*.safetensors", "*.txt"))
-        if not isfile(folder / INDEX_FILE):
+        known = {*inspect.signature(cls).parameters, *READING_OPTIONS, "dtype", "torch_dtype", "device_map"}
+        for option in kwargs:
+            if option not in known:
+                raise InputError(f"from_pretrained takes no argument {option!r}{did_you_mean(option, known)}")
+        name, what = str(pretrained_model_name_or_path), "pipeline"
+        of_hub: dict[str, Any] = {"revision": revision, "token": token}
+        of_hub |= {"cache_dir": cache_dir, "local_files_only": local_files_only}
+        index = find_folder(name, what, [INDEX_FILE], **of_hub) / INDEX_FILE  # before gigabytes of another kind
+        if not isfile(index):
             raise InputError(f"{name} is no pipeline, it has no {INDEX_FILE}: make one of a run with from_run")
-        return super().from_pretrained(folder, **kwargs)
-
-    def _labels(self, given: Sequence[int | str]) -> list[int]:
-        """The labels meant by numbers and names."""
-        data = DataConfig(class_names=tuple(self.config["class_names"]))
-        config = Config(model=self.transformer.config, data=data)
-        numbers = dataclasses.replace(config, data=DataConfig())  # a class may be named like another's number
-        return [find_classes([str(each)], config if isinstance(each, str) else numbers)[0] for each in given]
+        raw, expected = read_json(index), [UViTModel.__module__, UViTModel.__name__]
+        given = raw.get("transformer") if isinstance(raw, dict) else raw
+        if given != expected:
+            raise InputError(
+                f"{name} is a pipeline of another kind, expected transformer {expected}, got {shown(given)}"
+            )
+        folder = find_folder(name, what, ["*.json", "*.safetensors", "*.txt"], **of_hub)
+        with loading(f"pipeline {name!r}", "diffusers"):
+            return super().from_pretrained(folder, **kwargs)
 
     def _encode(self, captions: Sequence[str]) -> Tensor:
-        length = self.transformer.config.num_context_tokens
-        return encode_captions(self.text_encoder, self.tokenizer, captions, length).to(self.transformer.dtype)
-
-    def _conditions(
-        self, class_labels: Sequence[int | str] | None, prompt: Sequence[str] | None, batch_size: int
-    ) -> tuple[int, Mapping[str, Tensor], Mapping[str, Tensor] | None]:
-        """How many images, the network's arguments for them, and for the empty condition where the model knows one."""
-        model = self.transformer.config
-        takes = [("class_labels", class_labels, model.num_classes), ("prompt", prompt, model.context_dim)]
-        for name, given, size in takes:
-            if bool(given) != bool(size):
-                field = "num_classes" if name == "class_labels" else "context_dim"
-                wanted = name if size else f"no {name}"
-                raise InputError(f"a model with {field} {size} takes {wanted}, got {shown(given) if given else 'none'}")
-        if class_labels:
-            y = torch.tensor(self._labels(class_labels), device=self._execution_device)
-            null = None if model.null_label is None else {"y": torch.full_like(y, model.null_label)}
-            return len(y), {"y": y}, null
-        if prompt:
-            context = self._encode(prompt)
-            return len(context), {"context": context}, {"context": self._encode([EMPTY_CAPTION]).expand_as(context)}
-        return batch_size, {}, None
+        length, device = self.transformer.config.num_context_tokens, self._execution_device
+        return encode_captions(self.text_encoder, self.tokenizer, captions, length, device).to(self.transformer.dtype)
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         prompt: str | Sequence[str] | None = None,
         guidance_scale: float = 1.0,
         num_inference_steps: int = 20,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         output_type: str = "pil",
         return_dict: bool = True,
+        *,
+        negative_prompt: str | None = None,
+        num_images_per_prompt: int = 1,
+        reuse: str = "none",
+        callback_on_step_end: Callable[[UViTPipeline, int, Any, dict[str, Tensor]], Mapping[str, Tensor]] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draws images.
 
         Args:
-            class_labels: numbers or names, for a network with labels; an image for each.
-            prompt: texts, for a network with a context; an image for each.
+            class_labels: numbers or names, for a network with labels.
+            prompt: texts, for a network with a context.
             guidance_scale: w in w · cond + (1 - w) · uncond; 1 is none. The same w as sample.py's --guidance.
             num_inference_steps: steps of the scheduler.
             generator: source of the noise, or one for each image.
             latents: (B, C, H, W) standard normal noise to begin with instead of drawn one.
-            batch_size: images to draw from a network without labels or context.
+            batch_size: images to draw from a network without labels or context; None is 1.
             guidance_interval: times in [0, 1] between which guidance acts.
             output_type: `pil`, `np` (B, H, W, C) or `pt` (B, C, H, W) in [0, 1], or `latent`: what the network draws.
             return_dict: an ImagePipelineOutput, or a tuple of the images.
+            negative_prompt: text that guidance leads away from, in place of the empty caption.
+            num_images_per_prompt: images for each label or prompt, next to each other.
+            reuse: K:EVERY reuses deep features, which is faster; `none` does not. The same as sample.py's --reuse.
+            callback_on_step_end: called after each step with the pipeline, the step's number, its timestep and
+                {"latents": x}; what it returns of this goes on.
 
         Raises:
             InputError: conditions that the network does not take, guidance without a null class, a scheduler that does
-                not fit, or latents that nothing decodes.
+                not fit, numbers out of range, or latents that nothing decodes.
         """
-        process, network, scheduler = self.process, self.transformer, self.scheduler
-        check_scheduler(scheduler, process)
-        class_labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
-        prompt = [prompt] if isinstance(prompt, str) else prompt
-        count, cond, uncond = self._conditions(class_labels, prompt, batch_size)
-        in_chans = network.config.in_chans
-        if output_type != "latent" and self.vae is None and in_chans not in IMAGE_CHANNELS:
-            raise InputError(f"a model with in_chans {in_chans} needs a vae to make images, got None")
-        shape = (count, in_chans, *network.config.image_shape)
+        self._check_scheduler()
+        process, scheduler, model = self.process, self.scheduler, self.transformer.config
+        sampling = {
+            "num_steps": num_inference_steps,
+            "guidance": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "reuse": reuse,
+            "prompts": _listed(prompt),
+        }
+        config = Config(
+            model=model,
+            data=DataConfig(class_names=tuple(self.config["class_names"])),
+            sample=from_dict(SampleConfig, sampling),
+        )
+        if negative_prompt is not None and not (model.context_dim and isinstance(negative_prompt, str)):
+            raise InputError(
+                f"negative_prompt must be one text, for a model that takes prompts, got {shown(negative_prompt)}"
+            )
+        conditions = _find_conditions(config, _listed(class_labels), batch_size, num_images_per_prompt)
+        if self.vae is None and output_type != "latent" and model.in_chans not in IMAGE_CHANNELS:
+            raise InputError(f"a model with in_chans {model.in_chans} needs a vae to make images, got None")
+        shape = (len(conditions), model.in_chans, *model.image_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise InputError(f"latents must be {shape}, got {tuple(latents.shape)}")
-        if num_inference_steps < 1:
-            raise InputError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if isinstance(generator, list) and len(generator) != len(conditions):
+            raise InputError(
+                f"generator must be one, or one for each of {len(conditions)} images, got {len(generator)}"
+            )
+
+        device, dtype, reused = self._execution_device, self.transformer.dtype, config.sample.reused
+        cond, uncond = batch_conditions(conditions, model, self._encode, device, negative_prompt or EMPTY_CAPTION)
+        network = self.transformer if reused is None else reuse_deep_features(self.transformer, *reused)
 
         def predict(x: Tensor, timesteps: Tensor, **condition: Tensor) -> Tensor:
-            return network(x.to(network.dtype), timesteps, **condition).float()
+            return network(x.to(dtype), timesteps, **condition).float()
 
-        output = guide(predict, SCHEDULES[process.schedule], cond, uncond, guidance_scale, guidance_interval)
-        device = self._execution_device
+        interval = config.sample.guidance_interval
+        output = guide(predict, SCHEDULES[process.schedule], cond, uncond, guidance_scale, interval)
         times = set_times(scheduler, process, num_inference_steps, device)
-        drawn = "generator" in inspect.signature(scheduler.step).parameters
+        drawn = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents.to(device).float()
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         with self.progress_bar(total=len(times)) as progress:
-            for timestep, t in zip(scheduler.timesteps, times):
+            for step, (timestep, t) in enumerate(zip(scheduler.timesteps, times)):
                 scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-                prediction = output(scaled, t)
-                more = {"generator": generator} if drawn else {}
-                x = scheduler.step(prediction, timestep, x, **more, return_dict=False)[0]
+                x = scheduler.step(output(scaled, t), timestep, x, **drawn, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    x = callback_on_step_end(self, step, timestep, {"latents": x}).get("latents", x)
                 progress.update()
         if self.vae is not None and output_type != "latent":
-            parts = (x / self.vae.config.scaling_factor).to(self.vae.dtype).split(DECODED_AT_ONCE)
-            x = torch.cat([self.vae.decode(part).sample.float() for part in parts])
+            x = decode_latents(self.vae, x, self.vae.config.scaling_factor)
         images = self.image_processor.postprocess(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

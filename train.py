@@ -354,6 +354,8 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
     ema = ModelEmaV3(plain_model, decay=settings.ema_decay)
     compile_model(plain_model, plain_model.blocks, settings.compile)
     is_shared = settings.shard and accelerator.num_processes > 1
+    if settings.shard and not is_shared:
+        tell("warning: train.shard True shares nothing out with one process: start more")
     if is_shared:
         for each in (plain_model, ema.module):
             share_out(each, each.blocks, device, accelerator.num_processes)

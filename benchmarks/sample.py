@@ -146,8 +146,9 @@ def main(arguments: list[str]) -> None:
 
     runs: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in ARMS}
     networks = {arm.name: network_of(arm, model) for arm in ARMS}
-    for arm in ARMS:  # warms up, and compiles
-        draw(arm, config, networks[arm.name], judge.labels[: given.num_images // 2], 0)
+    for arm in ARMS:  # warms up, and compiles for whole batches and the last
+        few = given.num_images if arm.compile != "no" else 1
+        draw(arm, config, networks[arm.name], judge.labels[:few], 0)
     with tqdm(total=len(ARMS) * len(given.seeds), unit="set") as progress:
         for seed in given.seeds:
             for arm in ARMS:

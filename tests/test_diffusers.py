@@ -256,6 +256,11 @@ def test_what_diffusers_cannot_express(fields, sampler, message):
         (FLOW, EDMEulerScheduler(), "EDMEulerScheduler follows an unknown process"),
         (FLOW, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "must have use_dynamic_shifting False"),
         (FLOW, FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "must have invert_sigmas False"),
+        (  # which follows a table of alphas then
+            FLOW,
+            UniPCMultistepScheduler.from_config(make_scheduler(FLOW).config, use_karras_sigmas=True),
+            "UniPCMultistepScheduler must have use_karras_sigmas False",
+        ),
         (
             ProcessConfig(schedule="flow", prediction="noise"),
             FlowMatchEulerDiscreteScheduler(),
@@ -528,6 +533,8 @@ def test_a_call_may_be_watched_and_steered(network):
             {"class_labels": [0], "num_images_per_prompt": 0},
             "num_images_per_prompt must be a whole number from 1, got 0",
         ),
+        ({"class_labels": [0], "output_type": "png"}, "output_type must be one of pil, np, pt, latent, got 'png'"),
+        ({"class_labels": [0, 1], "generator": (torch.Generator(),)}, "one for each of 2 images, got 1"),
         ({"class_labels": [0], "negative_prompt": "a dog"}, "for a model that takes prompts, got 'a dog'"),
     ],
 )
@@ -589,12 +596,15 @@ def test_arguments_of_diffusers_are_followed_or_refused(network, tmp_path):
         "variant": "UViTConfig has no field 'variant'",
         "revision": "revision must be None for what is on disk, got 'auto'",
         "device_map": "device_map must be a device for a UViT, such as 'cuda', got 'auto'",
+        "torch_dtype": "torch_dtype must be a floating point dtype such as torch.float16, got 'auto'",
     }.items():
         with pytest.raises(InputError, match=message):
             UViTModel.from_pretrained(folder, **{argument: "auto"})
     for argument in ("variant", "force_download", "custom_pipeline"):
         with pytest.raises(InputError, match=f"from_pretrained takes no argument '{argument}'"):
             UViTPipeline.from_pretrained(tmp_path, **{argument: "auto"})
+    with pytest.raises(InputError, match=r"torch_dtype must be a floating point dtype .* got torch.int8"):
+        UViTPipeline.from_pretrained(tmp_path, torch_dtype={"transformer": torch.int8})
     with pytest.raises(InputError, match="takes no argument 'schedular', did you mean 'schedule"):
         UViTPipeline.from_pretrained(tmp_path, schedular=make_scheduler(FLOW))
     pipe = UViTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, device_map="cpu", low_cpu_mem_usage=True)

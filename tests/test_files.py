@@ -5,9 +5,11 @@ import resource
 import signal
 
 import pytest
+import torch
 
 from uvit.errors import InputError
 from uvit.files import append_lines, hold, make_directory, remove_leftovers, write_aside, write_text
+from uvit.weights import WEIGHTS_FILE, write_weights
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -36,6 +38,10 @@ def test_files_have_the_users_mode(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+    for number in range(2):  # safetensors makes a file of its own, and replaces one
+        write_text(tmp_path / "text", "")
+        write_weights(tmp_path, {"weight": torch.full((2,), number)})
+        assert (tmp_path / WEIGHTS_FILE).stat().st_mode == (tmp_path / "text").stat().st_mode
 
 
 def test_paths_that_cannot_be_written(tmp_path):

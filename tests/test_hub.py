@@ -273,6 +273,12 @@ def test_a_push_that_is_refused_is_one_line(token, name, message, hub, run_dir, 
     assert not hub.repositories
 
 
+def test_a_push_to_what_is_no_branch_makes_no_repository(hub, login, run_dir, monkeypatch, capsys):
+    expected = "a revision must be a branch, tag or commit of the hub's, got 'a..b'"
+    assert expected in one_line(["push", run_dir, NAME, "--revision", "a..b"], monkeypatch, capsys)
+    assert not hub.repositories
+
+
 def test_no_way_to_the_hub_is_one_line(login, run_dir, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert "the hub did not take 'me/digits': " in one_line(["push", run_dir, NAME], monkeypatch, capsys)

@@ -110,6 +110,22 @@ def test_features_only_gives_the_chosen_blocks():
     assert timm.create_model(SMALL, **sizes, features_only=True).feature_info.out_indices == (2, 3, 4)
 
 
+def test_what_is_left_of_a_pruned_model_is_no_model(tmp_path):
+    model = UViT(embed_dim=32, depth=4, num_heads=4, num_classes=0)
+    model.prune_intermediate_layers([3], prune_head=False)
+    for use in (lambda: model(torch.randn(1, 3, 32, 32), torch.zeros(1)), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(InputError, match="a pruned model gives intermediates alone"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("indices", ["abc", 1.5, ["1"], [0.5]])
+def test_blocks_are_whole_numbers(indices):
+    model = UViT(embed_dim=32, depth=4, num_heads=4, num_classes=0)
+    with pytest.raises(InputError, match="indices must be whole numbers, got"):
+        model.forward_intermediates(torch.randn(1, 3, 32, 32), indices)
+
+
 @pytest.mark.parametrize("block", [0, 2, 3])
 def test_features_only_keeps_no_deep_blocks_that_it_does_not_need(block):
     sizes = {"embed_dim": 32, "depth": 4, "num_heads": 4}

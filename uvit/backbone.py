@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal
@@ -208,6 +209,7 @@ class UViT(nn.Module):
             self.register_buffer("pos_embed", self._sincos_pos_embed(), persistent=False)
 
         self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.depth // 2))
+        self.is_whole = True
         self.mid_block = Block(config)
         self.out_blocks = nn.ModuleList(Block(config, deep=True) for _ in range(config.depth // 2))
 
@@ -312,6 +314,7 @@ class UViT(nn.Module):
         Raises:
             InputError: (a ValueError) shapes that the model was not built for, or more outer blocks than it has.
         """
+        self._require_whole()
         if not 0 <= outer <= len(self.in_blocks):
             raise InputError(f"outer blocks must be 0 to depth / 2 = {len(self.in_blocks)}, got {outer}")
         self._check_inputs(x, timesteps, y, context)
@@ -322,6 +325,10 @@ class UViT(nn.Module):
         h = deep = self._run(range(outer, end - outer), h, time, skips) if deep is None else deep
         h = self._run(range(end - outer, end), h, time, skips)
         return self._to_image(h), deep
+
+    def _require_whole(self) -> None:
+        if not self.is_whole:
+            raise InputError("a pruned model gives intermediates alone: load the whole one to make images or save it")
 
     def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """All tokens, and the embedded time."""
@@ -446,7 +453,8 @@ class UViT(nn.Module):
     ) -> list[int]:
         """Removes the deep blocks after the last chosen one, as timm does for `features_only`.
 
-        What is left serves `forward_intermediates` alone, with the numbers that are returned.
+        What is left serves `forward_intermediates` alone, with the numbers that are returned; to make images or to be
+        saved, it is refused.
 
         Args:
             indices: as for forward_intermediates.
@@ -461,6 +469,7 @@ class UViT(nn.Module):
         """
         taken, middle = self._block_numbers(indices), self.config.depth // 2
         self.out_blocks = self.out_blocks[: max([middle, *taken]) - middle]
+        self.is_whole = False
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -470,14 +479,21 @@ class UViT(nn.Module):
     def _block_numbers(self, indices: int | Sequence[int] | None) -> list[int]:
         """Counts chosen blocks from 0."""
         count = len(self.blocks)
-        if isinstance(indices, int):
-            if not 1 <= indices <= count:
-                raise InputError(f"indices must be 1 to {count} for the last blocks, got {indices}")
-            indices = range(-indices, 0)
-        for index in (indices := range(count) if indices is None else indices):
-            if not -count <= index < count:
-                raise InputError(f"indices must be {-count} to {count - 1}, got {index}")
-        return [index % count for index in indices]
+        try:
+            if indices is None:
+                numbers = list(range(count))
+            elif isinstance(indices, Iterable):
+                numbers = [index(each) for each in indices]
+            else:
+                numbers = list(range(-index(indices), 0))
+        except TypeError:
+            raise InputError(f"indices must be whole numbers, got {indices!r:.80}") from None
+        if not isinstance(indices, Iterable) and not 1 <= len(numbers) <= count:
+            raise InputError(f"indices must be 1 to {count} for the last blocks, got {indices}")
+        for number in numbers:
+            if not -count <= number < count:
+                raise InputError(f"indices must be {-count} to {count - 1}, got {number}")
+        return [number % count for number in numbers]
 
     def resize(self, img_size: int | tuple[int, int]) -> UViT:
         """Changes the image size in place, interpolating the patch part of the position embedding (bicubic).
@@ -563,6 +579,7 @@ class UViT(nn.Module):
         Raises:
             InputError: (a ValueError) a folder that cannot be written to, or that holds a run, whose config would go.
         """
+        self._require_whole()
         config_file = Path(directory) / CONFIG_FILE
         if isfile(config_file):
             before = read_json(config_file)

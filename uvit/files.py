@@ -78,7 +78,9 @@ def write_aside(path: Path) -> Iterator[Path]:
     aside = aside_of(target)
     try:
         aside.touch()
+        mode = aside.stat().st_mode
         yield aside
+        aside.chmod(mode)  # safetensors leaves files that their owner alone may read
         sync(aside)
         aside.replace(target)
         sync(target.parent)

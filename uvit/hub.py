@@ -129,6 +129,8 @@ def push_folder(
     """
     if name.count("/") != 1:
         raise InputError(f"the name on the hub must be USER/MODEL, got {name!r}")
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise InputError(f"a revision must be a branch, tag or commit of the hub's, got {revision!r}")
     if token is None and get_token() is None:
         raise InputError(
             f"pushing to {name!r} needs a login to the hub, got none: run `hf auth login`, or set HF_TOKEN"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ READING_OPTIONS = {
     *("max_memory", "offload_folder", "offload_state_dict", "use_flashpack"),
 }
 """Arguments of diffusers of how weights are read, which change nothing in them."""
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 TABLE_STEPS = 1000
 """diffusers' tables of a process hold time t at index 1000 t - 1."""
 TABLE_TOLERANCE = 1e-3
@@ -212,7 +213,10 @@ def check_scheduler(scheduler: Scheduler, process: ProcessConfig, latents: bool 
     if given != expected:
         wanted = f"expected {expected!r} for a network that predicts {process.prediction!r}"
         raise InputError(f"{name} takes prediction_type {given!r}, {wanted}: {advice}")
-    for option in ("use_dynamic_shifting", "invert_sigmas", *(("clip_sample", "thresholding") if latents else ())):
+    # diffusers makes these grids of a table of alphas even where the times are those of flow.
+    grids = OWN_GRIDS if _option(scheduler, "use_flow_sigmas") else ()
+    of_images = ("clip_sample", "thresholding") if latents else ()
+    for option in ("use_dynamic_shifting", "invert_sigmas", *grids, *of_images):
         if _option(scheduler, option):
             raise InputError(f"{name} must have {option} False for this pipeline, got True")
 
@@ -266,6 +270,16 @@ def set_times(
     return times
 
 
+def check_dtype(dtype: Any) -> None:
+    """Checks what weights are to be loaded as, which diffusers passes over where it does not know it.
+
+    Raises:
+        InputError: no floating point dtype of PyTorch, and not None.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"torch_dtype must be a floating point dtype such as torch.float16, got {shown(dtype)}")
+
+
 class UViTModel(UViT, ModelMixin):
     """A UViT as diffusers loads and saves the parts of a pipeline; its folder is an ordinary one of weights."""
 
@@ -316,6 +330,7 @@ class UViTModel(UViT, ModelMixin):
         except (RuntimeError, TypeError):
             given = shown(device_map)
             raise InputError(f"device_map must be a device for a UViT, such as 'cuda', got {given}") from None
+        check_dtype(dtype or torch_dtype)
         options = {name: value for name, value in options.items() if value is not None and name not in READING_OPTIONS}
         model = super().from_pretrained(f"{name_or_path}/{subfolder}" if subfolder else name_or_path, **options)
         return model.to(device, dtype or torch_dtype)  # type: ignore[return-value]
@@ -480,6 +495,10 @@ class UViTPipeline(DiffusionPipeline):
         for option in kwargs:
             if option not in known:
                 raise InputError(f"from_pretrained takes no argument {option!r}{did_you_mean(option, known)}")
+        for option in {"dtype", "torch_dtype"} & kwargs.keys():  # one for all, or one for each part
+            given = kwargs[option]
+            for dtype in given.values() if isinstance(given, dict) else [given]:
+                check_dtype(dtype)
         name, what = str(pretrained_model_name_or_path), "pipeline"
         of_hub: dict[str, Any] = {"revision": revision, "token": token}
         of_hub |= {"cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -517,7 +536,7 @@ class UViTPipeline(DiffusionPipeline):
         negative_prompt: str | None = None,
         num_images_per_prompt: int = 1,
         reuse: str = "none",
-        callback_on_step_end: Callable[[UViTPipeline, int, Any, dict[str, Tensor]], Mapping[str, Tensor]] | None = None,
+        callback_on_step_end: Callable[[UViTPipeline, int, Any, dict[str, Tensor]], Any] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draws images.
 
@@ -536,7 +555,7 @@ class UViTPipeline(DiffusionPipeline):
             num_images_per_prompt: images for each label or prompt, next to each other.
             reuse: K:EVERY reuses deep features, which is faster; `none` does not. The same as sample.py's --reuse.
             callback_on_step_end: called after each step with the pipeline, the step's number, its timestep and
-                {"latents": x}; what it returns of this goes on.
+                {"latents": x}; what it returns of this, if anything, goes on.
 
         Raises:
             InputError: conditions that the network does not take, guidance without a null class, a scheduler that does
@@ -563,10 +582,12 @@ class UViTPipeline(DiffusionPipeline):
         conditions = _find_conditions(config, _listed(class_labels), batch_size, num_images_per_prompt)
         if self.vae is None and output_type != "latent" and model.in_chans not in IMAGE_CHANNELS:
             raise InputError(f"a model with in_chans {model.in_chans} needs a vae to make images, got None")
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {shown(output_type)}")
         shape = (len(conditions), model.in_chans, *model.image_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise InputError(f"latents must be {shape}, got {tuple(latents.shape)}")
-        if isinstance(generator, list) and len(generator) != len(conditions):
+        if isinstance(generator, list | tuple) and len(generator) != len(conditions):
             raise InputError(
                 f"generator must be one, or one for each of {len(conditions)} images, got {len(generator)}"
             )
@@ -589,7 +610,7 @@ class UViTPipeline(DiffusionPipeline):
                 scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
                 x = scheduler.step(output(scaled, t), timestep, x, **drawn, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    x = callback_on_step_end(self, step, timestep, {"latents": x}).get("latents", x)
+                    x = (callback_on_step_end(self, step, timestep, {"latents": x}) or {}).get("latents", x)
                 progress.update()
         if self.vae is not None and output_type != "latent":
             x = decode_latents(self.vae, x, self.vae.config.scaling_factor)

@@ -24,11 +24,13 @@ TRAIN_ARMS = ("paper-style", "ours", "ours, blocks compiled", "ours, model compi
 SAMPLE_ARMS = (
     "the paper's: 50 x 2 calls",
     "the same in one call, our batches",
+    "the same, compiled",
     "20 steps",
-    "20 steps, reuse 1:3",
+    "14 steps, reuse 1:2",
     "10 steps",
     "10 steps, reuse 1:2",
     "10 steps, reuse 1:2, compiled",
+    "8 steps, guided below 0.7",
 )
 
 

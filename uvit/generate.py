@@ -41,6 +41,7 @@ from uvit.samplers import ImageNoise, sample, sampling_times
 from uvit.weights import find_pretrained
 
 CPU_TOKEN_BYTES = 2**20  # benchmarks/sample.py: more at a time is slower
+MIN_FITTING_BATCH = 4  # fewer read (and in bf16 round) the weights of a large model too often
 MAX_FITTING_BATCH = 512
 ALIVE_WIDTHS = 16
 
@@ -264,7 +265,7 @@ def fitting_batch_size(config: Config, device: torch.device) -> int:
     passes = 1 if config.sample.guidance == 1 else 2
     tokens = passes * model.num_tokens * model.embed_dim * torch.float32.itemsize  # bytes of one image
     if device.type != "cuda":
-        return max(1, CPU_TOKEN_BYTES // tokens)
+        return max(MIN_FITTING_BATCH, CPU_TOKEN_BYTES // tokens)
     free, _ = torch.cuda.mem_get_info(device)
     alive = model.depth // 2 + ALIVE_WIDTHS  # a long skip of each shallow block, and what a block works on
     return max(1, min(MAX_FITTING_BATCH, free // 2 // (tokens * alive)))

@@ -55,10 +55,10 @@ def forward_backward(backend: str, inputs: tuple[Tensor, ...]) -> None:
     torch.autograd.grad(output, inputs, output)
 
 
-def can_run(backend: str, device: torch.device, head_dim: int) -> bool:
+def can_run(backend: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
     """Tells whether a backend runs there."""
     try:
-        return resolve_backend(backend, device.type, head_dim) == backend
+        return resolve_backend(backend, device.type, head_dim, dtype=dtype) == backend
     except InputError:
         return False
 
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
         arms: dict[str, Callable[[], None]] = {
             f"{backend}, {how.__name__}": partial(how, backend, inputs)
             for backend in BACKENDS
-            if can_run(backend, device, head_dim)
+            if can_run(backend, device, head_dim, dtype)
             for how in (forward, forward_backward)
         }
         milliseconds = {arm: 1e3 * seconds for arm, seconds in median_times(arms, given.rounds).items()}

@@ -32,13 +32,24 @@ def describe_machine() -> dict[str, str]:
     return {"device": f"{processor}, {os.cpu_count()} cores", "torch": torch.__version__}
 
 
+def result_path(name: str) -> Path:
+    """Returns benchmarks/results/NAME.json, or NAME_DEVICE.json for a GPU."""
+    device = re.sub(r"\W+", "_", describe_machine()["device"].lower()) if torch.cuda.is_available() else ""
+    return RESULTS / f"{name}{device and '_' + device}.json"
+
+
+def load_result(name: str) -> dict[str, Any]:
+    """Returns the figures that this machine has written under a name, by this version of PyTorch; {} if none."""
+    path = result_path(name)
+    figures = json.loads(path.read_text()) if path.is_file() else {}
+    return figures if describe_machine().items() <= figures.items() else {}
+
+
 def save_result(name: str, figures: Mapping[str, Any]) -> Path:
-    """Writes benchmarks/results/NAME.json, or NAME_DEVICE.json for a GPU, with what it was measured on."""
-    machine = describe_machine()
-    device = re.sub(r"\W+", "_", machine["device"].lower()) if torch.cuda.is_available() else ""
-    path = RESULTS / f"{name}{device and '_' + device}.json"
+    """Writes figures, with what they were measured on."""
+    path = result_path(name)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**machine, **figures}, indent=2) + "\n")
+    path.write_text(json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
     return path
 
 

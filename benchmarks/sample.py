@@ -43,6 +43,8 @@ class Arguments:
     """Images of an arm and a round."""
     large_images: int = 8
     """Images of S/2 of an arm and a round; 0 leaves it out."""
+    large_rounds: int = 5
+    """Rounds of S/2's arms."""
     threads: int = 0
     """CPU threads for S/2; 0 is PyTorch's choice."""
 
@@ -141,6 +143,12 @@ def main(arguments: list[str]) -> None:
     device = best_device()
     config, model = load_run(given.checkpoint, "auto", device)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=given.guidance))
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    threads = torch.get_num_threads()
+    rates = {}
+    if given.large_images:  # first, for the run may ask for threads of its own
+        rates = time_large(given.large_images, given.guidance, given.large_rounds, device)
     set_threads(config)
     judge = Judge(config, given.num_images)
 
@@ -158,10 +166,8 @@ def main(arguments: list[str]) -> None:
                 runs[arm.name].append({"images_per_second": len(images) / seconds, **judge(images)})
                 progress.update()
 
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    rates = time_large(given.large_images, given.guidance, len(given.seeds), device) if given.large_images else {}
-    save_result("sample", {"guidance": given.guidance, "runs": runs, "S/2 images/s": rates})
+    figures = {"guidance": given.guidance, "runs": runs, "S/2 threads": threads, "S/2 images/s": rates}
+    save_result("sample", figures)
     print("| arm | Fréchet / real | recognised | images/s | x the first |\n|---|---|---|---|---|")
     first = runs[ARMS[0].name]
     for name, rounds in runs.items():

@@ -81,11 +81,11 @@ def measure(given: Arguments, side: int, depth: int, batch: int, device: torch.d
 def measure_attention(side: int, backend: str, given: Arguments, device: torch.device) -> dict[str, float] | None:
     """Measures one attention alone; None where the backend does not run."""
     head_dim, tokens = given.embed_dim // given.num_heads, (side // 2) ** 2
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        resolve_backend(backend, device.type, head_dim)
+        resolve_backend(backend, device.type, head_dim, dtype=dtype)
     except InputError:
         return None
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     projected = torch.randn(1, tokens, 3, given.num_heads, head_dim, device=device, dtype=dtype, requires_grad=True)
 
     def forward() -> Tensor:

@@ -50,18 +50,23 @@ def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def train_cell(figures: dict[str, Any] | None) -> str:
+    """Describes an arm; empty where it was not measured."""
+    if figures is None:
+        return ""
+    if "out_of_memory" in figures:
+        return "out of memory"
+    return f"{speed(figures['images_per_second'])} ({figures['speed_ratio']:.2f} ×)"
+
+
 def train_rows() -> Iterator[str]:
     """A row for each model, a column for each arm."""
     yield row("training, images/s", *TRAIN_ARMS)
     yield "|---" * (1 + len(TRAIN_ARMS)) + "|"
     for result in results("train"):
         for name, model in result["models"].items():
-            cells = [
-                f"{speed(arms[arm]['images_per_second'])} ({arms[arm]['speed_ratio']:.2f} ×)" if arm in arms else ""
-                for arms in [model["arms"]]
-                for arm in TRAIN_ARMS
-            ]
             precision = "fp32" if model["precision"] == "no" else model["precision"]
+            cells = [train_cell(model["arms"].get(arm)) for arm in TRAIN_ARMS]
             yield row(f"{name}, batch {model['batch_size']}, {precision}, {result['device']}", *cells)
 
 
@@ -83,7 +88,7 @@ def sample_rows() -> Iterator[str]:
             continue
         yield ""
         slowest, *_ = rates.values()
-        yield row("guided S/2, random weights, 5 steps", "images/s", "×")
+        yield row(f"guided S/2, random weights, 5 steps, {result['S/2 threads']} threads", "images/s", "×")
         yield "|---|---|---|"
         for arm, rate in rates.items():
             yield row(arm, f"{rate:.3g}", f"{rate / slowest:.2f}")

@@ -1,11 +1,12 @@
 """Speed of a training step: `python benchmarks/train.py --models S/2`.
 
-All arms of a model start from the same weights and see the same images, times and noise, a step of each in turn. A
-step is the whole of it: gradients, optimizer and average of the weights. The first arm does it as the reference code
-does: attention in fp32, concatenated skips, AdamW and EMA parameter by parameter, the loss read at every step; fp32
-on a CPU, and on a GPU half precision and checkpointing. The peers are diffusers' DiT of the same width, depth and
-patches, and its U-Net with as many FLOPs, both in the same step as ours. Images are random and already there: the
-loader has its own benchmark. Writes benchmarks/results/train.json and prints the table.
+All arms of a model start from the same weights and see the same images, times and noise; on a CPU a step of each in
+turn, on a GPU one arm after the other, since its memory does not hold all. A step is the whole of it: gradients,
+optimizer and average of the weights. The first arm does it as the reference code does: attention in fp32, concatenated
+skips, AdamW and EMA parameter by parameter, the loss read at every step; fp32 on a CPU, and on a GPU half precision
+and checkpointing. The peers are diffusers' DiT of the same width, depth and patches, and its U-Net with as many FLOPs,
+both in the same step as ours. Images are random and already there: the loader has its own benchmark. Writes
+benchmarks/results/train.json after each model, beside what the file has of other models, and prints the table.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, UNet2DModel
-from measure import best_device, median_times, save_result, seconds_of
+from measure import best_device, load_result, median_times, save_result, seconds_of
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -222,6 +223,24 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / median_times({"": lambda: a @ b}, 10)[""]
 
 
+def warm_up(make: Callable[[], Step], steps: int, device: torch.device, row: dict[str, Any]) -> Step:
+    """Makes an arm's step and runs it a few times; notes what the first one takes, and the most memory of all."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = make()
+    row["first_step_seconds"] = seconds_of(step)
+    for _ in range(steps - 1):
+        step()
+    if device.type == "cuda":
+        row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return step
+
+
+def repeated(step: Step, times: int, losses: list[float]) -> Callable[[], None]:
+    """Makes one timing: so many steps, whose losses are kept."""
+    return lambda: losses.extend(step() for _ in range(times))
+
+
 def time_model(name: Model, given: Arguments, device: torch.device) -> dict[str, Any]:
     """Times all arms of one model."""
     config = load_config(ROOT / "configs" / f"{CONFIGS[name]}.py")
@@ -276,29 +295,32 @@ def time_model(name: Model, given: Arguments, device: torch.device) -> dict[str,
     def paper() -> Step:
         return paper_step(build().to(device).train(), config, make_batches(config, batch_size, device), device)
 
-    steps: dict[str, Step] = {}
+    makers: dict[str, Callable[[], Step]] = {"paper-style": paper, **wanted}
+    arms_at_once = [[arm] for arm in makers] if device.type == "cuda" else [list(makers)]
     rows: dict[str, dict[str, Any]] = {}
-    losses: dict[str, list[float]] = {}
-    for arm, make in {"paper-style": paper, **wanted}.items():
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        steps[arm], losses[arm] = make(), []
-        rows[arm] = {"first_step_seconds": seconds_of(steps[arm])}
-        for _ in range(given.warm_up - 1):
-            steps[arm]()
-        if device.type == "cuda":
-            rows[arm]["peak_memory_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
-
-    def timed(arm: str) -> Callable[[], None]:
-        return lambda: losses[arm].extend(steps[arm]() for _ in range(given.steps_per_round))
-
-    with tqdm(total=given.rounds, desc=name, unit="round") as bar:
-        times = median_times({arm: timed(arm) for arm in steps}, given.rounds, warm_up=0, on_round=bar.update)
+    losses: dict[str, list[float]] = {arm: [] for arm in makers}
+    times: dict[str, float] = {}
+    with tqdm(total=given.rounds * len(arms_at_once), desc=name, unit="round") as bar:
+        for together in arms_at_once:
+            try:
+                steps = {arm: warm_up(makers[arm], given.warm_up, device, rows.setdefault(arm, {})) for arm in together}
+                timed = {arm: repeated(steps[arm], given.steps_per_round, losses[arm]) for arm in together}
+                times |= median_times(timed, given.rounds, warm_up=0, on_round=bar.update)
+            except torch.OutOfMemoryError:
+                if "paper-style" in together:
+                    raise
+                rows |= {arm: {"out_of_memory": True} for arm in together}
+            steps, timed = {}, {}
+            accelerator.free_memory()
+            torch.compiler.reset()  # CUDA graphs keep their memory
+            gc.collect()
+            torch.cuda.empty_cache()
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rate = matrix_rate(device, dtype)
     for arm, row in rows.items():
+        if "out_of_memory" in row:
+            continue
         seconds = times[arm] / given.steps_per_round
         cost = training_flops(builders.get(arm, build), config)
         row |= {
@@ -310,12 +332,16 @@ def time_model(name: Model, given: Arguments, device: torch.device) -> dict[str,
         if "U-Net" not in arm and arm not in ("DiT", "ours, Muon"):
             pairs = zip(losses[arm], losses["paper-style"])
             row["largest_loss_difference"] = max(abs(a - b) / b for a, b in pairs)
-    steps.clear()
-    gc.collect()
-    accelerator.free_memory()
     accelerator.state._reset_state(True)  # the next model may run in another precision
-    return {"batch_size": batch_size, "precision": precision, "gflops_per_image": flops / 1e9,
-            "matrix_tflops_per_second": rate / 1e12, "unet_channels": width, "arms": rows}  # fmt: skip
+    return {
+        "batch_size": batch_size,
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "gflops_per_image": flops / 1e9,
+        "matrix_tflops_per_second": rate / 1e12,
+        "unet_channels": width,
+        "arms": rows,
+    }
 
 
 def main(arguments: list[str]) -> None:
@@ -325,17 +351,23 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(given.threads)
     torch.set_float32_matmul_precision("high")
     device = best_device()
-    models = {name: time_model(name, given, device) for name in given.models}
-    save_result("train", {"threads": torch.get_num_threads(), "models": models})
+    models: dict[str, Any] = load_result("train").get("models", {})
+    for name in given.models:
+        models[name] = time_model(name, given, device)
+        save_result("train", {"models": models})
     print("| model | arm | images/s | x paper-style | share of the matrix rate | memory, GB | first step, s |")
     print("|---|---|---|---|---|---|---|")
-    for name, model in models.items():
+    for name in given.models:
+        model = models[name]
         for arm, row in model["arms"].items():
+            begin = f"| {name}, batch {model['batch_size']}, {model['precision']} | {arm} | "
+            if "out_of_memory" in row:
+                print(f"{begin}out of memory | | | | |")
+                continue
             memory = f"{row['peak_memory_gb']:.1f}" if "peak_memory_gb" in row else ""
             print(
-                f"| {name}, batch {model['batch_size']}, {model['precision']} | {arm} | {row['images_per_second']:.4g} "
-                f"| {row['speed_ratio']:.2f} | {row['model_flop_utilisation']:.0%} | {memory} "
-                f"| {row['first_step_seconds']:.1f} |"
+                f"{begin}{row['images_per_second']:.4g} | {row['speed_ratio']:.2f} "
+                f"| {row['model_flop_utilisation']:.0%} | {memory} | {row['first_step_seconds']:.1f} |"
             )
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from uvit.attention import attention, resolve_backend
+from uvit.attention import _ask_xformers, attention, resolve_backend
 from uvit.errors import InputError
 
 needs_xformers = pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="xformers is not installed")
@@ -33,12 +35,58 @@ def test_auto_follows_the_device():
     assert resolve_backend("auto", "mps", 64) == "sdpa"
 
 
+@pytest.mark.parametrize(("obstacle", "backend"), [("", "xformers"), ("is not installed", "sdpa")])
+def test_auto_on_cuda_takes_xformers_where_it_runs(obstacle, backend, monkeypatch):
+    asked = []
+    monkeypatch.setattr("uvit.attention._ask_xformers", lambda *question: asked.append(question) or obstacle)
+    assert resolve_backend("auto", "cuda", 72, 257, torch.bfloat16) == backend
+    assert asked == [(72, torch.bfloat16)]
+    if obstacle:
+        with pytest.raises(InputError, match="attention 'xformers' is not installed: use 'sdpa' or 'auto'"):
+            resolve_backend("xformers", "cuda", 72)
+
+
 @needs_xformers
-def test_auto_takes_xformers_on_cuda_where_it_can_run():
-    assert resolve_backend("auto", "cuda", 72) == "xformers"
-    assert resolve_backend("auto", "cuda", 36) == "sdpa"
-    with pytest.raises(InputError, match="divisible by 8, got 36"):
-        resolve_backend("xformers", "cuda", 36)
+def test_what_keeps_xformers_from_running(monkeypatch):
+    ask = _ask_xformers.__wrapped__
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("xformers.ops.fmha.common._built_with_cuda", True)
+    assert ask(0, None) == ""
+    assert ask(64, torch.float64) == "has no kernel for heads of 64 in float64"
+    with FakeTensorMode():
+        for head_dim, dtype in ((64, torch.float32), (72, torch.bfloat16), (264, torch.float16)):
+            assert ask(head_dim, dtype) == ""
+        assert ask(36, torch.bfloat16).startswith("has no kernel for heads of 36 in bfloat16 (query.shape[-1] % 8 != 0")
+        monkeypatch.setattr("xformers.ops.fmha.common._built_with_cuda", False)
+        assert "CUDA support)" in ask(64, torch.bfloat16)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    assert ask(0, None).startswith("cannot be imported (")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert ask(0, None) == "is not installed"
+
+
+@needs_xformers
+@pytest.mark.parametrize("backend", ["xformers", "sdpa"])
+def test_dynamo_traces_attention_on_cuda_in_one_graph(backend, monkeypatch):
+    """On tensors without values, which need no device."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("xformers.ops.fmha.common._built_with_cuda", backend == "xformers")
+    graphs = []
+
+    def ask(*question):  # Dynamo asks outside of the mode below
+        with FakeTensorMode():
+            return _ask_xformers.__wrapped__(*question)
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    monkeypatch.setattr("uvit.attention._ask_xformers", ask)
+    with FakeTensorMode():
+        q, k, v = torch.empty(3, 2, 17, 4, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        output = torch.compile(attention, backend=keep, fullgraph=True)(q, k, v)
+    assert output.shape == (2, 17, 4, 8)
+    assert ("scaled_dot_product_attention" in graphs[0]) == (backend == "sdpa")
 
 
 def test_explicit_backends_that_cannot_run():
@@ -47,16 +95,6 @@ def test_explicit_backends_that_cannot_run():
         attention(q, q, q, "xformers")
     with pytest.raises(InputError, match=r"must be one of .*got 'flash'"):
         attention(q, q, q, "flash")
-
-
-@pytest.mark.gpu
-@needs_xformers
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_xformers_equals_math_on_cuda(dtype):
-    q, k, v = torch.randn(3, 2, 257, 8, 64, device="cuda", dtype=dtype, requires_grad=True)
-    expected = attention(q.double(), k.double(), v.double(), "math")
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(attention(q, k, v, "xformers").double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_auto_takes_the_formula_for_short_sequences_in_bf16_on_a_cpu_alone():

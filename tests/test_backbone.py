@@ -251,17 +251,6 @@ def test_unknown_field(tiny):
         UViT(image_size=32)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
-def test_golden_on_cuda(backend):
-    reference = golden_model("tiny_class")
-    model = UViT(reference.config, attention=backend)
-    model.load_state_dict(reference.state_dict())
-    with torch.no_grad():
-        output = model.cuda()(**{name: value.cuda() for name, value in golden_inputs("tiny_class").items()})
-    assert relative_error(output.cpu(), torch.from_numpy(ARRAYS["tiny_class/output"])) < 1e-4
-
-
 CONDITIONED = {"num_classes": 5, "null_class": True, "context_dim": 12, "num_context_tokens": 3}
 
 

@@ -80,6 +80,11 @@ def test_what_cannot_be_shared_out_is_refused(fields):
         TrainConfig(shard=True, **fields)
 
 
+def test_cuda_graphs_do_not_accumulate():
+    with pytest.raises(InputError, match="compile must be another with accumulation_steps above 1, got 'graphs'"):
+        TrainConfig(compile="graphs", accumulation_steps=2)
+
+
 def test_sections_that_do_not_fit_together():
     with pytest.raises(InputError, match=r"label_dropout 0.1 needs model.null_class"):
         Config(train=TrainConfig(label_dropout=0.1))

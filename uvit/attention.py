@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import logging
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +15,59 @@ from torch import Tensor
 
 from uvit.errors import InputError
 
-# xformers' kernels read 16-byte rows, hence its head dimensions are multiples of 8.
-XFORMERS_HEAD_DIM_MULTIPLE = 8
 # Up to here the formula itself beats PyTorch's bf16 kernel on a CPU: benchmarks/attention.py.
 CPU_BF16_MATH_TOKENS = 512
 
 
+@contextlib.contextmanager
+def quiet_xformers() -> Iterator[None]:
+    """Keeps xformers from printing, while it is imported, which kernels it lacks."""
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 @functools.cache
-def has_xformers() -> bool:
-    """Tells whether xformers is installed, without importing it (its import prints)."""
-    return importlib.util.find_spec("xformers") is not None
+def _ask_xformers(head_dim: int, dtype: torch.dtype | None) -> str:
+    if importlib.util.find_spec("xformers") is None:
+        return "is not installed"
+    try:
+        with quiet_xformers():
+            from xformers.ops import fmha
+    except ImportError as error:  # such as a FlashAttention beside it of a version that it does not know
+        return f"cannot be imported ({' '.join(str(error).split()):.200})"
+    if dtype is None:
+        return ""
+    reasons: list[str] = []
+    for kernels in ((fmha.flash.FwOp, fmha.flash.BwOp), (fmha.cutlass.FwOp, fmha.cutlass.BwOp)):
+        if dtype not in kernels[0].SUPPORTED_DTYPES:
+            continue
+        query = torch.empty(1, 1, 1, head_dim, dtype=dtype, device="cuda")
+        inputs = fmha.Inputs(query, query, query)
+        if not (lacking := [reason for kernel in kernels for reason in kernel.not_supported_reasons(inputs)]):
+            return ""
+        reasons += lacking
+    why = f" ({'; '.join(dict.fromkeys(reasons)):.200})" if reasons else ""
+    return f"has no kernel for heads of {head_dim} in {str(dtype).removeprefix('torch.')}{why}"
+
+
+@torch.compiler.assume_constant_result  # Dynamo would trace into imports
+def xformers_obstacle(head_dim: int = 0, dtype: torch.dtype | None = None) -> str:
+    """Returns why xformers does not run, or nothing: it may be there without a kernel that fits GPU and PyTorch.
+
+    Args:
+        head_dim: width of one attention head.
+        dtype: of queries, keys and values; only with one is the GPU asked.
+    """
+    return _ask_xformers(head_dim, dtype)
 
 
 def resolve_backend(
-    backend: str, device_type: str, head_dim: int, num_tokens: int = 0, dtype: torch.dtype = torch.float32
+    backend: str, device_type: str, head_dim: int, num_tokens: int = 0, dtype: torch.dtype | None = None
 ) -> str:
     """Returns the backend that will run, for `auto` as for an explicit name.
 
@@ -34,27 +76,25 @@ def resolve_backend(
         device_type: `cuda`, `cpu`, `mps` ….
         head_dim: width of one attention head.
         num_tokens: length of the sequence.
-        dtype: of queries, keys and values.
+        dtype: of queries, keys and values; where it is not known yet, no device is asked.
 
     Raises:
         InputError: an explicit backend that cannot run there; says why and what to use.
     """
-    obstacle = ""
-    if device_type != "cuda":
-        obstacle = f"needs a CUDA device, got {device_type!r}"
-    elif not has_xformers():
-        obstacle = "is not installed"
-    elif head_dim % XFORMERS_HEAD_DIM_MULTIPLE:
-        obstacle = f"needs a head dimension divisible by {XFORMERS_HEAD_DIM_MULTIPLE}, got {head_dim}"
+    if backend not in ("auto", "xformers", "sdpa", "math"):
+        raise InputError(f"attention must be one of 'auto', 'xformers', 'sdpa', 'math', got {backend!r}")
     if backend == "auto" and device_type == "cpu" and dtype == torch.bfloat16 and num_tokens <= CPU_BF16_MATH_TOKENS:
         return "math"
+    if backend in ("sdpa", "math"):
+        return backend
+    obstacle = f"needs a CUDA device, got {device_type!r}"
+    if device_type == "cuda":
+        obstacle = xformers_obstacle(head_dim, dtype)
+    if not obstacle:
+        return "xformers"
     if backend == "auto":
-        return "sdpa" if obstacle else "xformers"
-    if backend == "xformers" and obstacle:
-        raise InputError(f"attention 'xformers' {obstacle}: use 'sdpa' or 'auto'")
-    if backend not in ("xformers", "sdpa", "math"):
-        raise InputError(f"attention must be one of 'auto', 'xformers', 'sdpa', 'math', got {backend!r}")
-    return backend
+        return "sdpa"
+    raise InputError(f"attention 'xformers' {obstacle}: use 'sdpa' or 'auto'")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:

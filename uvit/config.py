@@ -439,6 +439,8 @@ class TrainConfig(Section):
         if self.shard:
             self._require("compile", self.compile != "graphs", "another with shard True")
             self._require("mixed_precision", self.mixed_precision != "fp16", "another with shard True")
+        if self.accumulation_steps > 1:  # graphs write the second part's gradients over the first's: pytorch#169545
+            self._require("compile", self.compile != "graphs", "another with accumulation_steps above 1")
         if self.batch_size % self.accumulation_steps:
             raise InputError(
                 f"batch_size {self.batch_size} must be divisible by accumulation_steps {self.accumulation_steps}"

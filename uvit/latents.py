@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from uvit.attention import quiet_xformers
 from uvit.config import CONFIG_FILE, MAX_DEPTH, DataConfig, UViTConfig, read_json
 from uvit.errors import InputError
 from uvit.hub import find_folder
@@ -45,17 +46,14 @@ def loading(what: str, library: str) -> Iterator[ModuleType]:
     verbosity = its_logging.get_verbosity()
     its_logging.set_verbosity(logging.CRITICAL)
     its_logging.disable_progress_bar()
-    of_xformers = logging.getLogger("xformers")  # which diffusers imports, and which tells of kernels that it lacks
-    xformers_level = of_xformers.level
-    of_xformers.setLevel(logging.ERROR)
     try:
-        yield module
+        with quiet_xformers():  # which diffusers imports
+            yield module
     except InputError:
         raise
     except Exception as error:  # the libraries raise a different kind for each way that a folder can be wrong
         raise InputError(f"{what} cannot be loaded: {' '.join(str(error).split()):.200}") from None
     finally:
-        of_xformers.setLevel(xformers_level)
         its_logging.enable_progress_bar()
         its_logging.set_verbosity(verbosity)
 

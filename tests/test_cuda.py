@@ -1,0 +1,176 @@
+"""What only a CUDA device can show: `pytest -m gpu tests/test_cuda.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from golden import ARRAYS, golden_inputs, golden_model
+from PIL import Image
+from timm.utils import ModelEmaV3
+
+import sample
+import train
+from uvit import Config, UViT
+from uvit.attention import attention, xformers_obstacle
+from uvit.config import OptimConfig, ProcessConfig, TrainConfig, UViTConfig
+from uvit.data import Batch
+from uvit.diffusion import SCHEDULES, diffusion_loss
+from uvit.latents import NO_ENCODERS
+from uvit.optim import build_optimizer
+from uvit.precision import compile_model
+
+pytestmark = pytest.mark.gpu
+
+SMALL = UViTConfig(img_size=32, embed_dim=128, depth=4, num_heads=2, num_classes=3, null_class=True)
+
+
+def skip_without_kernel(backend, head_dim, dtype):
+    if backend == "xformers" and (obstacle := xformers_obstacle(head_dim, dtype)):
+        pytest.skip(f"xformers {obstacle}")
+
+
+def error_of(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture
+def waits_are_errors():
+    """Returns a switch: from then on, whatever makes the host wait for the device raises."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["xformers", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_backends_equal_float64(backend, dtype, head_dim):
+    skip_without_kernel(backend, head_dim, dtype)
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 2, 257, 4, head_dim, device="cuda", dtype=dtype, requires_grad=True)
+    exact = inputs.detach().double().requires_grad_()
+    output, expected = attention(*inputs, backend), attention(*exact, "math")
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    assert error_of(output, expected) < tolerance
+    weights = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad((output * weights).sum(), inputs)
+    assert error_of(gradient, *torch.autograd.grad((expected * weights).sum(), exact)) < tolerance
+
+
+@pytest.mark.parametrize("backend", ["xformers", "sdpa"])
+def test_memory_of_attention_grows_with_the_tokens(backend):
+    skip_without_kernel(backend, 64, torch.bfloat16)
+    peaks = []
+    for tokens in (1024, 4096):
+        inputs = torch.randn(3, 1, tokens, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attention(*inputs, backend).sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 5 * peaks[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_runs_in_every_precision(dtype):
+    model = UViT(SMALL).to("cuda", dtype)
+    x, y = torch.randn(2, 3, 32, 32, device="cuda", dtype=dtype), torch.tensor([0, 3], device="cuda")
+    assert model(x, torch.tensor(500.0, device="cuda"), y).dtype == dtype
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
+def test_golden(backend):
+    reference = golden_model("tiny_class")
+    model = UViT(reference.config, attention=backend)
+    model.load_state_dict(reference.state_dict())
+    inputs = {name: value.cuda() for name, value in golden_inputs("tiny_class").items()}
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):  # its convolutions are in TF32
+        output = model.cuda()(**inputs)
+    assert error_of(output.cpu(), torch.from_numpy(ARRAYS["tiny_class/output"])) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("how", "checkpointing"), [("no", False), ("no", True), ("blocks", False), ("blocks", True), ("graphs", False)]
+)
+def test_bf16_equals_float64(how, checkpointing):
+    torch.manual_seed(0)
+    model = UViT(SMALL, gradient_checkpointing=checkpointing).cuda()
+    x, timesteps = torch.randn(4, 3, 32, 32, device="cuda"), torch.linspace(0, 999, 4, device="cuda")
+    y = torch.tensor([0, 1, 2, 3], device="cuda")
+    exact = UViT(model.config).cuda().double()
+    exact.load_state_dict(model.state_dict())
+    expected = exact(x.double(), timesteps.double(), y)
+    expected.square().mean().backward()
+
+    compile_model(model, model.blocks, how)
+    for _ in range(3):  # CUDA graphs are recorded in the second call
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(x, timesteps, y).float()
+        output.square().mean().backward()
+    assert error_of(output.detach(), expected.detach()) < 3e-2
+    found, wanted = (torch.cat([p.grad.flatten() for p in each.parameters()]) for each in (model, exact))
+    assert error_of(found, wanted) < 5e-2
+
+
+def network(x, timesteps):
+    return x * timesteps[:, None, None, None]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_loss_is_drawn_on_the_device(name, waits_are_errors):
+    x0, generator = torch.randn(4, 3, 8, 8, device="cuda"), torch.Generator("cuda").manual_seed(0)
+    process = ProcessConfig(schedule=name)
+    first = diffusion_loss(network, x0, process, generator)  # tables go to the device once
+    waits_are_errors()
+    second = diffusion_loss(network, x0, process, generator)
+    torch.cuda.set_sync_debug_mode("default")
+    assert first.device.type == "cuda" and first != second
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_step_waits_for_the_device_only_to_agree(optim, waits_are_errors):
+    config = Config(
+        model=SMALL, optim=OptimConfig(name=optim, grad_clip=1.0), train=TrainConfig(batch_size=4, label_dropout=0.5)
+    )
+    accelerator = Accelerator(mixed_precision="bf16")
+    model = UViT(SMALL).cuda()
+    ema = ModelEmaV3(model, decay=0.9)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    batches = itertools.repeat(Batch(images, torch.tensor([0, 1, 2, 0], device="cuda"), []))
+    generator, losses = torch.Generator("cuda"), []
+    for step in range(4):
+        if step == 2:
+            waits_are_errors()
+        loss, _ = train.compute_gradients(accelerator, prepared, config, NO_ENCODERS, batches, generator, step)
+        optimizer.step()
+        ema.update(model)
+        optimizer.zero_grad()
+        losses.append(loss)
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
+
+
+@pytest.mark.parametrize(("precision", "how"), [("bf16", "graphs"), ("fp16", "no")])
+def test_a_run_trains_goes_on_and_draws(precision, how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(
+        Config(), model=UViTConfig(img_size=8, in_chans=1, embed_dim=64, depth=2, num_heads=2, num_classes=10)
+    )
+    (tmp_path / "tiny.json").write_text(train.to_json(config))
+    common = ["tiny.json", "--train.batch_size", "8", "--train.mixed_precision", precision, "--train.compile", how]
+    common += ["--train.tracker", "none", "--train.run_dir", "run", "--sample.num_steps", "4"]
+    for steps in ("4", "8"):
+        train.main([*common, "--train.num_steps", steps])
+    lines = np.genfromtxt("run/metrics.jsonl", dtype=str, delimiter="\n")
+    assert '"step": 8' in str(lines[-1]) and "NaN" not in str(lines)
+    drawn = []
+    for compiled in ("no", "graphs"):
+        path = f"{compiled}.png"
+        sample.main(["--checkpoint", "run", "--num_per_class", "2", "--compile", compiled, "--output", path])
+        drawn.append(np.asarray(Image.open(path), dtype=float))
+    assert np.abs(drawn[0] - drawn[1]).mean() < 2

@@ -30,6 +30,7 @@ from accelerate.utils import (
 from einops import rearrange
 from timm.utils import ModelEmaV3
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from uvit import UViT
@@ -58,7 +59,7 @@ from uvit.latent_data import check_encoders
 from uvit.latents import EMPTY_CAPTION, Encoders, load_encoders, sample_latents
 from uvit.loader import build_loader, check_batch, load_data
 from uvit.optim import build_optimizer, build_scheduler, load_optimizer_state
-from uvit.precision import check_compile, compile_model, resolve_precision
+from uvit.precision import check_compile, compile_model, resolve_precision, tf32
 from uvit.resume import METRICS_FILE, MetricsFile, Progress, check_same_run, survive, tell
 from uvit.sharding import cut_all, gather, share_out
 from uvit.weights import WEIGHTS_FILE, write_weights
@@ -226,7 +227,11 @@ def compute_gradients(
             loss = training_loss(model, config, encoders, next(batches), generator)
             accelerator.backward(loss / num_parts)
         total_loss += loss.detach() / num_parts
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
+    if config.optim.grad_clip:
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+    else:
+        accelerator.unscale_gradients()
+        grad_norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return total_loss, grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
 
@@ -235,8 +240,8 @@ def agree(
 ) -> tuple[float, float, int]:
     """Returns the loss and the gradient's norm, means over all processes, and a signal that any of them got, or 0.
 
-    This is the one time in a step that the host waits for the device: an update must be known to be sound before it is
-    made, and all processes must leave it out, or stop, at the same step.
+    This is the one time in a step that the host waits for the device (the scaler of fp16 waits, too): an update must
+    be known to be sound before it is made, and all processes must leave it out, or stop, at the same step.
     """
     mine = torch.stack([loss, grad_norm.to(loss), torch.full_like(loss, signum)])
     losses, norms, signals = zip(*accelerator.gather(mine).view(-1, len(mine)).tolist())
@@ -335,7 +340,6 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
         InputError: a checkpoint that does not fit, or data that cannot be read.
     """
     settings = config.train
-    torch.set_float32_matmul_precision("high")
     set_threads(config)
     accelerator = Accelerator(
         mixed_precision=resolve_precision(
@@ -395,6 +399,7 @@ def train(config: Config, data: ImageData, encoders: Encoders, run_dir: Path, ch
 
     model.train()
     with (
+        tf32(),
         stop_on_signals() as request,
         tqdm(total=settings.num_steps, initial=start, unit="step", disable=not is_main, dynamic_ncols=True) as bar,
     ):

@@ -41,18 +41,22 @@ class Arguments:
     """Tokens of a batch, so that each shape does about the same work."""
     rounds: int = 15
     """Timings of each arm, of which the median counts."""
+    calls_per_round: int = 1
+    """Calls of one timing: more, and a GPU does not wait for Python before each."""
 
 
-def forward(backend: str, inputs: tuple[Tensor, ...]) -> None:
+def forward(backend: str, inputs: tuple[Tensor, ...], calls: int) -> None:
     """Runs a backend for its output alone."""
     with torch.no_grad():
-        attention(*inputs, backend)
+        for _ in range(calls):
+            attention(*inputs, backend)
 
 
-def forward_backward(backend: str, inputs: tuple[Tensor, ...]) -> None:
+def forward_backward(backend: str, inputs: tuple[Tensor, ...], calls: int) -> None:
     """Runs a backend for its output and the gradients of its inputs."""
-    output = attention(*inputs, backend)
-    torch.autograd.grad(output, inputs, output)
+    for _ in range(calls):
+        output = attention(*inputs, backend)
+        torch.autograd.grad(output, inputs, output)
 
 
 def can_run(backend: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
@@ -76,12 +80,13 @@ def main(arguments: list[str]) -> None:
         projected = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
         inputs = projected.unbind(dim=2)
         arms: dict[str, Callable[[], None]] = {
-            f"{backend}, {how.__name__}": partial(how, backend, inputs)
+            f"{backend}, {how.__name__}": partial(how, backend, inputs, given.calls_per_round)
             for backend in BACKENDS
             if can_run(backend, device, head_dim, dtype)
             for how in (forward, forward_backward)
         }
-        milliseconds = {arm: 1e3 * seconds for arm, seconds in median_times(arms, given.rounds).items()}
+        times = median_times(arms, given.rounds)
+        milliseconds = {arm: 1e3 * seconds / given.calls_per_round for arm, seconds in times.items()}
         auto = resolve_backend("auto", device.type, head_dim, tokens, dtype)
         sizes = {"batch": batch, "tokens": tokens, "heads": heads, "head_dim": head_dim}
         kind = {"shape": name, "dtype": str(dtype).removeprefix("torch."), "auto": auto}

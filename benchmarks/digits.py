@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from measure import describe_machine
+from measure import save_result
 
 from uvit.cli import parse, run
 
 ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "digits.json"
 
 # The paper's process, optimizer and sampler; the EMA is that of our config, since 0.9999 has hardly left the start by
 # the end.
@@ -70,8 +69,7 @@ def main(arguments: list[str]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 runs.append(train_and_measure(ARMS[arm], seed, f"{folder}/{arm}"))
         results[arm] = runs
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({**describe_machine(), "runs": results}, indent=2) + "\n")
+    save_result("digits", {"runs": results})
     print("| recipe | train.py, s | recognised | Fréchet / real |\n|---|---|---|---|")
     for arm, runs in results.items():
         seconds, recognised, ratio = (

@@ -7,7 +7,6 @@ what the decoder alone does, and the training steps that would use them. Writes 
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import statistics
@@ -21,7 +20,7 @@ import numpy as np
 import psutil
 import sklearn.datasets
 import torch
-from measure import describe_machine
+from measure import save_result
 from PIL import Image
 
 from uvit import UViT
@@ -32,7 +31,6 @@ from uvit.latent_data import Manifest, begin, write_shard
 from uvit.loader import build_loader, load_data
 from uvit.published import SIZES
 
-RESULT = Path(__file__).parent / "results" / "loader.json"
 LATENT_SHAPE = (4, 32, 32)
 SHARD_SIZE = 2048
 
@@ -166,7 +164,7 @@ def main(arguments: list[str]) -> None:
         "jpegs_decoded_alone_per_second": decoder,
         "trained_s2_images_per_second": training,
     }
-    RESULT.write_text(json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
+    save_result("loader", figures)
     print("| one process, one thread | per second\n|---|---|")
     print(f"| latents 4x32x32, of {size / 2**30:.0f} GiB | {latents:,.0f} |")
     print(f"| JPEG 640x427 to 256x256 | {images:.0f} |")

@@ -40,7 +40,7 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of drawing, a round for each."""
     num_images: int = 2000
-    """Images of an arm and a round."""
+    """Images of the digits of an arm and a round; 0 leaves them out."""
     large_images: int = 8
     """Images of S/2 of an arm and a round; 0 leaves it out."""
     large_rounds: int = 5
@@ -90,7 +90,7 @@ ARMS = (
     Arm("10 steps, reuse 1:2, compiled", {"num_steps": 10, "reuse": "1:2"}, compile="blocks"),
 )
 LARGE_ARMS = (
-    Arm("paper-style: fp32, two calls", {}, apart=True, batch_size=8),
+    Arm("paper-style: fp32, two calls", {}, apart=True, batch_size=500),
     Arm("ours: one call, our batches", {}),
     Arm("ours, auto precision", {"mixed_precision": "auto"}),
     Arm("ours, auto precision, compiled", {"mixed_precision": "auto"}, compile="model"),
@@ -137,18 +137,10 @@ def time_large(num_images: int, guidance: float, rounds: int, device: torch.devi
     return {name: num_images / seconds for name, seconds in times.items()}
 
 
-def main(arguments: list[str]) -> None:
-    """Draws with all arms and writes the figures."""
-    given = parse(Arguments, arguments, "benchmarks/sample.py", __doc__ or "")
-    device = best_device()
+def time_digits(given: Arguments, device: torch.device) -> dict[str, list[dict[str, float]]]:
+    """Returns images/s of a digits run and what they are like, by each arm and seed."""
     config, model = load_run(given.checkpoint, "auto", device)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=given.guidance))
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    threads = torch.get_num_threads()
-    rates = {}
-    if given.large_images:  # first, for the run may ask for threads of its own
-        rates = time_large(given.large_images, given.guidance, given.large_rounds, device)
     set_threads(config)
     judge = Judge(config, given.num_images)
 
@@ -165,22 +157,35 @@ def main(arguments: list[str]) -> None:
                 seconds = time.perf_counter() - started
                 runs[arm.name].append({"images_per_second": len(images) / seconds, **judge(images)})
                 progress.update()
+    return runs
 
-    figures = {"guidance": given.guidance, "runs": runs, "S/2 threads": threads, "S/2 images/s": rates}
-    save_result("sample", figures)
-    print("| arm | Fréchet / real | recognised | images/s | x the first |\n|---|---|---|---|---|")
-    first = runs[ARMS[0].name]
-    for name, rounds in runs.items():
-        ratio, right, rate = (
-            statistics.median(each[figure] for each in rounds)
-            for figure in ("frechet_ratio", "recognised", "images_per_second")
-        )
-        speed = statistics.median(a["images_per_second"] / b["images_per_second"] for a, b in zip(rounds, first))
-        print(f"| {name} | {ratio:.3f} | {right:.1%} | {rate:.0f} | {speed:.1f} |")
-    if rates:
-        print(f"\n| S/2, guided, {LARGE_STEPS} steps | images/s | x the first |\n|---|---|---|")
-        for name, rate in rates.items():
-            print(f"| {name} | {rate:.3g} | {rate / rates[LARGE_ARMS[0].name]:.2f} |")
+
+def main(arguments: list[str]) -> None:
+    """Draws with all arms and writes the figures."""
+    given = parse(Arguments, arguments, "benchmarks/sample.py", __doc__ or "")
+    device = best_device()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    figures: dict[str, Any] = {"guidance": given.guidance, "runs": {}}
+    if given.large_images:  # first, for the run may ask for threads of its own
+        figures["S/2 threads"] = torch.get_num_threads()
+        figures["S/2 images/s"] = time_large(given.large_images, given.guidance, given.large_rounds, device)
+        save_result("sample", figures)
+        print(f"| S/2, guided, {LARGE_STEPS} steps | images/s | x the first |\n|---|---|---|")
+        for name, rate in figures["S/2 images/s"].items():
+            print(f"| {name} | {rate:.3g} | {rate / figures['S/2 images/s'][LARGE_ARMS[0].name]:.2f} |")
+    if given.num_images:
+        figures["runs"] = time_digits(given, device)
+        save_result("sample", figures)
+        print("\n| arm | Fréchet / real | recognised | images/s | x the first |\n|---|---|---|---|---|")
+        first = figures["runs"][ARMS[0].name]
+        for name, rounds in figures["runs"].items():
+            ratio, right, rate = (
+                statistics.median(each[figure] for each in rounds)
+                for figure in ("frechet_ratio", "recognised", "images_per_second")
+            )
+            speed = statistics.median(a["images_per_second"] / b["images_per_second"] for a, b in zip(rounds, first))
+            print(f"| {name} | {ratio:.3f} | {right:.1%} | {rate:.0f} | {speed:.1f} |")
 
 
 if __name__ == "__main__":

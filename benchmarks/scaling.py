@@ -39,6 +39,8 @@ class Arguments:
     """Its heads."""
     depth: int = 4
     """Its depth, where that does not vary."""
+    batch: int = 1
+    """Images, where they do not vary; more keep a GPU busy."""
     rounds: int = 5
     """Timings of each size, of which the median counts."""
 
@@ -86,7 +88,9 @@ def measure_attention(side: int, backend: str, given: Arguments, device: torch.d
         resolve_backend(backend, device.type, head_dim, dtype=dtype)
     except InputError:
         return None
-    projected = torch.randn(1, tokens, 3, given.num_heads, head_dim, device=device, dtype=dtype, requires_grad=True)
+    projected = torch.randn(
+        given.batch, tokens, 3, given.num_heads, head_dim, device=device, dtype=dtype, requires_grad=True
+    )
 
     def forward() -> Tensor:
         return attention(*projected.unbind(dim=2), backend)
@@ -111,9 +115,10 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(0)
     plan: dict[str, list[tuple[int, Callable[[], dict[str, float] | None]]]] = {
         "tokens": [
-            ((side // 2) ** 2, lambda side=side: measure(given, side, given.depth, 1, device)) for side in SIDES
+            ((side // 2) ** 2, lambda side=side: measure(given, side, given.depth, given.batch, device))
+            for side in SIDES
         ],
-        "depth": [(depth, lambda depth=depth: measure(given, 32, depth, 1, device)) for depth in DEPTHS],
+        "depth": [(depth, lambda depth=depth: measure(given, 32, depth, given.batch, device)) for depth in DEPTHS],
         "batch": [(batch, lambda batch=batch: measure(given, 32, given.depth, batch, device)) for batch in BATCHES],
         **{
             f"tokens, attention {backend} alone": [

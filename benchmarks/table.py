@@ -73,25 +73,25 @@ def train_rows() -> Iterator[str]:
 def sample_rows() -> Iterator[str]:
     """A row for each arm: medians over the seeds."""
     for result in results("sample"):
-        yield row(f"guided digits, {result['device']}", "Fréchet / real", "recognised", "images/s", "×")
-        yield "|---|---|---|---|---|"
-        runs = result["runs"]
-        first = runs[SAMPLE_ARMS[0]]
-        for arm in filter(runs.__contains__, SAMPLE_ARMS):
-            ratio, right, rate = (
-                statistics.median(each[figure] for each in runs[arm])
-                for figure in ("frechet_ratio", "recognised", "images_per_second")
-            )
-            rates = [each["images_per_second"] / other["images_per_second"] for each, other in zip(runs[arm], first)]
-            yield row(arm, f"{ratio:.2f}", f"{right:.1%}", f"{rate:.0f}", f"{statistics.median(rates):.1f}")
-        if not (rates := result.get("S/2 images/s")):
-            continue
-        yield ""
-        slowest, *_ = rates.values()
-        yield row(f"guided S/2, random weights, 5 steps, {result['S/2 threads']} threads", "images/s", "×")
-        yield "|---|---|---|"
-        for arm, rate in rates.items():
-            yield row(arm, f"{rate:.3g}", f"{rate / slowest:.2f}")
+        if runs := result["runs"]:
+            yield row(f"guided digits, {result['device']}", "Fréchet / real", "recognised", "images/s", "×")
+            yield "|---|---|---|---|---|"
+            first = runs[SAMPLE_ARMS[0]]
+            for arm in filter(runs.__contains__, SAMPLE_ARMS):
+                ratio, right, rate = (
+                    statistics.median(each[figure] for each in runs[arm])
+                    for figure in ("frechet_ratio", "recognised", "images_per_second")
+                )
+                ratios = [one["images_per_second"] / other["images_per_second"] for one, other in zip(runs[arm], first)]
+                yield row(arm, f"{ratio:.2f}", f"{right:.1%}", f"{rate:.0f}", f"{statistics.median(ratios):.1f}")
+            yield ""
+        if rates := result.get("S/2 images/s"):
+            first_rate, *_ = rates.values()
+            yield row(f"guided S/2, random weights, 5 steps, {result['device']}", "images/s", "×")
+            yield "|---|---|---|"
+            for arm, rate in rates.items():
+                yield row(arm, f"{rate:.3g}", f"{rate / first_rate:.2f}")
+            yield ""
 
 
 def quality_rows() -> Iterator[str]:
@@ -106,7 +106,7 @@ def quality_rows() -> Iterator[str]:
 
 def main(_: list[str]) -> None:
     """Replaces what stands between the marks in README.md."""
-    parts = ("\n".join(rows()) for rows in (train_rows, quality_rows, sample_rows))
+    parts = ("\n".join(rows()).strip() for rows in (train_rows, quality_rows, sample_rows))
     parts = (part for part in parts if part)
     text, count = re.subn(
         f"{re.escape(BEGIN)}.*{re.escape(END)}",

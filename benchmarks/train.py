@@ -6,7 +6,7 @@ optimizer and average of the weights. The first arm does it as the reference cod
 skips, AdamW and EMA parameter by parameter, the loss read at every step; fp32 on a CPU, and on a GPU half precision
 and checkpointing. The peers are diffusers' DiT of the same width, depth and patches, and its U-Net with as many FLOPs,
 both in the same step as ours. Images are random and already there: the loader has its own benchmark. Writes
-benchmarks/results/train.json after each model, beside what the file has of other models, and prints the table.
+benchmarks/results/train.json as it goes, beside what the file has of other models, and prints the table.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Arguments:
     rounds: int = 15
     """Timings of each arm, of which the median counts."""
     steps_per_round: int = 1
-    """Steps of one timing: more let a GPU run ahead of Python, as it does in training."""
+    """Steps of one timing."""
     warm_up: int = 3
     """Steps of each arm before, not timed; compilation falls into the first."""
     threads: int = 0
@@ -241,8 +241,20 @@ def repeated(step: Step, times: int, losses: list[float]) -> Callable[[], None]:
     return lambda: losses.extend(step() for _ in range(times))
 
 
-def time_model(name: Model, given: Arguments, device: torch.device) -> dict[str, Any]:
-    """Times all arms of one model."""
+def time_model(
+    name: Model, given: Arguments, device: torch.device, on_figures: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """Times all arms of one model.
+
+    Args:
+        name: the model.
+        given: what to time, and how often.
+        device: where.
+        on_figures: called with the figures so far after each group of arms.
+
+    Returns:
+        The figures.
+    """
     config = load_config(ROOT / "configs" / f"{CONFIGS[name]}.py")
     batch_size = given.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCHES[name])
     muon = dataclasses.replace(
@@ -267,12 +279,14 @@ def time_model(name: Model, given: Arguments, device: torch.device) -> dict[str,
         return dataclasses.replace(config, train=dataclasses.replace(config.train, compile=how))
 
     flops = training_flops(build, config)
-    width = unet_channels(config, flops)
+    width = unet_channels(config, flops) if not given.arms or "U-Net" in given.arms else 0
+
+    def on_device(build: Callable[[], nn.Module]) -> Any:
+        with device:
+            return build().train()
 
     def ours(config: Config, build: Callable[[], nn.Module] = build) -> Callable[[], Step]:
-        return lambda: our_step(
-            build().to(device).train(), config, make_batches(config, batch_size, device), accelerator
-        )
+        return lambda: our_step(on_device(build), config, make_batches(config, batch_size, device), accelerator)
 
     checkpointing = dataclasses.replace(config.model, gradient_checkpointing=True)
     arms: dict[str, Callable[[], Step]] = {
@@ -293,47 +307,11 @@ def time_model(name: Model, given: Arguments, device: torch.device) -> dict[str,
     }
 
     def paper() -> Step:
-        return paper_step(build().to(device).train(), config, make_batches(config, batch_size, device), device)
+        return paper_step(on_device(build), config, make_batches(config, batch_size, device), device)
 
-    makers: dict[str, Callable[[], Step]] = {"paper-style": paper, **wanted}
-    arms_at_once = [[arm] for arm in makers] if device.type == "cuda" else [list(makers)]
+    rate = matrix_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     rows: dict[str, dict[str, Any]] = {}
-    losses: dict[str, list[float]] = {arm: [] for arm in makers}
-    times: dict[str, float] = {}
-    with tqdm(total=given.rounds * len(arms_at_once), desc=name, unit="round") as bar:
-        for together in arms_at_once:
-            try:
-                steps = {arm: warm_up(makers[arm], given.warm_up, device, rows.setdefault(arm, {})) for arm in together}
-                timed = {arm: repeated(steps[arm], given.steps_per_round, losses[arm]) for arm in together}
-                times |= median_times(timed, given.rounds, warm_up=0, on_round=bar.update)
-            except torch.OutOfMemoryError:
-                if "paper-style" in together:
-                    raise
-                rows |= {arm: {"out_of_memory": True} for arm in together}
-            steps, timed = {}, {}
-            accelerator.free_memory()
-            torch.compiler.reset()  # CUDA graphs keep their memory
-            gc.collect()
-            torch.cuda.empty_cache()
-
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    rate = matrix_rate(device, dtype)
-    for arm, row in rows.items():
-        if "out_of_memory" in row:
-            continue
-        seconds = times[arm] / given.steps_per_round
-        cost = training_flops(builders.get(arm, build), config)
-        row |= {
-            "images_per_second": batch_size / seconds,
-            "steps_per_second": 1 / seconds,
-            "speed_ratio": times["paper-style"] / times[arm],
-            "model_flop_utilisation": cost * batch_size / seconds / rate,
-        }
-        if "U-Net" not in arm and arm not in ("DiT", "ours, Muon"):
-            pairs = zip(losses[arm], losses["paper-style"])
-            row["largest_loss_difference"] = max(abs(a - b) / b for a, b in pairs)
-    accelerator.state._reset_state(True)  # the next model may run in another precision
-    return {
+    figures = {
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
         "precision": precision,
@@ -342,6 +320,41 @@ def time_model(name: Model, given: Arguments, device: torch.device) -> dict[str,
         "unet_channels": width,
         "arms": rows,
     }
+    makers: dict[str, Callable[[], Step]] = {"paper-style": paper, **wanted}
+    groups = [[arm] for arm in makers] if device.type == "cuda" else [list(makers)]
+    losses: dict[str, list[float]] = {arm: [] for arm in makers}
+    with tqdm(total=given.rounds * len(groups), desc=name, unit="round") as bar:
+        for group in groups:
+            try:
+                steps = {arm: warm_up(makers[arm], given.warm_up, device, rows.setdefault(arm, {})) for arm in group}
+                timed = {arm: repeated(steps[arm], given.steps_per_round, losses[arm]) for arm in group}
+                times = median_times(timed, given.rounds, warm_up=0, on_round=bar.update)
+            except torch.OutOfMemoryError:
+                if "paper-style" in group:
+                    raise
+                times = {}
+                rows |= {arm: {"out_of_memory": True} for arm in group}
+            for arm, seconds in times.items():
+                images_per_second = batch_size * given.steps_per_round / seconds
+                rows[arm] |= {
+                    "images_per_second": images_per_second,
+                    "steps_per_second": given.steps_per_round / seconds,
+                    "speed_ratio": images_per_second / rows["paper-style"].get("images_per_second", images_per_second),
+                    "model_flop_utilisation": training_flops(builders.get(arm, build), config)
+                    * images_per_second
+                    / rate,
+                }
+                if arm not in ("DiT", "U-Net", "ours, Muon"):
+                    pairs = zip(losses[arm], losses["paper-style"])
+                    rows[arm]["largest_loss_difference"] = max(abs(a - b) / b for a, b in pairs)
+            on_figures(figures)
+            steps, timed = {}, {}
+            accelerator.free_memory()
+            torch.compiler.reset()  # CUDA graphs keep their memory
+            gc.collect()
+            torch.cuda.empty_cache()
+    accelerator.state._reset_state(True)  # the next model may run in another precision
+    return figures
 
 
 def main(arguments: list[str]) -> None:
@@ -353,8 +366,9 @@ def main(arguments: list[str]) -> None:
     device = best_device()
     models: dict[str, Any] = load_result("train").get("models", {})
     for name in given.models:
-        models[name] = time_model(name, given, device)
-        save_result("train", {"models": models})
+        models[name] = time_model(
+            name, given, device, lambda figures, name=name: save_result("train", {"models": {**models, name: figures}})
+        )
     print("| model | arm | images/s | x paper-style | share of the matrix rate | memory, GB | first step, s |")
     print("|---|---|---|---|---|---|---|")
     for name in given.models:

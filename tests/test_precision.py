@@ -5,7 +5,7 @@ import torch
 
 from uvit import UViT
 from uvit.errors import InputError
-from uvit.precision import MIN_BF16_WIDTH, check_compile, compile_model, resolve_precision
+from uvit.precision import MIN_BF16_WIDTH, check_compile, compile_model, resolve_precision, tf32
 
 SMALL = {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
 
@@ -45,3 +45,24 @@ def test_a_compiled_model_is_the_same_model(how):
         torch.autograd.grad(output.square().sum(), list(model.parameters())), gradients, rtol=1e-3, atol=1e-4
     )
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_breaks_a_compiled_graph(checkpointing):
+    model = UViT(**SMALL, gradient_checkpointing=checkpointing)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=keep, fullgraph=True)
+    compiled(torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]), torch.tensor([0, 2])).sum().backward()
+    assert len(graphs) == 1 and all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_tf32_ends_with_its_block():
+    before = torch.get_float32_matmul_precision()
+    with tf32():
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before

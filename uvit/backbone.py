@@ -101,7 +101,7 @@ class ConcatLinear(nn.Linear):
     """Linear(Concat(x, skip)) as two products over its one weight: nothing is copied or kept."""
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
-        of_x, of_skip = rearrange(self.weight, "D (two E) -> two D E", two=2)
+        of_x, of_skip = self.weight.chunk(2, dim=1)  # (D, D) each; einops on a parameter would break a compiled graph
         return F.linear(x, of_x, self.bias) + F.linear(skip, of_skip)
 
 

@@ -35,7 +35,7 @@ from uvit.errors import InputError, did_you_mean
 from uvit.grid import image_grid
 from uvit.images import to_uint8
 from uvit.latents import EMPTY_CAPTION, NO_ENCODERS, Encoders, load_encoders
-from uvit.precision import check_compile, compile_model, resolve_precision
+from uvit.precision import check_compile, compile_model, resolve_precision, tf32
 from uvit.reuse import reuse_deep_features
 from uvit.samplers import ImageNoise, sample, sampling_times
 from uvit.weights import find_pretrained
@@ -324,7 +324,7 @@ def generate_batches(
         reused = config.sample.reused
         network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
         noise = ImageNoise(keys, shape, device)
-        with torch.autocast(device.type, dtype, enabled=precision != "no"):
+        with tf32(), torch.autocast(device.type, dtype, enabled=precision != "no"):
             x = sample(network, config.process, config.sample, noise, cond, uncond, on_evaluation)
         yield decode_images(x, encoders)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -38,6 +40,17 @@ def resolve_precision(precision: Precision, device_type: str, embed_dim: int) ->
     if device_type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if device_type == "cpu" and embed_dim >= MIN_BF16_WIDTH and cpu_has_bf16() else "no"
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Lets a GPU round the factors of fp32 products to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def check_compile(how: Compile, device_type: str) -> None:

@@ -385,7 +385,10 @@ class ImageNoise:
     def __call__(self) -> Tensor:
         """Returns the next (B, C, H, W) of noise."""
         noise = np.stack([generator.standard_normal(self.shape, dtype=np.float32) for generator in self.generators])
-        return torch.from_numpy(noise).to(self.device)
+        tensor = torch.from_numpy(noise)
+        if self.device.type == "cuda":  # from pinned memory the copy does not wait for what the device has to do
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
 
 def sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:

@@ -1,9 +1,10 @@
-"""Training processes that can be killed: forks of the test's own, so that their libraries are there already."""
+"""Forks of the test's own process, whose libraries are there already: training that can be killed, and tests."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import re
@@ -50,6 +51,27 @@ def start(arguments, log, prepare=lambda: None, environment=None):
 def end(pid):
     """Returns a process's exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def in_a_fork(test):
+    """Lets a test run in a process of its own: after torch.compile or fake tensors, autograd works in no fork."""
+
+    @functools.wraps(test)
+    def forked(*arguments, **named):
+        if pid := os.fork():
+            assert end(pid) == 0, "see the traceback above"
+            return
+        status = 1
+        try:
+            test(*arguments, **named)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+    return forked
 
 
 def live(arguments, log, prepare=lambda: None):

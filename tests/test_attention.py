@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from lives import in_a_fork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from uvit.attention import _ask_xformers, attention, resolve_backend
@@ -47,6 +48,7 @@ def test_auto_on_cuda_takes_xformers_where_it_runs(obstacle, backend, monkeypatc
 
 
 @needs_xformers
+@in_a_fork
 def test_what_keeps_xformers_from_running(monkeypatch):
     ask = _ask_xformers.__wrapped__
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
@@ -67,6 +69,7 @@ def test_what_keeps_xformers_from_running(monkeypatch):
 
 @needs_xformers
 @pytest.mark.parametrize("backend", ["xformers", "sdpa"])
+@in_a_fork
 def test_dynamo_traces_attention_on_cuda_in_one_graph(backend, monkeypatch):
     """On tensors without values, which need no device."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lives import in_a_fork
 
 from uvit import UViT
 from uvit.errors import InputError
@@ -48,6 +49,7 @@ def test_a_compiled_model_is_the_same_model(how):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@in_a_fork
 def test_nothing_breaks_a_compiled_graph(checkpointing):
     model = UViT(**SMALL, gradient_checkpointing=checkpointing)
     graphs = []

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from uvit.files import write_text
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -49,7 +51,7 @@ def save_result(name: str, figures: Mapping[str, Any]) -> Path:
     """Writes figures, with what they were measured on."""
     path = result_path(name)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
+    write_text(path, json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
     return path
 
 

@@ -335,14 +335,12 @@ def time_model(
                 times = {}
                 rows |= {arm: {"out_of_memory": True} for arm in group}
             for arm, seconds in times.items():
-                images_per_second = batch_size * given.steps_per_round / seconds
+                flops_per_image = training_flops(builders.get(arm, build), config)
+                images_per_second = rows[arm]["images_per_second"] = batch_size * given.steps_per_round / seconds
                 rows[arm] |= {
-                    "images_per_second": images_per_second,
-                    "steps_per_second": given.steps_per_round / seconds,
-                    "speed_ratio": images_per_second / rows["paper-style"].get("images_per_second", images_per_second),
-                    "model_flop_utilisation": training_flops(builders.get(arm, build), config)
-                    * images_per_second
-                    / rate,
+                    "steps_per_second": images_per_second / batch_size,
+                    "speed_ratio": images_per_second / rows["paper-style"]["images_per_second"],
+                    "model_flop_utilisation": flops_per_image * images_per_second / rate,
                 }
                 if arm not in ("DiT", "U-Net", "ours, Muon"):
                     pairs = zip(losses[arm], losses["paper-style"])

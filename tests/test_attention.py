@@ -62,7 +62,8 @@ def test_what_keeps_xformers_from_running(monkeypatch):
         monkeypatch.setattr("xformers.ops.fmha.common._built_with_cuda", False)
         assert "CUDA support)" in ask(64, torch.bfloat16)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    assert ask(0, None).startswith("cannot be imported (")
+    assert ask(64, torch.bfloat16).startswith("cannot be imported (")
+    assert ask(0, None) == ""  # before a device is chosen nothing is imported
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert ask(0, None) == "is not installed"
 

@@ -35,13 +35,13 @@ def quiet_xformers() -> Iterator[None]:
 def _ask_xformers(head_dim: int, dtype: torch.dtype | None) -> str:
     if importlib.util.find_spec("xformers") is None:
         return "is not installed"
+    if dtype is None:
+        return ""
     try:
         with quiet_xformers():
             from xformers.ops import fmha
     except ImportError as error:  # such as a FlashAttention beside it of a version that it does not know
         return f"cannot be imported ({' '.join(str(error).split()):.200})"
-    if dtype is None:
-        return ""
     # Its CUTLASS kernel, for fp32, is PyTorch's own, and cannot be compiled: xformers means FlashAttention here.
     query = torch.empty(1, 1, 1, head_dim, dtype=dtype, device="cuda")
     inputs = fmha.Inputs(query, query, query)
@@ -55,7 +55,7 @@ def xformers_obstacle(head_dim: int = 0, dtype: torch.dtype | None = None) -> st
 
     Args:
         head_dim: width of one attention head.
-        dtype: of queries, keys and values; only with one is the GPU asked.
+        dtype: of queries, keys and values; only with one is xformers imported, and the GPU asked.
     """
     return _ask_xformers(head_dim, dtype)
 

@@ -209,7 +209,6 @@ class UViT(nn.Module):
             self.register_buffer("pos_embed", self._sincos_pos_embed(), persistent=False)
 
         self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.depth // 2))
-        self.is_whole = True
         self.mid_block = Block(config)
         self.out_blocks = nn.ModuleList(Block(config, deep=True) for _ in range(config.depth // 2))
 
@@ -220,6 +219,7 @@ class UViT(nn.Module):
         else:
             chans = in_chans if config.conv == "image" else dim
             self.final_layer = nn.Conv2d(chans, chans, 3, padding=1)
+        self.is_whole = True  # until blocks are pruned
         self._init_weights()
 
     @property

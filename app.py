@@ -1,41 +1,7 @@
-"""Serves a page that draws from trained runs: `python app.py --runs runs`, then open the address that it prints."""
+"""`python app.py …`: the command of uvit/commands/app.py, from a checkout."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-from uvit.cli import parse, run
-from uvit.config import Section
-from uvit.errors import InputError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments(Section):
-    runs: str = "runs"
-    """Folder whose runs the page draws from, and no others."""
-    host: str = "127.0.0.1"
-    """Address to listen on: this machine alone, or 0.0.0.0 for everyone who can reach it."""
-    port: int = 7860
-    """Port to listen on; 0 is any that is free."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("port", 0 <= self.port < 2**16, "0 to 65535")
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Serves the page until Ctrl-C."""
-    given = parse(Arguments, arguments, "app.py", __doc__ or "")
-    try:
-        from uvit.integrations.demo import serve
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise InputError("app.py needs the package gradio, which is not installed: pip install gradio") from None
-    serve(Path(given.runs), given.host, given.port)
-
+from uvit.commands.app import main
+from uvit.common.cli import run
 
 if __name__ == "__main__":
     run(main)

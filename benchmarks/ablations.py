@@ -20,16 +20,16 @@ from typing import Literal
 import torch
 
 from uvit import Config, UViT
-from uvit.checkpoint import STATE_FILE, checkpoint_dirs
-from uvit.cli import parse, run
+from uvit.common.cli import parse, run
+from uvit.common.errors import InputError
+from uvit.common.files import make_directory
 from uvit.config import CONFIG_FILE, load_config
-from uvit.data import read_all
-from uvit.errors import InputError
-from uvit.files import make_directory
-from uvit.generate import find_conditions, generate
-from uvit.images import to_unit_range
-from uvit.loader import load_data
-from uvit.metrics import Moments, frechet_distance
+from uvit.data.batch import read_all
+from uvit.data.images import to_unit_range
+from uvit.data.loader import load_data
+from uvit.evaluation.metrics import Moments, frechet_distance
+from uvit.sampling.generate import generate
+from uvit.training.checkpoint import STATE_FILE, checkpoint_dirs
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

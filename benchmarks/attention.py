@@ -15,9 +15,9 @@ from measure import best_device, median_times, save_result
 from torch import Tensor
 from tqdm import tqdm
 
-from uvit.attention import attention, resolve_backend
-from uvit.cli import parse, run
-from uvit.errors import InputError
+from uvit.common.cli import parse, run
+from uvit.common.errors import InputError
+from uvit.networks.attention import attention, resolve_backend
 
 BACKENDS = ("math", "sdpa", "xformers")
 SHAPES = {

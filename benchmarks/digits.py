@@ -18,7 +18,7 @@ from typing import Literal
 
 from measure import save_result
 
-from uvit.cli import parse, run
+from uvit.common.cli import parse, run
 
 ROOT = Path(__file__).parent.parent
 

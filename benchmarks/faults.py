@@ -37,11 +37,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from uvit.checkpoint import PREFIX, load_checkpoint  # noqa: E402
-from uvit.cli import parse, run  # noqa: E402
-from uvit.errors import TrainingError  # noqa: E402
-from uvit.resume import METRICS_FILE  # noqa: E402
-from uvit.weights import WEIGHTS_FILE  # noqa: E402
+from uvit.common.cli import parse, run  # noqa: E402
+from uvit.common.errors import TrainingError  # noqa: E402
+from uvit.config import (
+    METRICS_FILE,
+    WEIGHTS_FILE,
+)
+from uvit.training.checkpoint import PREFIX, load_checkpoint  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
 CONFIG = str(ROOT / "configs" / "digits.py")
@@ -100,7 +102,7 @@ class Counter:
         """Counts the steps of this process by the call that every step makes once."""
         original = train.agree
 
-        def agree(*arguments: Any) -> Any:
+        def mean_over_processes(*arguments: Any) -> Any:
             told = original(*arguments)
             struct.pack_into("q", self.memory, 0, self.steps + 1)
             if self.steps == 1:

@@ -24,12 +24,12 @@ from measure import save_result
 from PIL import Image
 
 from uvit import UViT
-from uvit.cli import parse, run
+from uvit.common.cli import parse, run
 from uvit.config import Config, DataConfig, TrainConfig, UViTConfig
-from uvit.diffusion import diffusion_loss
-from uvit.latent_data import Manifest, begin, write_shard
-from uvit.loader import build_loader, load_data
-from uvit.published import SIZES
+from uvit.data.loader import build_loader, load_data
+from uvit.data.manifest import Manifest, write_shard
+from uvit.diffusion.objective import diffusion_loss
+from uvit.weights.published import SIZES
 
 LATENT_SHAPE = (4, 32, 32)
 SHARD_SIZE = 2048
@@ -81,7 +81,7 @@ def make_latents(folder: Path, gigabytes: float) -> int:
     first = first.rename(folder / manifest.shard_file(0))
     for shard in range(1, count):
         os.link(first, folder / manifest.shard_file(shard))
-    begin(folder, manifest, None)
+    start_encoding(folder, manifest, None)
     return count * size
 
 

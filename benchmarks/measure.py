@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from uvit.files import write_text
+from uvit.common.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from uvit import Config
-from uvit.data import read_all
-from uvit.evaluation import build_classifier, choose_labels
-from uvit.features import PixelFeatures
-from uvit.loader import load_data
-from uvit.metrics import Gaussian, Moments, frechet_distance
+from uvit.data.batch import read_all
+from uvit.data.loader import load_data
+from uvit.evaluation.features import PixelFeatures
+from uvit.evaluation.judge import build_classifier, choose_labels
+from uvit.evaluation.metrics import Gaussian, Moments, frechet_distance
 
 
 class Judge:

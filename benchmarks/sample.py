@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from uvit import Config, UViT, UViTConfig
-from uvit.cli import parse, run
+from uvit.common.cli import parse, run
 from uvit.config import Compile, SampleConfig
-from uvit.generate import generate, load_run, set_threads
-from uvit.precision import compile_model
-from uvit.published import SIZES
+from uvit.networks.runtime import compile_model, set_threads
+from uvit.sampling.generate import generate
+from uvit.sampling.runs import load_run
+from uvit.weights.published import SIZES
 
 
 @dataclass(frozen=True, kw_only=True)

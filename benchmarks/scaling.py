@@ -21,9 +21,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 from uvit import UViT
-from uvit.attention import attention, resolve_backend
-from uvit.cli import parse, run
-from uvit.errors import InputError
+from uvit.common.cli import parse, run
+from uvit.common.errors import InputError
+from uvit.networks.attention import attention, resolve_backend
 
 SIDES = (16, 24, 32, 48, 64, 96, 128)  # of patches of 2: 64 to 4096 of them
 DEPTHS = (2, 4, 8, 16)

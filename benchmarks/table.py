@@ -15,8 +15,8 @@ from typing import Any
 from measure import RESULTS
 from time_to_quality import describe
 
-from uvit.cli import run
-from uvit.errors import InputError
+from uvit.common.cli import run
+from uvit.common.errors import InputError
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- made by benchmarks/table.py -->\n", "<!-- end of what benchmarks/table.py made -->"

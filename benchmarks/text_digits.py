@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from uvit.cli import parse, run
-from uvit.files import make_directory
+from uvit.common.cli import parse, run
+from uvit.common.files import make_directory
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "text_digits.json"

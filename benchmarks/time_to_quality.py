@@ -26,10 +26,10 @@ from measure import save_result
 from quality import Judge
 
 from uvit import UViT
-from uvit.checkpoint import checkpoint_dirs, read_state
-from uvit.cli import parse, run
+from uvit.common.cli import parse, run
 from uvit.config import load_config
-from uvit.generate import generate
+from uvit.sampling.generate import generate
+from uvit.training.checkpoint import checkpoint_dirs, read_state
 
 TARGETS = {
     **{

@@ -37,14 +37,14 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from uvit import Config, UViT, UViTConfig  # noqa: E402
-from uvit.attention import attention  # noqa: E402
-from uvit.cli import parse, run  # noqa: E402
+from uvit.common.cli import parse, run  # noqa: E402
 from uvit.config import OptimConfig, load_config  # noqa: E402
-from uvit.data import Batch  # noqa: E402
-from uvit.latents import NO_ENCODERS  # noqa: E402
-from uvit.optim import build_optimizer  # noqa: E402
-from uvit.precision import compile_model, resolve_precision  # noqa: E402
-from uvit.published import ADAMW  # noqa: E402
+from uvit.data.batch import Batch  # noqa: E402
+from uvit.networks.attention import attention  # noqa: E402
+from uvit.networks.encoders import NO_ENCODERS  # noqa: E402
+from uvit.networks.runtime import compile_model, resolve_precision  # noqa: E402
+from uvit.training.optim import build_optimizer  # noqa: E402
+from uvit.weights.published import ADAMW  # noqa: E402
 
 Model = Literal["digits", "photos", "S/2", "L/2", "H/2"]
 CONFIGS: dict[Model, str] = {

@@ -1,7 +1,7 @@
 """CelebA 64x64, unconditional, U-ViT-S/4 in pixels: the published run (FID 2.87)."""
 
 from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
-from uvit.published import ADAMW, PUBLISHED, VP_NOISE
+from uvit.weights.published import ADAMW, PUBLISHED, VP_NOISE
 
 config = Config(
     model=PUBLISHED["celeba64_uvit_small"],

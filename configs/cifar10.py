@@ -1,7 +1,7 @@
 """Class-conditional CIFAR-10, U-ViT-S/2, in today's style; `--data.name FOLDER` takes a local copy of the data set."""
 
 from uvit.config import Config, DataConfig, OptimConfig, ProcessConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import SIZES
+from uvit.weights.published import SIZES
 
 config = Config(
     model=UViTConfig(**SIZES["small"], img_size=32, patch_size=2, num_classes=10, null_class=True, qk_norm=True),

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from uvit.config import load_config
-from uvit.published import CLIP_CONTEXT
+from uvit.weights.published import CLIP_CONTEXT
 
 digits = load_config(Path(__file__).with_name("digits.py"))
 config = replace(

@@ -1,7 +1,7 @@
 """Class-conditional ImageNet 256x256 in latents, U-ViT-L/2, in today's style."""
 
 from uvit.config import Config, DataConfig, OptimConfig, ProcessConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.published import IMAGENET256_LATENTS, SD_AUTOENCODER_EMA, SIZES
+from uvit.weights.published import IMAGENET256_LATENTS, SD_AUTOENCODER_EMA, SIZES
 
 config = Config(
     model=UViTConfig(**SIZES["large"], **IMAGENET256_LATENTS, qk_norm=True),

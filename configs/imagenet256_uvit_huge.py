@@ -1,7 +1,7 @@
 """ImageNet 256x256 in latents, class-conditional, U-ViT-H/2: the published run (FID 2.29, guided)."""
 
 from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
-from uvit.published import ADAMW, LDM_NOISE, PUBLISHED, SD_AUTOENCODER_EMA
+from uvit.weights.published import ADAMW, LDM_NOISE, PUBLISHED, SD_AUTOENCODER_EMA
 
 config = Config(
     model=PUBLISHED["imagenet256_uvit_huge"],

@@ -1,7 +1,7 @@
 """ImageNet 256x256 in latents, class-conditional, U-ViT-L/2: the published run (FID 3.40, guided)."""
 
 from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
-from uvit.published import ADAMW, PUBLISHED, SD_AUTOENCODER, VP_NOISE
+from uvit.weights.published import ADAMW, PUBLISHED, SD_AUTOENCODER, VP_NOISE
 
 config = Config(
     model=PUBLISHED["imagenet256_uvit_large"],

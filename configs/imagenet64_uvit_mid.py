@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
-from uvit.published import ADAMW, PUBLISHED, VP_NOISE
+from uvit.weights.published import ADAMW, PUBLISHED, VP_NOISE
 
 config = Config(
     model=PUBLISHED["imagenet64_uvit_mid"],

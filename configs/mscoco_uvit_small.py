@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from uvit.config import Config, DataConfig, SampleConfig, TrainConfig
-from uvit.published import ADAMW, LDM_NOISE, PUBLISHED, SD_AUTOENCODER
+from uvit.weights.published import ADAMW, LDM_NOISE, PUBLISHED, SD_AUTOENCODER
 
 config = Config(
     model=PUBLISHED["mscoco_uvit_small"],

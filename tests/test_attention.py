@@ -8,8 +8,8 @@ import torch
 from lives import in_a_fork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from uvit.attention import _ask_xformers, attention, resolve_backend
-from uvit.errors import InputError
+from uvit.common.errors import InputError
+from uvit.networks.attention import _ask_xformers, attention, resolve_backend
 
 needs_xformers = pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="xformers is not installed")
 

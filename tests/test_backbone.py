@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+import uvit.backbone
 from golden import ARRAYS, FACTS, config_of, golden_inputs, golden_model, rnd
 
-import uvit.backbone
 from uvit import UViT, UViTConfig
-from uvit.backbone import timestep_embedding
+from uvit.common.errors import InputError
 from uvit.config import Config, to_json
-from uvit.errors import InputError
+from uvit.networks.layers import timestep_embedding
 
 RELATIVE = 1e-5
 

@@ -9,8 +9,8 @@ import torch
 from malicious import PICKLE, WORDS
 
 from uvit import Config
-from uvit.checkpoint import checkpoint_dirs, find_checkpoint, load_checkpoint, save_checkpoint
-from uvit.errors import InputError
+from uvit.common.errors import InputError
+from uvit.training.checkpoint import checkpoint_dirs, find_checkpoint, load_checkpoint, save_checkpoint
 
 
 def test_newest_checkpoint_is_loaded_and_old_ones_go(tmp_path):

@@ -24,14 +24,14 @@ import evaluate
 import sample
 import train
 from uvit import UViT, checkpoint
-from uvit.checkpoint import load_checkpoint, save_checkpoint
-from uvit.cli import run
+from uvit.common.cli import run
+from uvit.common.errors import InputError
+from uvit.common.files import atomic_write
 from uvit.config import load_config
-from uvit.errors import InputError
-from uvit.features import TimmFeatures
-from uvit.files import write_aside
-from uvit.samplers import SOLVERS
-from uvit.weights import read_weights, write_weights
+from uvit.diffusion.solvers import SOLVERS
+from uvit.evaluation.features import TimmFeatures
+from uvit.training.checkpoint import load_checkpoint, save_checkpoint
+from uvit.weights.tensors import read_weights, write_weights
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate, "encode": encode}
@@ -801,7 +801,7 @@ def test_two_processes_share_a_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_command_leaves_nothing_half_written(signum, status, tmp_path, monkeypatch, capsys):
     def stopped(arguments):
-        with write_aside(tmp_path / "file.txt") as aside:
+        with atomic_write(tmp_path / "file.txt") as aside:
             aside.write_text("half")
             os.kill(os.getpid(), signum)
             signal.pause()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from uvit import Config, UViTConfig
+from uvit.common.errors import InputError
 from uvit.config import (
     DataConfig,
     OptimConfig,
@@ -17,7 +18,6 @@ from uvit.config import (
     load_config,
     to_json,
 )
-from uvit.errors import InputError
 
 CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.py"))
 

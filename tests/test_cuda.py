@@ -18,15 +18,16 @@ from timm.utils import ModelEmaV3
 import sample
 import train
 from uvit import Config, UViT
-from uvit.attention import attention, xformers_obstacle
 from uvit.config import OptimConfig, ProcessConfig, SampleConfig, TrainConfig, UViTConfig
-from uvit.data import Batch
-from uvit.diffusion import SCHEDULES, diffusion_loss
-from uvit.latents import NO_ENCODERS
-from uvit.optim import build_optimizer
-from uvit.precision import compile_model
-from uvit.samplers import ImageNoise
-from uvit.samplers import sample as draw
+from uvit.data.batch import Batch
+from uvit.diffusion.objective import diffusion_loss
+from uvit.diffusion.process import SCHEDULES
+from uvit.diffusion.samplers import ImageNoise
+from uvit.diffusion.samplers import sample as draw
+from uvit.networks.attention import attention, xformers_obstacle
+from uvit.networks.encoders import NO_ENCODERS
+from uvit.networks.runtime import compile_model
+from uvit.training.optim import build_optimizer
 
 pytestmark = pytest.mark.gpu
 

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from uvit import UViTConfig
+from uvit.common.errors import InputError
 from uvit.config import DataConfig
-from uvit.data import Wanted, load_images, read_all
-from uvit.errors import InputError
-from uvit.loader import load_data
+from uvit.data.batch import ImageSpec, read_all
+from uvit.data.datasets import load_images
+from uvit.data.loader import load_data
 
 RNG = np.random.default_rng(0)
 DIGITS = UViTConfig(img_size=8, in_chans=1, num_classes=10)
@@ -202,7 +203,7 @@ def test_absurd_and_missing_images_name_themselves(tmp_path):
 def test_images_are_not_cut_unasked(tmp_path):
     """Where no shape is asked for, all must have that of the first."""
     save_folder(tmp_path / "photos")
-    as_they_are = Wanted(None, labels=None, captions=False)
+    as_they_are = ImageSpec(None, labels=None, captions=False)
     data = load_images(DataConfig(name=str(tmp_path / "photos")), as_they_are)
     assert data.shape == (3, 16, 24) and len(read_all(data).images) == 6
     Image.new("RGB", (24, 24)).save(tmp_path / "photos/dog/0.png")
@@ -219,14 +220,14 @@ def test_images_are_not_cut_unasked(tmp_path):
 def test_images_of_an_npz(tmp_path):
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     np.savez(tmp_path / "a.npz", arr_0=images, arr_1=np.array([3, 1]))
-    data = load_images(DataConfig(name=str(tmp_path / "a.npz")), Wanted(None, labels=None, captions=False))
+    data = load_images(DataConfig(name=str(tmp_path / "a.npz")), ImageSpec(None, labels=None, captions=False))
     batch = data.read([1], RNG)
     assert data.shape == (3, 4, 4) and len(data.class_names) == 4 and batch.labels.tolist() == [1]
     assert np.array_equal(batch.images[0].permute(1, 2, 0), images[1])
     for labels in (np.array([0, 2**40]), np.array([-1, 0])):
         np.savez(tmp_path / "b.npz", arr_0=images, arr_1=labels)
         with pytest.raises(InputError, match="must be labels of 0 to 99999, got"):
-            load_images(DataConfig(name=str(tmp_path / "b.npz")), Wanted(None, labels=None, captions=False))
+            load_images(DataConfig(name=str(tmp_path / "b.npz")), ImageSpec(None, labels=None, captions=False))
     np.savez(tmp_path / "c.npz", arr_0=images.astype(np.float32))
     with pytest.raises(InputError, match=r"must be uint8 images .* got \(2, 4, 4, 3\) float32"):
-        load_images(DataConfig(name=str(tmp_path / "c.npz")), Wanted(None, labels=None, captions=False))
+        load_images(DataConfig(name=str(tmp_path / "c.npz")), ImageSpec(None, labels=None, captions=False))

@@ -27,11 +27,11 @@ from test_cli import ROOT, finished, told  # noqa: F401
 import app
 import sample
 from uvit import UViT
+from uvit.common.errors import InputError
 from uvit.config import load_config, to_json
-from uvit.errors import InputError
 from uvit.integrations import demo
-from uvit.integrations.demo import Drawing, build_page, draw, find_run, launch, list_runs
-from uvit.weights import write_weights
+from uvit.integrations.page import Drawing, build_page, draw, find_run, launch, list_runs
+from uvit.weights.tensors import write_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:::gradio.queueing")  # what it asks of pandas
 
@@ -87,7 +87,7 @@ def test_the_denoising_begins_in_noise_and_ends_in_the_images(runs):
 
 @pytest.mark.parametrize(("denoising", "together"), [("none", 4), ("strip", 6)])
 def test_as_many_are_drawn_at_a_time_as_is_fastest_unless_they_are_followed(runs, monkeypatch, denoising, together):
-    monkeypatch.setattr("uvit.generate.fitting_batch_size", lambda *_: 4)
+    monkeypatch.setattr("uvit.generate.default_batch_size", lambda *_: 4)
     seen = []
     asked = Drawing(run="tiny", classes=("1", "2"), num_per_class=3, steps=2, denoising=denoising)
     draw(runs, asked, lambda *each: seen.append(each))

@@ -27,14 +27,15 @@ from hub_server import READER, Hub, serve_hub
 
 import sample as sample_script
 from uvit import UViT
+from uvit.common.errors import InputError
+from uvit.common.files import write_text
 from uvit.config import Config, DataConfig, ProcessConfig, SampleConfig, UViTConfig, to_json
-from uvit.diffusion import SCHEDULES
-from uvit.errors import InputError
-from uvit.files import write_text
-from uvit.generate import load_run
+from uvit.diffusion.process import SCHEDULES
+from uvit.diffusion.samplers import ImageNoise, denoiser, guide, sample
+from uvit.diffusion.solvers import SOLVERS
 from uvit.integrations.diffusers import UViTModel, UViTPipeline, check_scheduler, make_scheduler, set_times
-from uvit.latents import load_encoders
-from uvit.samplers import SOLVERS, ImageNoise, denoiser, guide, sample
+from uvit.networks.encoders import load_encoders
+from uvit.sampling.runs import load_run
 
 NULL = 3
 LABELS = [0, 1, 2, 1]

@@ -5,8 +5,9 @@ import torch
 from golden import ARRAYS
 
 from uvit.config import ProcessConfig
-from uvit.diffusion import SCHEDULES, combine, diffusion_loss, sample_times, separate, shift_time
-from uvit.samplers import time_grid
+from uvit.diffusion.objective import diffusion_loss
+from uvit.diffusion.process import SCHEDULES, combine, sample_times, separate, shift_time
+from uvit.diffusion.samplers import time_grid
 
 KINDS = ["noise", "data", "v", "flow"]
 INSIDE = torch.linspace(0.01, 0.99, 41, dtype=torch.float64)

@@ -22,7 +22,7 @@ import evaluate
 import sample
 import train
 from uvit import checkpoint
-from uvit.cli import parse
+from uvit.common.cli import parse
 from uvit.config import Config
 from uvit.integrations.export import ExportArguments
 

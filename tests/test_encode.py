@@ -24,14 +24,15 @@ from test_data import save_captions, save_folder
 import encode
 import sample
 import train
-from uvit.checkpoint import load_checkpoint
-from uvit.cli import run
+from uvit.common.cli import run
+from uvit.common.errors import InputError
 from uvit.config import DataConfig, UViTConfig
-from uvit.data import Wanted, load_images, read_all
-from uvit.errors import InputError
-from uvit.images import to_unit_range
-from uvit.latent_data import load_latents
-from uvit.latents import Autoencoder, TextEncoder
+from uvit.data.batch import ImageSpec, read_all
+from uvit.data.datasets import load_images
+from uvit.data.images import to_unit_range
+from uvit.data.latents import load_latents
+from uvit.networks.encoders import Autoencoder, TextEncoder
+from uvit.training.checkpoint import load_checkpoint
 
 LATENT = """
 from uvit.config import *
@@ -73,7 +74,7 @@ def config_of(folder, **fields):
 
 def test_latents_are_the_autoencoders(inside):
     """Every image in its place, its mirror image too, to half precision."""
-    photos = read_all(load_images(DataConfig(name="photos"), Wanted((3, 16, 16), True, True)))
+    photos = read_all(load_images(DataConfig(name="photos"), ImageSpec((3, 16, 16), True, True)))
     data = load_latents(config_of("latents"), MODEL)
     assert len(data) == 4000
     autoencoder = Autoencoder("vae", 1.0)

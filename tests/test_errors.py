@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from uvit.errors import printable, shown
+from uvit.common.errors import printable, short_repr
 
 ROOT = Path(__file__).parent.parent
 TABLES = (ROOT / "docs/errors.md").read_text().splitlines()
@@ -49,10 +49,10 @@ def test_messages_of_the_table_are_the_codes(row):
 
 
 def test_what_is_shown_of_a_value_is_short_and_printable():
-    assert shown("fast") == "'fast'" and shown((32, 33)) == "(32, 33)"
-    assert len(shown("x" * 10**6)) < 120 and len(shown(10**1000)) < 80
+    assert short_repr("fast") == "'fast'" and short_repr((32, 33)) == "(32, 33)"
+    assert len(short_repr("x" * 10**6)) < 120 and len(short_repr(10**1000)) < 80
     nested: list = []
     for _ in range(5000):
         nested = [nested]
-    assert len(shown(nested)) < 50
+    assert len(short_repr(nested)) < 50
     assert printable("a\x1b[31m\u202eb é 漢") == r"a\x1b[31m\u202eb é 漢"

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from uvit import UViT
-from uvit.checkpoint import main
-from uvit.errors import InputError
+from uvit.common.errors import InputError
 from uvit.integrations import export
 from uvit.integrations.export import example_inputs, export_onnx, export_program, load_exported, save_exported
+from uvit.training.checkpoint import main
 
 LABELS = {"num_classes": 3, "null_class": True}
 CONTEXT = {"context_dim": 16, "num_context_tokens": 5}

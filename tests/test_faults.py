@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import uvit.checkpoint
+import uvit.loader
+import uvit.resume
 from lives import assert_same, assert_same_run, at_step, end, live, live_together, metrics_of, start
 from test_cli import ROOT, TINY
 
 import train
-import uvit.checkpoint
-import uvit.loader
-import uvit.resume
-from uvit.checkpoint import checkpoint_dirs, load_checkpoint, save_checkpoint
+from uvit.common.errors import InputError
 from uvit.config import load_config
-from uvit.errors import InputError
-from uvit.loader import StepSampler
+from uvit.data.loader import StepSampler
+from uvit.training.checkpoint import checkpoint_dirs, load_checkpoint, save_checkpoint
 
 # With workers, flips and parts of a batch, in the middle of a fourth epoch, checkpoints and log lines out of step.
 OPTIONS = (
@@ -252,7 +252,7 @@ def test_metrics_and_grids_that_cannot_be_written_are_written_later_or_not(whole
             original(path, lines)
 
         uvit.resume.append_lines = append_lines
-        train.write_aside = lambda path: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system"))
+        train.atomic_write = lambda path: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system"))
 
     status, lines = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log", prepare)
     assert status == 0

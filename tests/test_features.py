@@ -7,8 +7,8 @@ import timm
 import torch
 from malicious import PICKLE, WORDS
 
-from uvit.errors import InputError
-from uvit.features import InceptionFeatures, TimmFeatures, build_features
+from uvit.common.errors import InputError
+from uvit.evaluation.features import InceptionFeatures, TimmFeatures, build_features
 
 IMAGES = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -7,15 +7,16 @@ import signal
 import pytest
 import torch
 
-from uvit.errors import InputError
-from uvit.files import append_lines, hold, make_directory, remove_leftovers, write_aside, write_text
-from uvit.weights import WEIGHTS_FILE, write_weights
+from uvit.common.errors import InputError
+from uvit.common.files import append_lines, atomic_write, lock_folder, make_directory, remove_leftovers, write_text
+from uvit.config import WEIGHTS_FILE
+from uvit.weights.tensors import write_weights
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), write_aside(path) as aside:
+    with pytest.raises(RuntimeError), atomic_write(path) as aside:
         aside.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -48,7 +49,7 @@ def test_paths_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(InputError, match=r"cannot write to .*file/folder: .*/file is not a folder"),
-        write_aside(tmp_path / "file" / "folder" / "grid.png"),
+        atomic_write(tmp_path / "file" / "folder" / "grid.png"),
     ):
         pass
     with pytest.raises(InputError, match=r"cannot write to .*file: .*file is not a folder"):
@@ -81,7 +82,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 def test_a_held_folder_is_free_again_once_its_holder_is_killed_though_its_child_lives(tmp_path):
     reading, writing = os.pipe()
     if not (holder := os.fork()):
-        with hold(tmp_path):
+        with lock_folder(tmp_path):
             if not (child := os.fork()):
                 signal.pause()
             os.write(writing, child.to_bytes(4, "little"))
@@ -90,12 +91,12 @@ def test_a_held_folder_is_free_again_once_its_holder_is_killed_though_its_child_
     try:
         with (
             pytest.raises(InputError, match=f"is in use by process {holder} on .*: wait for it to end"),
-            hold(tmp_path),
+            lock_folder(tmp_path),
         ):
             pass
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-        with hold(tmp_path):
+        with lock_folder(tmp_path):
             assert (tmp_path / ".lock").is_file()
         assert list(tmp_path.iterdir()) == []
     finally:
@@ -105,6 +106,6 @@ def test_a_held_folder_is_free_again_once_its_holder_is_killed_though_its_child_
 def test_a_folder_that_cannot_be_held(tmp_path):
     with (
         pytest.raises(InputError, match=r"cannot write to .*nowhere: No such file or directory"),
-        hold(tmp_path / "nowhere"),
+        lock_folder(tmp_path / "nowhere"),
     ):
         pass

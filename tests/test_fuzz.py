@@ -17,20 +17,11 @@ import evaluate
 import sample
 import train
 from uvit import checkpoint
-from uvit.cli import parse
-from uvit.config import (
-    Config,
-    ProcessConfig,
-    SampleConfig,
-    Section,
-    UViTConfig,
-    from_dict,
-    load_config,
-    to_json,
-)
-from uvit.errors import InputError
-from uvit.latent_data import Manifest
-from uvit.samplers import sampling_times
+from uvit.common.cli import parse
+from uvit.common.errors import InputError
+from uvit.config import Config, ProcessConfig, SampleConfig, Section, UViTConfig, from_dict, load_config, to_json
+from uvit.data.manifest import Manifest
+from uvit.diffusion.samplers import sampling_times
 
 FUZZ = settings(
     max_examples=150,

@@ -14,14 +14,14 @@ from PIL import Image
 
 import sample
 from uvit import Config, UViT, UViTConfig
-from uvit.card import describe_figures, model_card
-from uvit.checkpoint import main
-from uvit.cli import run
+from uvit.common.cli import run
+from uvit.common.errors import InputError
 from uvit.config import DataConfig, SampleConfig, TrainConfig, to_json
-from uvit.errors import InputError
-from uvit.publish import public_name
-from uvit.published import PUBLISHED
-from uvit.weights import hash_weights
+from uvit.integrations.publish import public_name
+from uvit.training.checkpoint import main
+from uvit.weights.card import describe_figures, model_card
+from uvit.weights.published import PUBLISHED
+from uvit.weights.tensors import hash_weights
 
 NAME = "me/digits"
 MODEL = UViTConfig(

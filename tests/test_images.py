@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from uvit.errors import InputError
-from uvit.images import fit_image, open_image, random_flip, to_uint8, to_unit_range
+from uvit.common.errors import InputError
+from uvit.data.images import fit_image, open_image, random_flip, to_uint8, to_unit_range
 
 
 def stored(image, form="PNG", **options):

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from uvit.interrupt import stop_on_signals
+from uvit.common.signals import stop_on_signals
 
 
 @pytest.fixture(autouse=True)

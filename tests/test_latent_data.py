@@ -10,19 +10,18 @@ import pyarrow as pa
 import pytest
 import torch
 
+from uvit.common.errors import InputError
 from uvit.config import DataConfig, UViTConfig
-from uvit.errors import InputError
-from uvit.latent_data import (
+from uvit.data.latents import load_latents
+from uvit.data.manifest import (
     EMPTY_CONTEXT_FILE,
     Manifest,
-    begin,
-    check_begun,
+    check_same_encoding,
     is_latent_data,
-    load_latents,
     read_manifest,
     write_shard,
 )
-from uvit.latents import sample_latents
+from uvit.networks.encoders import sample_latents
 
 MANIFEST = Manifest(
     source="made up",
@@ -57,7 +56,7 @@ def row(index):
 @pytest.fixture
 def folder(tmp_path):
     """Ten rows in three shards, of several record batches each."""
-    begin(tmp_path, MANIFEST, torch.full((5, 6), -1.0))
+    start_encoding(tmp_path, MANIFEST, torch.full((5, 6), -1.0))
     for shard in range(3):
         with write_shard(tmp_path, MANIFEST, shard) as add:
             for part in (range(4 * shard, min(4 * shard + 3, 10)), range(4 * shard + 3, min(4 * shard + 4, 10))):
@@ -205,7 +204,7 @@ def test_a_manifest_that_cannot_be_one(folder, field, value, message):
 
 def test_one_version_of_each_image_is_not_mirrored(tmp_path):
     once = dataclasses.replace(MANIFEST, flips=1, num_images=2, num_captions=0)
-    begin(tmp_path, once, None)
+    start_encoding(tmp_path, once, None)
     with write_shard(tmp_path, once, 0) as add:
         add({"moments": np.ones((2, 1, 4, 4, 4), np.float16), "label": np.array([0, 1])})
     assert len(load_latents(config_of(tmp_path), LABELLED)) == 2
@@ -214,7 +213,7 @@ def test_one_version_of_each_image_is_not_mirrored(tmp_path):
 
 
 def test_a_shard_is_whole_or_not_there(tmp_path):
-    begin(tmp_path, MANIFEST, None)
+    start_encoding(tmp_path, MANIFEST, None)
     moments, label, captions, context = row(0)
     with pytest.raises(KeyboardInterrupt), write_shard(tmp_path, MANIFEST, 0) as add:
         add({"moments": moments[None], "label": np.array([label]), "captions": [captions], "context": context[None]})
@@ -224,15 +223,15 @@ def test_a_shard_is_whole_or_not_there(tmp_path):
 
 def test_a_folder_is_gone_on_with_in_the_same_way_only(folder):
     assert is_latent_data(folder) and read_manifest(folder) == MANIFEST
-    check_begun(folder, dataclasses.replace(MANIFEST, autoencoder="elsewhere/vae", versions=("torch 3",)))
+    check_same_encoding(folder, dataclasses.replace(MANIFEST, autoencoder="elsewhere/vae", versions=("torch 3",)))
     for field, value in {"encoder_hash": "xyz", "scale_factor": 1.0, "num_images": 11, "source": "other"}.items():
         with pytest.raises(InputError, match=rf"was begun with {field} .*, got {value!r}: use another --output"):
-            check_begun(folder, dataclasses.replace(MANIFEST, **{field: value}))
+            check_same_encoding(folder, dataclasses.replace(MANIFEST, **{field: value}))
 
 
 def test_a_manifest_remembers_who_began_and_who_went_on(tmp_path):
     for name, versions in (("vae", ("uvit 1", "torch 2")), ("elsewhere/vae", ("uvit 1", "torch 3"))):
-        begin(tmp_path, dataclasses.replace(MANIFEST, autoencoder=name, versions=versions), None)
+        start_encoding(tmp_path, dataclasses.replace(MANIFEST, autoencoder=name, versions=versions), None)
     expected = dataclasses.replace(MANIFEST, autoencoder="vae", versions=("uvit 1", "torch 2", "torch 3"))
     assert read_manifest(tmp_path) == expected
 
@@ -240,7 +239,7 @@ def test_a_manifest_remembers_who_began_and_who_went_on(tmp_path):
 def test_beginning_again_puts_leftovers_away(folder):
     (folder / ".shard-00001-of-00003-77.arrow").write_bytes(b"half")
     before = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    begin(folder, MANIFEST, torch.zeros(5, 6))
+    start_encoding(folder, MANIFEST, torch.zeros(5, 6))
     assert sorted(path.name for path in folder.iterdir()) == before and EMPTY_CONTEXT_FILE in before
 
 

@@ -9,9 +9,9 @@ from encoders import make_autoencoder, make_text_encoder
 from malicious import PICKLE, WORDS
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig
 
+from uvit.common.errors import InputError
 from uvit.config import DataConfig, UViTConfig
-from uvit.errors import InputError
-from uvit.latents import CACHED_CAPTIONS, NO_ENCODERS, Autoencoder, TextEncoder, load_encoders
+from uvit.networks.encoders import CACHED_CAPTIONS, NO_ENCODERS, Autoencoder, TextEncoder, load_encoders
 
 TEXT = UViTConfig(img_size=8, in_chans=1, context_dim=8, num_context_tokens=12)
 LATENT = UViTConfig(img_size=4, in_chans=4)

@@ -10,10 +10,10 @@ from PIL import Image
 from test_data import save_captions, save_folder
 
 from uvit import Config, UViTConfig
-from uvit.cli import run
+from uvit.common.cli import run
+from uvit.common.errors import InputError
 from uvit.config import DataConfig, TrainConfig
-from uvit.errors import InputError
-from uvit.loader import StepSampler, build_loader, load_data
+from uvit.data.loader import StepSampler, build_loader, load_data
 
 DIGITS = UViTConfig(img_size=8, in_chans=1, num_classes=10)
 

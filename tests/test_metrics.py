@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from uvit.errors import InputError
-from uvit.metrics import (
+from uvit.common.errors import InputError
+from uvit.evaluation.metrics import (
     FeatureSample,
     ImageHash,
     InceptionScore,

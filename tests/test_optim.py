@@ -5,7 +5,7 @@ import torch
 
 from uvit import UViT
 from uvit.config import OptimConfig
-from uvit.optim import build_optimizer, build_scheduler, lr_factor
+from uvit.training.optim import build_optimizer, build_scheduler, lr_factor
 
 
 def test_adamw_decays_every_parameter(tiny):

@@ -11,8 +11,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from uvit.diffusion import SCHEDULES, shift_time
-from uvit.samplers import ddim, denoiser, dpmpp_2m, unipc
+from uvit.diffusion.process import SCHEDULES, shift_time
+from uvit.diffusion.samplers import denoiser
+from uvit.diffusion.solvers import ddim, dpmpp_2m, unipc
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 X_INIT = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

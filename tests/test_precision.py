@@ -5,8 +5,8 @@ import torch
 from lives import in_a_fork
 
 from uvit import UViT
-from uvit.errors import InputError
-from uvit.precision import MIN_BF16_WIDTH, check_compile, compile_model, resolve_precision, tf32
+from uvit.common.errors import InputError
+from uvit.networks.runtime import MIN_BF16_WIDTH, check_compile, compile_model, resolve_precision, tf32
 
 SMALL = {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
 

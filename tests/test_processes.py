@@ -14,8 +14,8 @@ import torch
 from test_cli import ROOT, TINY, command, deterministic_loss
 from torch.distributed.tensor import DTensor
 
-from uvit.checkpoint import load_checkpoint
-from uvit.weights import read_weights
+from uvit.training.checkpoint import load_checkpoint
+from uvit.weights.tensors import read_weights
 
 pytestmark = pytest.mark.slow
 OPTIONS = "--optim.name adamw --train.num_steps 2 --train.sample_every 0 --train.tracker none --optim.grad_clip 0"

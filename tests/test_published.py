@@ -10,8 +10,8 @@ from golden import FACTS
 
 from uvit import UViT
 from uvit.config import load_config
-from uvit.published import PUBLISHED, SD_AUTOENCODER, SD_AUTOENCODER_EMA
-from uvit.samplers import num_evaluations
+from uvit.diffusion.samplers import num_evaluations
+from uvit.weights.published import PUBLISHED, SD_AUTOENCODER, SD_AUTOENCODER_EMA
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -7,9 +7,10 @@ import math
 import pytest
 
 from uvit import Config
+from uvit.common.errors import InputError
+from uvit.common.messages import warn_on_failure
 from uvit.config import CONFIG_FILE, OptimConfig, TrainConfig, to_json
-from uvit.errors import InputError
-from uvit.resume import HARMLESS, MetricsFile, Progress, changes, check_same_run, survive
+from uvit.training.resume import HARMLESS, MetricsFile, Progress, changes, check_same_run
 
 
 def test_every_field_that_is_named_harmless_exists():
@@ -78,16 +79,16 @@ def test_the_mean_loss_and_bad_steps_are_counted():
     again = Progress()
     again.load_state_dict(progress.state_dict())
     assert again == progress
-    assert again.take_loss() == 3.0 and math.isnan(again.take_loss())
+    assert again.pop_mean_loss() == 3.0 and math.isnan(again.pop_mean_loss())
     again.count(1.0, is_sound=True, is_overflow=False)
     assert again.bad_steps == 0
 
 
 def test_only_failed_writes_are_survived(capsys):
-    with survive("file.txt"):
+    with warn_on_failure("file.txt"):
         raise OSError(28, "No space left on device")
     assert capsys.readouterr().err == (
         "warning: cannot write file.txt, training goes on: [Errno 28] No space left on device\n"
     )
-    with pytest.raises(ZeroDivisionError), survive("file.txt"):
+    with pytest.raises(ZeroDivisionError), warn_on_failure("file.txt"):
         raise ZeroDivisionError

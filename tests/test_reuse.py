@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from uvit import UViT, UViTConfig
-from uvit.errors import InputError
-from uvit.reuse import reuse_deep_features
+from uvit.common.errors import InputError
+from uvit.diffusion.reuse import reuse_deep_features
 
 X, TIMES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0, 500.0])
 

@@ -18,17 +18,18 @@ from PIL import Image
 from test_cli import SCRIPTS, TEXT, TINY
 
 from uvit import UViT, UViTConfig, checkpoint
-from uvit.checkpoint import STATE_FILE
-from uvit.cli import run
+from uvit.common.cli import run
+from uvit.common.errors import InputError, printable
+from uvit.common.files import append_new_lines
+from uvit.common.hub import find_folder
 from uvit.config import Config, from_dict, read_json, to_json
-from uvit.errors import InputError, printable
-from uvit.features import build_features
-from uvit.files import add_lines
-from uvit.grid import image_grid
-from uvit.hub import find_folder
-from uvit.latent_data import EMPTY_CONTEXT_FILE, Manifest, begin, load_latents, read_manifest
-from uvit.latents import Autoencoder, TextEncoder
-from uvit.weights import read_published
+from uvit.data.latents import load_latents
+from uvit.data.manifest import EMPTY_CONTEXT_FILE, Manifest, read_manifest
+from uvit.evaluation.features import build_features
+from uvit.networks.encoders import Autoencoder, TextEncoder
+from uvit.sampling.grid import image_grid
+from uvit.training.checkpoint import STATE_FILE
+from uvit.weights.tensors import read_pth
 
 MAIN = {**{name: script.main for name, script in SCRIPTS.items()}, "checkpoint": checkpoint.main}
 
@@ -147,9 +148,9 @@ def test_a_context_that_is_a_pickle_is_not_read(tmp_path, monkeypatch):
         context_shape=(24, 8),
     )
     from uvit.config import DataConfig
-    from uvit.latent_data import write_shard
+    from uvit.data.manifest import write_shard
 
-    begin(tmp_path, manifest, torch.zeros(24, 8))
+    start_encoding(tmp_path, manifest, torch.zeros(24, 8))
     with write_shard(tmp_path, manifest, 0) as add:
         moments, context = np.zeros((2, 2, 8, 4, 4), np.float16), np.zeros((2, 1, 24, 8), np.float16)
         add({"moments": moments, "label": np.zeros(2, np.int64), "captions": [["a"], ["b"]], "context": context})
@@ -173,7 +174,7 @@ def test_inceptions_cached_download_is_not_run(tmp_path, monkeypatch):
     write_malicious(tmp_path / "hub/checkpoints" / URL_INCEPTION_V3.rpartition("/")[2], tmp_path / "proof")
     with pytest.raises(InputError, match="Weights only load failed"):
         build_features("inception", None, (3, 8, 8))
-    monkeypatch.setattr("uvit.features.read_published", lambda path: {})
+    monkeypatch.setattr("uvit.features.read_pth", lambda path: {})
     write_malicious(tmp_path / "w.pth", tmp_path / "proof")
     with pytest.raises(InputError, match="Weights only load failed"):
         build_features("inception", str(tmp_path / "w.pth"), (3, 8, 8))
@@ -251,14 +252,14 @@ def test_a_pickles_tensor_that_repeats_one_value_is_refused(tmp_path):
     torch.save({"pos_embed": torch.zeros(1).expand(1, 10**9, 10**3)}, tmp_path / "a.pth")
     assert (tmp_path / "a.pth").stat().st_size < 10_000
     with pytest.raises(InputError, match=r"must hold all values of its tensors, 4,000,000,000,000 bytes, got 4"):
-        read_published(tmp_path / "a.pth")
+        read_pth(tmp_path / "a.pth")
     shared = torch.zeros(1000)
     torch.save({str(number): shared for number in range(9)}, tmp_path / "b.pth")
     with pytest.raises(InputError, match=r"36,000 bytes, got 4,000"):
-        read_published(tmp_path / "b.pth")
+        read_pth(tmp_path / "b.pth")
     torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "c.pth")
     with pytest.raises(InputError, match="must hold plain tensors"):
-        read_published(tmp_path / "c.pth")
+        read_pth(tmp_path / "c.pth")
 
 
 @pytest.mark.parametrize("shape", [[10**12], [2**63], [2**40, 2**40]])
@@ -337,6 +338,6 @@ def test_names_of_data_are_neither_acted_on_nor_made_paths(tmp_path, capsys):
     name = "../../\x1b[31mred\nline\ud800"
     picture = image_grid(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 1, [name, "b"])
     assert picture.size[0] > 66
-    (line,) = add_lines(tmp_path / "skipped.txt", [f"image 1 ({name})"])
+    (line,) = append_new_lines(tmp_path / "skipped.txt", [f"image 1 ({name})"])
     assert line == r"image 1 (../../\x1b[31mred line\ud800)" == (tmp_path / "skipped.txt").read_text().strip()
     assert [path.name for path in tmp_path.iterdir()] == ["skipped.txt"]

@@ -10,21 +10,11 @@ import pytest
 import torch
 from golden import ARRAYS, golden_model, rnd
 
+from uvit.common.errors import InputError
 from uvit.config import ProcessConfig, SampleConfig
-from uvit.diffusion import SCHEDULES, TIME_MARGIN, combine, shift_time
-from uvit.errors import InputError
-from uvit.samplers import (
-    SOLVERS,
-    ImageNoise,
-    denoiser,
-    euler_maruyama,
-    fast_orders,
-    guide,
-    num_evaluations,
-    sample,
-    sampling_times,
-    time_grid,
-)
+from uvit.diffusion.process import SCHEDULES, TIME_MARGIN, combine, shift_time
+from uvit.diffusion.samplers import ImageNoise, denoiser, guide, num_evaluations, sample, sampling_times, time_grid
+from uvit.diffusion.solvers import SOLVERS, euler_maruyama, fast_orders
 
 MEAN, STD = 0.3, 0.5
 T_END = 0.01

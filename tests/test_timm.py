@@ -13,8 +13,8 @@ import torch
 
 import uvit.integrations.timm  # noqa: F401
 from uvit import UViT
-from uvit.errors import InputError
-from uvit.published import PUBLISHED
+from uvit.common.errors import InputError
+from uvit.weights.published import PUBLISHED
 
 NAMES = {
     "uvit_small_patch2_32": ["cifar10", "mscoco"],

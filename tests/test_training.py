@@ -13,11 +13,11 @@ from timm.utils import ModelEmaV3
 from train import training_loss
 from uvit import Config, UViT
 from uvit.config import DataConfig, ProcessConfig, TrainConfig, UViTConfig
-from uvit.data import Batch
-from uvit.diffusion import diffusion_loss
-from uvit.latents import NO_ENCODERS, Encoders
-from uvit.optim import build_optimizer, build_scheduler
-from uvit.published import ADAMW, LDM_NOISE, VP_NOISE
+from uvit.data.batch import Batch
+from uvit.diffusion.objective import diffusion_loss
+from uvit.networks.encoders import NO_ENCODERS, Encoders
+from uvit.training.optim import build_optimizer, build_scheduler
+from uvit.weights.published import ADAMW, LDM_NOISE, VP_NOISE
 
 STEPS, WARMUP, DECAY = 5, 3, 0.9
 

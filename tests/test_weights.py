@@ -10,10 +10,10 @@ from malicious import PICKLE, WORDS
 from safetensors.torch import load_file, save_file
 
 from uvit import UViT
-from uvit.checkpoint import main
-from uvit.cli import run
-from uvit.errors import InputError
-from uvit.published import infer_config
+from uvit.common.cli import run
+from uvit.common.errors import InputError
+from uvit.training.checkpoint import main
+from uvit.weights.published import infer_config
 
 
 @pytest.fixture

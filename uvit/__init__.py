@@ -1,7 +1,27 @@
 """U-ViT, the vision-transformer backbone for diffusion models with long skip connections."""
 
-from uvit.backbone import UViT
-from uvit.config import Config, UViTConfig
+from __future__ import annotations
 
-__all__ = ["Config", "UViT", "UViTConfig"]
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uvit.config import Config, UViTConfig
+    from uvit.weights.build import UViT, build_network
+
+__all__ = ["Config", "UViT", "UViTConfig", "build_network"]
+__version__ = "0.2.0"
+
+_ROOMS = {"Config": "config", "UViTConfig": "config", "UViT": "weights.build", "build_network": "weights.build"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name when it is first asked for: one room does not pay for another."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,10 +16,10 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from uvit.backbone import UViT
+from uvit.common.errors import InputError
 from uvit.config import UViTConfig
-from uvit.errors import InputError
-from uvit.published import PUBLISHED
+from uvit.weights.build import UViT
+from uvit.weights.published import PUBLISHED
 
 
 def _timm_name(run: str, config: UViTConfig) -> tuple[str, str]:

@@ -1,0 +1,1 @@
+"""The command lines, a module each: arguments, checks, one call."""

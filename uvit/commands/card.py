@@ -1,0 +1,46 @@
+"""Writes the folder that push would publish, to look at it first."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import lexists
+from pathlib import Path
+
+import tyro
+
+from uvit.common.cli import parse
+from uvit.common.errors import InputError
+from uvit.common.files import make_directory, temporary_path
+from uvit.config import Section
+from uvit.integrations.publish import write_hub_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Section):
+    source: tyro.conf.Positional[str]
+    """Run folder, such as runs/digits, or weights alone."""
+    output: tyro.conf.Positional[str]
+    """New folder for what would be published."""
+    name: str = "user/model"
+    """What the card calls it."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Writes the folder, whole or not at all."""
+    given = parse(Arguments, arguments, __doc__)
+    output = Path(given.output)
+    if lexists(output):
+        raise InputError(f"the output must be a new folder, got {given.output}, which exists")
+    make_directory(output.parent)
+    temporary = temporary_path(output)
+    try:
+        temporary.mkdir()
+        write_hub_folder(given.source, temporary, given.name)
+        temporary.replace(output)
+    except OSError as error:
+        raise InputError(f"cannot write to {output}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{given.source} to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")

@@ -1,0 +1,39 @@
+"""Turns published weights into config.json and model.safetensors, which others read without a pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from uvit.common.cli import parse
+from uvit.weights.build import load_network
+from uvit.weights.pretrained import find_pretrained, save_pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    source: tyro.conf.Positional[str]
+    """Published `.pth` file, or a checkpoint folder of the reference code with nnet_ema.pth."""
+    output: tyro.conf.Positional[str]
+    """Folder to write config.json and model.safetensors to."""
+    num_heads: int | None = None
+    """Attention heads, where the width is not a published one."""
+    img_size: tuple[int, int] | None = None
+    """Height and width in pixels of an image (or latent) that is not square."""
+    num_context_tokens: int | None = None
+    """Length of the context, where it is not CLIP's 77."""
+    null_class: bool | None = None
+    """Whether the last label means "no label"; where not given, it does for 1001 labels."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the weights and writes the folder."""
+    given = parse(Arguments, arguments, __doc__)
+    known = {name: value for name, value in dataclasses.asdict(given).items() if value is not None}
+    source, output = known.pop("source"), known.pop("output")
+    network = load_network(find_pretrained(source), known)
+    save_pretrained(network, output)
+    print(f"{source}: {network.num_parameters:,} parameters, {network.config.description}, to {output}")

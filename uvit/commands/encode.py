@@ -1,0 +1,176 @@
+"""Encodes images, and their captions, once for all training: `python encode.py --data photos --output data/photos`.
+
+`accelerate launch encode.py …` shares the work between processes. The same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from uvit import __version__
+from uvit.common.cli import parse, process_state
+from uvit.common.errors import InputError
+from uvit.config import MAX_BATCH, MAX_SIDE, MAX_WORKERS, DataConfig, Section
+from uvit.data.batch import Batch, ImageData, ImageSpec
+from uvit.data.datasets import HubData, load_images
+from uvit.data.images import to_unit_range
+from uvit.data.loader import read_in_parts
+from uvit.data.manifest import Manifest, check_same_encoding, is_complete, start_encoding, write_shard
+from uvit.data.skipped import describe_skipped, report_skipped
+from uvit.networks.encoders import EMPTY_CAPTION, Autoencoder, TextEncoder
+from uvit.weights.published import SD_AUTOENCODER
+from uvit.weights.tensors import hash_weights
+
+PACKAGES = ("torch", "diffusers", "transformers", "datasets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Section):
+    data: str
+    """`photos`, a folder on disk or a hub name, as for training."""
+    output: str
+    """Folder for the latents."""
+    split: str = "train"
+    """Split to encode."""
+    image_size: int = 256
+    """Side in pixels to which images are cut."""
+    autoencoder: str = SD_AUTOENCODER
+    """Frozen AutoencoderKL: a folder or a hub name."""
+    scale_factor: float = DataConfig.scale_factor
+    """What training will multiply the latents by."""
+    text_encoder: str | None = None
+    """Frozen CLIP text encoder for the captions, a folder or a hub name; None encodes no captions."""
+    caption_column: str | None = None
+    """Column of captions; None is the only one, or one with a usual name."""
+    num_captions: int = 1
+    """Captions kept of each image (COCO has five); an image with fewer repeats them."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At an image that cannot be read: stop, or leave it out and list it."""
+    batch_size: int = 16
+    """Images at a time, on each process."""
+    shard_size: int = 2048
+    """Images of a file, which is what an interruption can lose."""
+    num_workers: int = 0
+    """Loader processes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("image_size", "num_captions", "batch_size", "shard_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("num_workers", self.num_workers >= 0, "at least 0")
+        self._require_at_most(image_size=MAX_SIDE, num_workers=MAX_WORKERS, batch_size=MAX_BATCH)
+        self._require("scale_factor", self.scale_factor > 0, "above 0")
+        if self.text_encoder is None:
+            self._require("caption_column", self.caption_column is None, "None without text_encoder")
+            self._require("num_captions", self.num_captions == 1, "1 without text_encoder")
+
+
+def build_manifest(
+    given: Arguments, data: ImageData, autoencoder: Autoencoder, text_encoder: TextEncoder | None
+) -> Manifest:
+    """Says what will be made."""
+    side = given.image_size // autoencoder.factor
+    if given.image_size % autoencoder.factor:
+        raise InputError(f"image_size must be divisible by {autoencoder.factor}, got {given.image_size}")
+    return Manifest(
+        source=f"{os.path.normpath(given.data)}, {given.split}",
+        fingerprint=data.fingerprint if isinstance(data, HubData) else None,
+        num_images=len(data),
+        shard_size=given.shard_size,
+        image_shape=(given.image_size, given.image_size),
+        latent_shape=(autoencoder.latent_channels, side, side),
+        autoencoder=given.autoencoder,
+        encoder_hash=hash_weights(autoencoder.encoder_state_dict()),
+        scale_factor=given.scale_factor,
+        class_names=data.class_names,
+        text_encoder=given.text_encoder,
+        text_encoder_hash=hash_weights(text_encoder.network.state_dict()) if text_encoder else None,
+        caption_column=data.caption_column if isinstance(data, HubData) else None,
+        num_captions=given.num_captions if text_encoder else 0,
+        context_shape=text_encoder.context_shape if text_encoder else (0, 0),
+        versions=(f"uvit {__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)),
+    )
+
+
+def encode_batch(
+    batch: Batch, manifest: Manifest, autoencoder: Autoencoder, text_encoder: TextEncoder | None
+) -> dict[str, Any]:
+    """Returns the columns of a shard for a batch of images."""
+    images = to_unit_range(batch.images)
+    both = torch.stack([autoencoder.encode(images), autoencoder.encode(images.flip(-1))], dim=1)  # (B, 2, 2C, h, w)
+    moments = both.half()
+    if not moments.isfinite().all():
+        raise InputError(f"autoencoder {manifest.autoencoder!r} gives moments that float16 cannot hold, such as NaN")
+    rows: dict[str, Any] = {"moments": moments.cpu().numpy(), "label": batch.labels.cpu().numpy()}
+    if text_encoder is not None:
+        captions = [[texts[n % len(texts)] for n in range(manifest.num_captions)] for texts in batch.captions]
+        context = text_encoder([text for texts in captions for text in texts])  # (B · captions, tokens, width)
+        rows |= {"captions": captions, "context": context.half().cpu().numpy()}
+    return rows
+
+
+def encode(
+    given: Arguments,
+    data: ImageData,
+    manifest: Manifest,
+    autoencoder: Autoencoder,
+    text_encoder: TextEncoder | None,
+    state: PartialState,
+) -> None:
+    """Encodes this process's share of the shards that are not there yet."""
+    folder = Path(given.output)
+    missing = [shard for shard in range(manifest.num_shards) if not is_complete(folder / manifest.shard_file(shard))]
+    state.wait_for_everyone()  # everyone has looked before anyone writes
+    parts: dict[int, list[range]] = {}
+    for shard in missing[state.process_index :: state.num_processes]:
+        covered = manifest.covered(shard)
+        parts[shard] = [covered[first : first + given.batch_size] for first in range(0, len(covered), given.batch_size)]
+
+    order = [part for of_shard in parts.values() for part in of_shard]
+    batches = read_in_parts(data, order, given.num_workers)
+    total = sum(map(len, order))
+    with tqdm(total=total, unit="image", disable=not state.is_main_process, dynamic_ncols=True) as progress:
+        for shard, of_shard in parts.items():
+            with write_shard(folder, manifest, shard) as add:
+                for part in of_shard:
+                    batch = next(batches)
+                    report_skipped(folder, batch.skipped)
+                    if len(batch.labels):
+                        add(encode_batch(batch.to(state.device), manifest, autoencoder, text_encoder))
+                    progress.update(len(part))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the command line, opens the folder and encodes."""
+    given = parse(Arguments, arguments, __doc__)
+    source = DataConfig(
+        name=given.data, train_split=given.split, caption_column=given.caption_column, on_error=given.on_error
+    )
+    text = given.text_encoder is not None
+    data = load_images(source, ImageSpec((3, given.image_size, given.image_size), labels=None, captions=text))
+    autoencoder = Autoencoder(given.autoencoder, given.scale_factor)
+    text_encoder = TextEncoder(given.text_encoder) if given.text_encoder else None
+    manifest, folder = build_manifest(given, data, autoencoder, text_encoder), Path(given.output)
+    check_same_encoding(folder, manifest)
+
+    state = process_state()
+    autoencoder.to(state.device)
+    if text_encoder is not None:
+        text_encoder.to(state.device)
+    if state.is_main_process:
+        start_encoding(folder, manifest, text_encoder([EMPTY_CAPTION])[0] if text_encoder else None)
+    state.wait_for_everyone()
+    encode(given, data, manifest, autoencoder, text_encoder, state)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        made = f"{manifest.num_images} images of {manifest.source} in {manifest.num_shards} shards in {folder}"
+        print(made + describe_skipped(folder))

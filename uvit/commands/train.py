@@ -1,0 +1,86 @@
+"""Trains a network: `accelerate launch train.py configs/digits.py --optim.lr 1e-3`, or plain `python train.py …`.
+
+Running the same command again goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import parse_flag_from_env
+
+from uvit.common.cli import is_first_process, parse
+from uvit.common.errors import InputError, missing_package
+from uvit.common.files import lock_folder, make_directory
+from uvit.config import Config, load_config
+from uvit.data.batch import ImageData
+from uvit.data.latents import check_encoded_by
+from uvit.data.loader import check_batch, load_data
+from uvit.networks.attention import resolve_backend
+from uvit.networks.encoders import Encoders, load_encoders
+from uvit.networks.runtime import check_compile, resolve_precision
+from uvit.training.checkpoint import find_config
+from uvit.training.resume import check_same_run
+from uvit.training.trainer import GRID_ROWS, Trainer
+
+CAPTIONS_READ = 100  # to find enough different ones for the rows of a grid
+
+
+def read_arguments(arguments: Sequence[str]) -> Config:
+    """Reads CONFIG and its overrides, and checks all that can be checked before any device starts."""
+    if not arguments or arguments[0].startswith("-"):
+        if "-h" in arguments or "--help" in arguments:
+            parse(Config, ["--help"], __doc__, "CONFIG")
+        raise InputError("the first argument must be a config file, such as configs/digits.py")
+    config = parse(Config, arguments[1:], __doc__, "CONFIG", load_config(arguments[0]))
+    accelerator = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
+    device_type = accelerator.type if accelerator is not None and torch.accelerator.is_available() else "cpu"
+    resolve_backend(config.model.attention, device_type, config.model.head_dim)
+    if config.train.mixed_precision != "auto":  # whether a GPU has bf16 is asked when each process has its own
+        resolve_precision(config.train.mixed_precision, device_type, config.model.width)
+    check_compile(config.train.compile, device_type)
+    check_batch(config.train, int(os.environ.get("WORLD_SIZE", 1)))
+    for engine in ("FSDP", "DEEPSPEED"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise InputError(f"a model is sharded by --train.shard True, got {engine}: launch without it")
+    if config.train.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise missing_package("train.tracker 'wandb'", "wandb")
+    run_dir = config.train.run_dir or str(Path("runs", Path(arguments[0]).stem))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=run_dir))
+
+
+def first_captions(data: ImageData) -> tuple[str, ...]:
+    """Returns the data's first captions, each once, for the rows of a grid."""
+    some = data.read(range(min(len(data), CAPTIONS_READ)), np.random.default_rng(0)).captions
+    return tuple(dict.fromkeys(texts[0] for texts in some))[:GRID_ROWS]
+
+
+def main(
+    arguments: Sequence[str], make_trainer: Callable[[Config, ImageData, Encoders, Path], Trainer] = Trainer
+) -> None:
+    """Reads the command line, opens the run folder and trains.
+
+    Args:
+        arguments: the command line, without the program.
+        make_trainer: what trains, for a loop that does a station otherwise.
+    """
+    config = read_arguments(arguments)
+    data = load_data(config.data, config.model)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=data.class_names))
+    if config.model.context_dim and not config.sample.prompts:
+        prompts = first_captions(data)
+        config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompts=prompts))
+    run_dir = Path(config.train.run_dir or "")
+    changed = check_same_run(config, run_dir, find_config(run_dir))
+    encoders = load_encoders(config.data, config.model)
+    check_encoded_by(data, config.data, encoders)
+    make_directory(run_dir)
+    with lock_folder(run_dir) if is_first_process() else nullcontext():
+        make_trainer(config, data, encoders, run_dir).train(changed)

@@ -1,0 +1,139 @@
+"""What comes from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from glob import glob
+from os.path import exists, isdir
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from uvit.common.errors import InputError, did_you_mean
+from uvit.common.libraries import quiet
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+REVISION = re.compile(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*")
+
+
+class HubOptions(TypedDict, total=False):
+    """How files are fetched from the hub."""
+
+    revision: str | None
+    """Branch, tag or commit; None is the newest of the main branch."""
+    token: str | bool | None
+    """None or True is that of `hf auth login` or HF_TOKEN, False is none."""
+    cache_dir: str | Path | None
+    """Where files are kept; None is the hub's usual folder."""
+    local_files_only: bool
+    """Whether to take only what was fetched before."""
+
+
+def _reason(error: Exception) -> str:
+    """Says in one line why the hub refused."""
+    if isinstance(error, GatedRepoError):
+        return "its owner must grant access: ask for it on its page, then log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private: check the name, or log in with `hf auth login`"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the hub does not know this login: log in again with `hf auth login`"
+    if status == 403:
+        return "this login has no permission for it: check the name and the token's rights"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)  # the first line says why
+
+
+def find_folder(name: str, what: str, patterns: Sequence[str], **options: Unpack[HubOptions]) -> Path:
+    """Returns a folder on disk, or one of the hub's, which is fetched once.
+
+    Args:
+        name: the folder, or on the hub `user/model`, or `user/model/folder` for a folder inside it; `@REVISION` at the
+            end is a branch, tag or commit of the hub's.
+        what: what it is to the user, for the error.
+        patterns: names of the files wanted from the hub, `*` for any letters.
+        **options: HubOptions; `revision` where the name does not give it.
+
+    Raises:
+        InputError: nothing by that name that can be had, or a revision of what is on disk.
+    """
+    path, revision = Path(name), options.pop("revision", None)
+    if revision is not None and exists(path):
+        raise InputError(f"revision must be None for what is on disk, got {revision!r} for {name}")
+    if isdir(path):
+        return path
+    # What has a folder on disk above it, or leads out of where it starts, is not meant for the hub.
+    if path.is_absolute() or isdir(path.parent) or ".." in path.parts:
+        folders = [str(path.parent / each).rstrip("/") for each in glob("*/", root_dir=path.parent)]
+        raise InputError(f"{what} not found: {name}{did_you_mean(name, folders)}")
+    name = name if revision is None else f"{name}@{revision}"
+    inside, at, revision = name.partition("@")
+    if at and not REVISION.fullmatch(revision):
+        raise InputError(f"a revision must be a branch, tag or commit of the hub's, got {revision!r} in {name}")
+    repository, folder = "/".join(inside.split("/")[:2]), "/".join(inside.split("/")[2:])
+    wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
+    try:
+        with quiet("huggingface_hub"):
+            found = snapshot_download(
+                repository, revision=revision or None, allow_patterns=wanted, **cast(Any, options)
+            )
+    except (ValueError, HTTPError, OSError) as error:
+        raise InputError(
+            f"{what} {name!r} is no folder on disk, and the hub did not give it: {_reason(error)}"
+        ) from None
+    return Path(found) / folder
+
+
+def push_folder(
+    folder: Path, name: str, private: bool | None = None, revision: str | None = None, token: str | None = None
+) -> str:
+    """Pushes the files of a folder to a model repository of the hub, in one commit.
+
+    Args:
+        folder: what to push.
+        name: `user/model`; the repository is made where there is none.
+        private: whether a repository that is made is private; None is the account's default. One that is there stays
+            as it is: True refuses it where it is public.
+        revision: branch to push to, made where there is none; None is the main one.
+        token: of the hub; None is that of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: a name that is none, no login, no permission, no way to the hub, or a public repository where a
+            private one is asked for.
+    """
+    if name.count("/") != 1:
+        raise InputError(f"the name on the hub must be USER/MODEL, got {name!r}")
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise InputError(f"a revision must be a branch, tag or commit of the hub's, got {revision!r}")
+    if token is None and get_token() is None:
+        raise InputError(
+            f"pushing to {name!r} needs a login to the hub, got none: run `hf auth login`, or set HF_TOKEN"
+        )
+    try:
+        with quiet("huggingface_hub"):
+            api = HfApi(token=token)
+            api.create_repo(name, private=private, exist_ok=True)
+            if private and not api.model_info(name).private:
+                raise InputError("private must be None or False for a repository that is public, got True")
+            if revision is not None:
+                api.create_branch(name, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=name, folder_path=folder, revision=revision, commit_message="Push a U-ViT"
+            )
+    except (ValueError, HTTPError, OSError) as error:
+        raise InputError(f"the hub did not take {name!r}: {_reason(error)}") from None
+    return str(commit.commit_url)

@@ -1,0 +1,110 @@
+"""A run as a folder: the names of what is in it, and its config.
+
+A folder of weights alone has a config.json too, that of its network: `config_kind` tells the two apart.
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterable
+from glob import glob
+from os.path import isfile
+from pathlib import Path
+from typing import Any, Literal
+
+from uvit.common.errors import InputError, did_you_mean, one_line
+from uvit.config.network import NetworkConfig
+from uvit.config.run import Config
+from uvit.config.section import from_dict, read_json
+
+CONFIG_FILE = "config.json"
+"""Every option of the run, or of the network."""
+WEIGHTS_FILE = "model.safetensors"
+"""The averaged weights."""
+METRICS_FILE = "metrics.jsonl"
+"""A line for each log line of training."""
+EVALUATION_FILE = "evaluation.json"
+"""Figures and their protocol, as evaluate.py saves them."""
+INCEPTION = "inception"
+"""The features of the FID, as EVALUATION_FILE names them."""
+CHECKPOINT_FOLDER = "checkpoints"
+"""What a run goes on with."""
+GRID_FOLDER = "samples"
+STEP_PREFIX = "step_"
+"""Of a checkpoint's folder, `step_00000100`, and of a grid's file, `step_00000100.png`."""
+GRID_PATTERN = f"{STEP_PREFIX}*.png"
+
+
+def step_name(step: int) -> str:
+    """Names what belongs to a step."""
+    return f"{STEP_PREFIX}{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """Returns the step that a name belongs to, or None."""
+    digits = name.removeprefix(STEP_PREFIX).removesuffix(".png")
+    return int(digits) if name.startswith(STEP_PREFIX) and digits.isdecimal() else None
+
+
+def _by_step(paths: Iterable[Path]) -> list[Path]:
+    numbered = ((step_of(path.name), path) for path in paths)
+    return [path for _, path in sorted((step, path) for step, path in numbered if step is not None)]
+
+
+def checkpoint_dirs(run_dir: Path) -> list[Path]:
+    """Returns the checkpoints of a run, oldest first."""
+    return _by_step((run_dir / CHECKPOINT_FOLDER).glob(f"{STEP_PREFIX}*"))
+
+
+def grid_files(run_dir: Path) -> list[Path]:
+    """Returns the grids of samples of a run, oldest first."""
+    return _by_step((run_dir / GRID_FOLDER).glob(GRID_PATTERN))
+
+
+def grid_path(run_dir: Path, step: int) -> Path:
+    """Returns where the grid of a step goes."""
+    return run_dir / GRID_FOLDER / f"{step_name(step)}.png"
+
+
+def config_kind(raw: Any) -> Literal["run", "network", "unknown"]:
+    """Tells what a config.json describes: a whole run, or a network alone.
+
+    Args:
+        raw: what the file holds.
+    """
+    if not isinstance(raw, dict):
+        return "unknown"
+    return "run" if "process" in raw else "network" if "embed_dim" in raw else "unknown"
+
+
+def read_network_config(folder: Path) -> NetworkConfig:
+    """Reads the network's config of a folder of weights, or of a run.
+
+    Raises:
+        InputError: no config there, or not one of a network.
+    """
+    raw = read_json(folder / CONFIG_FILE)
+    return from_dict(NetworkConfig, raw["model"] if config_kind(raw) == "run" and "model" in raw else raw)
+
+
+def load_config(path: str | Path) -> Config:
+    """Loads a run's config from a Python file that defines `config`, or from a run's config.json.
+
+    Raises:
+        InputError: no such file, a file without a Config named `config`, or values that a section refuses.
+    """
+    path = Path(path)
+    if not isfile(path):
+        known = [str(path.parent / name) for name in sorted(glob("*.py", root_dir=path.parent))]
+        raise InputError(f"config file not found: {path}{did_you_mean(str(path), known)}")
+    if path.suffix == ".json":
+        return from_dict(Config, read_json(path))
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:  # a user's Python file may fail in any way
+        raise InputError(f"{path} cannot be read as Python: {type(error).__name__}: {one_line(error)}") from None
+    if not isinstance(config, Config):
+        raise InputError(f"{path} must define `config = Config(...)`, got {type(config).__name__}")
+    return config

@@ -1,0 +1,276 @@
+"""Everything that describes a run, as frozen dataclasses: each default stands here once.
+
+A config file holds one value, `config = Config(...)`; the command line overrides single fields of it; `config.json` in
+a run folder is the same value written out. Every section checks its own types and values when it is made.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from uvit.common.errors import InputError
+from uvit.config.network import NetworkConfig, UViTConfig
+from uvit.config.section import Section
+
+ScheduleName = Literal["vp", "ldm", "cosine", "flow"]
+Kind = Literal["noise", "data", "v", "flow"]
+SolverName = Literal["ddim", "heun", "dpmpp_2m", "unipc", "dpmpp_fast", "dpm_solver_fast", "euler", "euler_maruyama"]
+Spacing = Literal["uniform", "log_snr"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
+Compile = Literal["no", "blocks", "model", "graphs"]
+
+# What a config may ask for, checked before memory is taken; each is far beyond what anyone has trained or drawn.
+MAX_WORKERS = MAX_THREADS = 1_024
+MAX_BATCH = MAX_IMAGES = 10**7
+MAX_SAMPLER_STEPS = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig(Section):
+    """The diffusion process, and how a loss is drawn from it."""
+
+    schedule: ScheduleName = "flow"
+    """Signal and noise over time: the paper's pixels (vp), the paper's latents (ldm), cosine, or rectified flow."""
+    prediction: Kind = "flow"
+    """What the network's output is."""
+    loss_space: Kind | None = None
+    """Space in which the squared error is taken; None is the prediction's own."""
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of training times."""
+    logit_mean: float = 0.0
+    """Mean of logit(t) for `logit_normal`."""
+    logit_std: float = 1.0
+    """Standard deviation of logit(t) for `logit_normal`."""
+    time_shift: float = 1.0
+    """s in t -> s t / (1 + (s - 1) t): above 1 moves training, and sampling on a grid uniform in t, towards noise."""
+    weighting: Literal["none", "min_snr"] = "none"
+    """Weight of a training time: none, or min(SNR, gamma) on the error of x_0."""
+    min_snr_gamma: float = 5.0
+    """gamma of `min_snr`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("logit_std", "time_shift", "min_snr_gamma"):
+            self._require(name, getattr(self, name) > 0, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """The images."""
+
+    name: str = "digits"
+    """`digits` or `photos` (embedded), a folder on disk (images, in a folder a class where they have labels, or a saved
+    data set), or a hub name."""
+    train_split: str = "train"
+    """Split to train on; the embedded data sets have their own."""
+    test_split: str = "test"
+    """Split held out for evaluation."""
+    flip: bool = False
+    """Mirror every image with probability 1/2."""
+    crop: Literal["center", "random"] = "center"
+    """What images are cut to the model's shape: their centre, or any part of at least 0.8 of their shorter side."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At an image that cannot be read: stop, or take another one and list it in the run's skipped.txt."""
+    num_workers: int = 0
+    """Loader processes; 0 loads in the training process."""
+    class_names: tuple[str, ...] = ()
+    """Names of the labels; read from the data where empty."""
+    caption_column: str | None = None
+    """Column of captions for a text model, of texts or lists of texts; None is the only one, or that named `text`,
+    `caption`, `captions` or `prompt`."""
+    text_encoder: str = "openai/clip-vit-large-patch14"
+    """Frozen CLIP text encoder between captions and the context of a model that takes one: a folder or a hub name."""
+    autoencoder: str | None = None
+    """Frozen AutoencoderKL between images and the latents that the model sees: a folder or a hub name, which may go
+    on to a folder inside (`user/model/vae`); None is a model of pixels."""
+    scale_factor: float = 0.18215
+    """The model sees the autoencoder's latents times this."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("name", bool(self.name.strip()), "the name of a data set or a folder")
+        self._require("scale_factor", self.scale_factor > 0, "above 0")
+        self._require("num_workers", self.num_workers >= 0, "at least 0")
+        self._require_at_most(num_workers=MAX_WORKERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """The optimizer and its learning rate."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices inside the blocks with AdamW for the rest."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.99, 0.999)
+    """AdamW's moment decays."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    weight_decay: float = 0.03
+    """Decoupled weight decay, on every parameter as in the paper."""
+    fallback_lr_scale: float = 1.0
+    """With Muon, the learning rate of its AdamW part over lr."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0; the first update has learning rate 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up; `linear` and `cosine` reach 0 at the last step."""
+    grad_clip: float = 0.0
+    """Largest norm of the gradient; 0 is no clipping."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lr", "fallback_lr_scale"):
+            self._require(name, getattr(self, name) > 0, "above 0")
+        for name in ("weight_decay", "warmup_steps", "grad_clip"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("betas", all(0 <= beta < 1 for beta in self.betas), "in [0, 1)")
+        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Section):
+    """How images are drawn: for the grids of training, and the default of sample.py and evaluate.py."""
+
+    sampler: SolverName = "dpmpp_2m"
+    """Solver."""
+    num_steps: int = 20
+    """Steps of the solver, each one evaluation of the network; `heun` alone takes two."""
+    spacing: Literal["auto", Spacing] = "auto"
+    """Grid of times: uniform in t, or in log-SNR; `auto` is the solver's own."""
+    t_end: float = 0.0
+    """Last time; solvers that end in log-SNR, which is infinite at 0, take 0.001 for 0."""
+    guidance: float = 1.0
+    """w in w * cond + (1 - w) * uncond; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which guidance acts; outside, only cond is computed."""
+    mixed_precision: Precision = "no"
+    """Precision of matrix products; `auto` is bf16 where the device multiplies it faster. Images change a little."""
+    reuse: str = "none"
+    """`K:EVERY` computes the blocks inside the K outermost in/out pairs at every EVERY-th evaluation only, and
+    extrapolates what comes out of them between: faster, with other images than `none`."""
+    prompts: tuple[str, ...] = ()
+    """Captions to draw from a text model where none are given; the data's first where empty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("num_steps", self.num_steps >= 1, "at least 1")
+        self._require_at_most(num_steps=MAX_SAMPLER_STEPS)
+        self._require("t_end", 0 <= self.t_end < 0.5, "in [0, 0.5)")
+        low, high = self.guidance_interval
+        self._require("guidance_interval", 0 <= low <= high <= 1, "two times with 0 <= low <= high <= 1")
+        fits = self.reuse == "none" or re.fullmatch(r"[1-9]\d{0,3}:([2-9]|[1-9]\d{1,3})", self.reuse)
+        self._require("reuse", bool(fits), "'none' or K:EVERY with K at least 1 and EVERY at least 2, such as '1:3'")
+
+    @property
+    def reused(self) -> tuple[int, int] | None:
+        """(K, EVERY) of `reuse`; None for none."""
+        outer, _, every = self.reuse.partition(":")
+        return (int(outer), int(every)) if every else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """The loop."""
+
+    run_dir: str | None = None
+    """Folder of the run; None is runs/NAME for configs/NAME.py."""
+    num_steps: int = 100_000
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Images of one optimizer step, over all processes and accumulated parts."""
+    accumulation_steps: int = 1
+    """Parts that a batch is split into, to fit in memory."""
+    num_threads: int = 0
+    """CPU threads; 0 is PyTorch's choice. A tiny network is as fast on one, and other programs do not slow it."""
+    mixed_precision: Precision = "auto"
+    """Precision of matrix products; weights, loss and EMA stay in fp32. `auto` is bf16 where the device multiplies it
+    faster: on CUDA, and for models of some width on a CPU with instructions for it."""
+    compile: Compile = "no"
+    """Compile the model: block by block (the shortest start), whole, or whole in CUDA graphs."""
+    shard: bool = False
+    """Share weights, gradients, moments and average out between the processes (FSDP2), to fit a model in their memory;
+    what is trained and saved is the same."""
+    label_dropout: float = 0.0
+    """Share of labels (or captions) replaced by the null class (or the empty caption), for guidance."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights; the average starts as a copy."""
+    seed: int = 0
+    """Seed of weights, order of data, times, noise and dropout."""
+    log_every: int = 50
+    """Steps between log lines."""
+    sample_every: int = 5_000
+    """Steps between sample grids; 0 is never."""
+    save_every: int = 5_000
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Newest checkpoints kept for resuming."""
+    resume_anyway: bool = False
+    """Go on with a run whose config differs in what makes it another run, with this config's values; the weights and
+    the optimizer's state must still fit."""
+    max_bad_steps: int = 20
+    """Steps in a row with a loss or gradient that is not finite, each left out, after which the run stops."""
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where metrics and grids go, besides metrics.jsonl and samples/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "num_steps",
+            "batch_size",
+            "accumulation_steps",
+            "log_every",
+            "save_every",
+            "keep",
+            "max_bad_steps",
+        ):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("sample_every", "seed", "num_threads"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require_at_most(batch_size=MAX_BATCH, num_threads=MAX_THREADS)
+        self._require("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        if self.shard:
+            self._require("compile", self.compile != "graphs", "another with shard True")
+            self._require("mixed_precision", self.mixed_precision != "fp16", "another with shard True")
+        if self.accumulation_steps > 1:  # graphs write the second part's gradients over the first's: pytorch#169545
+            self._require("compile", self.compile != "graphs", "another with accumulation_steps above 1")
+        if self.batch_size % self.accumulation_steps:
+            raise InputError(
+                f"batch_size {self.batch_size} must be divisible by accumulation_steps {self.accumulation_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """One run."""
+
+    model: NetworkConfig = field(default_factory=UViTConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names, count = self.data.class_names, self.model.num_classes
+        if names and count and len(names) != count:
+            raise InputError(f"data.class_names must have model.num_classes {count} names, got {len(names)}")
+        if count and self.model.context_dim:
+            raise InputError(
+                "a run has labels or captions, got both model.num_classes "
+                f"{count} and model.context_dim {self.model.context_dim}"
+            )
+        if self.sample.reused and self.sample.reused[0] > self.model.reusable_pairs:
+            given = f"got K {self.sample.reused[0]}"
+            raise InputError(
+                f"sample.reuse must have K of model.depth / 2 = {self.model.reusable_pairs} at most, {given}"
+            )
+        # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
+        if not self.model.null_class and not self.model.context_dim:
+            if self.train.label_dropout > 0:
+                raise InputError(f"train.label_dropout {self.train.label_dropout} needs model.null_class, got False")
+            if self.sample.guidance != 1:
+                raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")

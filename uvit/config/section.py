@@ -1,0 +1,159 @@
+"""A dataclass whose values are checked when it is made, and that JSON holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import types
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from uvit.common.errors import UNPRINTABLE, InputError, did_you_mean, short_repr
+
+INT_LIMIT = 2**63
+MAX_JSON_BYTES = 2**26
+
+NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
+"""What no file system, tokenizer or font takes."""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tells whether `value` is of the annotated type; an int is a float, a bool is not a number."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args and isinstance(value, str)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if args[-1] is Ellipsis:
+            return all(_fits(item, args[0]) for item in value)
+        return len(value) == len(args) and all(map(_fits, value, args))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _choices(hint: Any) -> list[str]:
+    """Lists the words that a type takes."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [word for arg in get_args(hint) for word in _choices(arg)]
+
+
+def _expected(hint: Any) -> str:
+    """Names a type for a person: `one of 'a', 'b'` or `int`."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a config whose fields are checked against their annotations when it is made.
+
+    Raises:
+        InputError: a field of the wrong type, or outside its choices.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                near = did_you_mean(value, _choices(hint)) if isinstance(value, str) else ""
+                raise InputError(f"{name} must be {_expected(hint)}, got {short_repr(value)}{near}")
+            # Names are printed and may become paths; captions and names of classes come from data as they are.
+            self._require(name, not isinstance(value, str) or not UNPRINTABLE.search(value), "plain text in one line")
+            for item in value if isinstance(value, tuple) else (value,):
+                self._require(name, not isinstance(item, str) or not NO_TEXT.search(item), "text in whole characters")
+                self._require(name, not isinstance(item, int) or abs(item) < INT_LIMIT, f"below {INT_LIMIT} in size")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InputError(f"{name} must be {expected}, got {short_repr(getattr(self, name))}")
+
+    def _require_at_most(self, **limits: int) -> None:
+        for name, limit in limits.items():
+            self._require(name, getattr(self, name) <= limit, f"at most {limit:,}")
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def from_dict(cls: type[SectionT], raw: Any) -> SectionT:
+    """Builds a section from what JSON holds: nested sections are dicts, tuples are lists.
+
+    Raises:
+        InputError: not a dict, an unknown field, one that is missing, or a value that the section refuses.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{cls.__name__} must be a JSON object, got {short_repr(raw)}")
+    hints = get_type_hints(cls)
+    for each in dataclasses.fields(cls):
+        if each.name not in raw and each.default is each.default_factory is dataclasses.MISSING:
+            raise InputError(f"{cls.__name__} must have a field {each.name!r}, got {', '.join(raw) or 'none'}")
+    values = {}
+    for name, value in raw.items():
+        if name not in hints:
+            raise InputError(f"{cls.__name__} has no field {short_repr(name)}{did_you_mean(name, hints)}")
+        if isinstance(hints[name], type) and issubclass(hints[name], Section):
+            value = from_dict(hints[name], value)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def replace_fields(section: SectionT, fields: Mapping[str, Any]) -> SectionT:
+    """Returns the section with other values of some fields.
+
+    Raises:
+        InputError: an unknown field, or a value that the section refuses.
+    """
+    known = {field.name for field in dataclasses.fields(section)}
+    for name in fields:
+        if name not in known:
+            raise InputError(f"{type(section).__name__} has no field {name!r}{did_you_mean(name, known)}")
+    return dataclasses.replace(section, **fields)
+
+
+def to_json(section: Section) -> str:
+    """Returns the section as JSON, every default written out."""
+    return json.dumps(dataclasses.asdict(section), indent=2) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        InputError: no such file, a huge one, or not JSON.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if len(text) > MAX_JSON_BYTES:
+        raise InputError(f"{path} must have at most {MAX_JSON_BYTES:,} bytes, got more")
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{short_repr(name)} is there twice")
+    return made
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")

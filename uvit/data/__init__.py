@@ -1,0 +1,1 @@
+"""What goes into training: images, data sets, latents, batches."""

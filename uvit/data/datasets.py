@@ -1,0 +1,188 @@
+"""Data sets: images with labels and captions, read in batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import isdir, isfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from uvit.common.errors import InputError, one_line
+from uvit.common.libraries import quiet
+from uvit.config import DataConfig
+from uvit.data.batch import MIN_IMAGES, Batch, ImageData, ImageSpec
+from uvit.data.embedded import PHOTO_SHAPE, Arrays, Digits, Photos
+from uvit.data.images import fit_image, open_image
+
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+"""Usual names, where a data set has several columns of text."""
+
+
+@dataclass(frozen=True)
+class HubData:
+    """Images of a Hugging Face data set, decoded, cropped and converted as they are read."""
+
+    rows: Any
+    fingerprint: str
+    """Hash of the content, as `datasets` computes it."""
+    shape: tuple[int, int, int]
+    cut: bool
+    """Whether images are cut to the shape; otherwise they must have it."""
+    config: DataConfig
+    image_column: str
+    label_column: str | None
+    caption_column: str | None
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
+        columns = self.rows[list(indices)]
+        items: list[tuple[np.ndarray, int, Sequence[str]]] = []
+        skipped: list[str] = []
+        for number, index in enumerate(indices):
+            try:
+                items.append(self._item(index, {name: values[number] for name, values in columns.items()}, rng))
+            except InputError as error:
+                if self.config.on_error == "stop":
+                    raise
+                skipped.append(str(error))
+        images = np.stack([item[0] for item in items]) if items else np.empty((0, *self.shape), np.uint8)
+        labels = torch.tensor([item[1] for item in items], dtype=torch.int64)
+        captions = [] if self.caption_column is None else [item[2] for item in items]
+        return Batch(torch.from_numpy(images), labels, captions, skipped=skipped)
+
+    def _item(
+        self, index: int, row: Mapping[str, Any], rng: np.random.Generator
+    ) -> tuple[np.ndarray, int, Sequence[str]]:
+        """Pixels, label (0 where there are none) and captions of a row."""
+        label = 0 if self.label_column is None else row[self.label_column]
+        if label is None or label < 0:
+            raise InputError(f"image {index} of the data must have a label of at least 0, got {label}")
+        stored = [] if self.caption_column is None else row[self.caption_column]
+        texts = [stored] if isinstance(stored, str) else stored
+        if self.caption_column is not None and (not texts or None in texts):
+            raise InputError(f"image {index} of the data must have a caption, got {stored!r}")
+        channels, height, width = self.shape
+        with _named(index, row[self.image_column]) as file:
+            image = open_image(file, channels)
+            if not self.cut and (image.height, image.width) != (height, width):
+                found = f"it is {image.height}x{image.width}, the first image {height}x{width}"
+                raise InputError(f"{found}: expected one size, or an image_size to which all are cut")
+            return fit_image(image, height, width, rng if self.config.crop == "random" else None), label, texts
+
+
+@contextlib.contextmanager
+def _named(index: int, file: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yields a row's image file; whatever is wrong with it becomes an error that names it."""
+    try:
+        if file is None:
+            raise InputError("there is none")
+        yield file
+    except Exception as error:  # broken files make a decoder raise anything
+        name = f" ({file['path']})" if file and file["path"] else ""
+        raise InputError(f"image {index} of the data{name} cannot be read: {error}") from None
+
+
+def load_images(config: DataConfig, spec: ImageSpec, train: bool = True) -> ImageData:
+    """Loads images.
+
+    Args:
+        config: which data, and how images are cropped.
+        spec: what is read of them.
+        train: the training part, or the held-out part.
+
+    Raises:
+        InputError: data that cannot be found or read, or that lacks what is spec.
+    """
+    channels = {"digits": (1,), "photos": (3,)}.get(config.name, (1, 3))
+    if spec.shape is not None and spec.shape[0] not in channels:
+        grey_or_rgb = " or ".join({1: "1 (grey)", 3: "3 (RGB)"}[each] for each in channels)
+        raise InputError(f"data {config.name!r} can have {grey_or_rgb} channels, got {spec.shape[0]}")
+    if config.name == "digits":
+        if spec.shape not in (None, Digits.shape):
+            raise InputError(f"digits are 1x8x8 images, got a model for {'x'.join(map(str, spec.shape or ()))}")
+        return Digits.load(train)
+    if config.name == "photos":
+        return Photos.load(spec.shape or PHOTO_SHAPE, train)
+    if Path(config.name).suffix == ".npz":
+        return Arrays.load(Path(config.name), spec.shape)
+    return _load_hub(config, spec, config.train_split if train else config.test_split)
+
+
+def _load_hub(config: DataConfig, spec: ImageSpec, split: str) -> HubData:
+    import datasets
+
+    path = Path(config.name)
+    is_folder = isdir(path)
+    if is_folder and not any(file.is_file() for file in path.rglob("*")):
+        raise InputError(
+            f"data folder {config.name} is empty: expected images, in a folder a class or not, or a saved data set"
+        )
+    try:
+        if isfile(path / "dataset_dict.json") or isfile(path / "state.json"):
+            saved = datasets.load_from_disk(config.name)
+            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            with quiet("huggingface_hub", *(("datasets",) if is_folder else ())):  # a download keeps its bar
+                rows = datasets.load_dataset(config.name, split=split)
+    except Exception as error:  # the library raises a different kind for each way that data can be missing
+        reason = one_line(error, 200) or type(error).__name__
+        raise InputError(f"cannot load split {split!r} of data {config.name!r}: {reason}") from None
+
+    def column(
+        what: str, fits: Callable[[Any], bool], needed: bool | None, name: str | None = None, usual: Sequence[str] = ()
+    ) -> str | None:
+        """The column of a kind: the one named, or the only one with a usual name, or the first."""
+        found = [each for each, kind in rows.features.items() if fits(kind) and name in (None, each)]
+        if needed and not found:
+            named, columns = "" if name is None else f" {name!r}", ", ".join(rows.features)
+            raise InputError(f"data {config.name!r} must have a column{named} of {what}, got columns {columns}")
+        if needed is False or not found:
+            return None
+        likely = [each for each in found if each in usual] or found
+        if usual and len(likely) > 1:
+            columns = ", ".join(likely)
+            raise InputError(
+                f"data {config.name!r} has several columns of {what}, {columns}: name one by caption_column"
+            )
+        return likely[0]
+
+    image_column = column("images", lambda kind: isinstance(kind, datasets.Image), True) or ""
+    if len(rows) < MIN_IMAGES:
+        raise InputError(
+            f"split {split!r} of data {config.name!r} must have {MIN_IMAGES} images or more, got {len(rows)}"
+        )
+    label_column = column("labels", lambda kind: isinstance(kind, datasets.ClassLabel), spec.labels)
+    caption_column = column("captions", _is_text, spec.captions, config.caption_column, CAPTION_COLUMNS)
+    class_names = () if label_column is None else tuple(rows.features[label_column].names)
+    fingerprint = rows._fingerprint  # before columns are chosen
+    read = [name for name in (image_column, label_column, caption_column) if name is not None]
+    rows = rows.select_columns(read).cast_column(image_column, datasets.Image(decode=False))  # decoded by open_image
+    shape = spec.shape
+    if shape is None:
+        with _named(0, rows[0][image_column]) as file:
+            first = open_image(file, 3)
+        shape = (3, first.height, first.width)
+    return HubData(
+        rows,
+        fingerprint,
+        shape,
+        spec.shape is not None,
+        config,
+        image_column,
+        label_column,
+        caption_column,
+        class_names,
+    )
+
+
+def _is_text(kind: Any) -> bool:
+    """Tells whether a column of `datasets` holds a string, or a list of strings, for each row."""
+    return getattr(getattr(kind, "feature", kind), "dtype", None) in ("string", "large_string")

@@ -1,0 +1,232 @@
+"""The folder of latents that encode.py makes: a manifest and its shards.
+
+Shards are Arrow files that `datasets.Dataset.from_file` opens. A row has the moments of an image and of its mirror
+image, its label, and for text models its captions and their features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from uvit.common.errors import InputError
+from uvit.common.files import atomic_write, write_text
+from uvit.config import MAX_SIDE, MAX_TOKENS, Section, from_dict, read_json, to_json
+
+MANIFEST_FILE = "manifest.json"
+EMPTY_CONTEXT_FILE = "empty_context.npy"
+NAMES_ALONE = ("autoencoder", "text_encoder", "versions")
+"""Fields of a manifest that may differ while the hashes agree."""
+SHARD_FACTS = ("source", "fingerprint", "image_shape", "crop", "encoder_hash", "text_encoder_hash", "caption_column")
+"""Fields of a manifest that its shards repeat: by them a shard of another encoding is known."""
+FACT_PREFIX = b"uvit."
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+"""Arrow's last bytes: it takes a stream that was cut between two messages for a whole one."""
+MAX_SHARDS = 100_000  # as many as their names have digits for
+NUM_FLIPS = 2
+"""Versions of an image: as it is, and mirrored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Section):
+    """What the latents of a folder are, and how they were made."""
+
+    source: str
+    """Data set and split."""
+    fingerprint: str | None = None
+    """What `datasets` knows the source's content by; None of data without one."""
+    num_images: int
+    """Images of the source, those left out as broken included."""
+    shard_size: int
+    """Images of the source that each shard but the last covers."""
+    image_shape: tuple[int, int]
+    """(height, width) in pixels, to which images were cut."""
+    latent_shape: tuple[int, int, int]
+    """(C, h, w)."""
+    crop: str = "center"
+    """How images were cut."""
+    flips: int = NUM_FLIPS
+    """Versions of each image: as it is, and mirrored."""
+    autoencoder: str
+    """Folder or hub name."""
+    encoder_hash: str
+    """SHA-256 of the encoder's weights, its first 16 letters."""
+    scale_factor: float
+    """What latents are to be multiplied by; the moments are not."""
+    class_names: tuple[str, ...] = ()
+    """Names of the labels."""
+    text_encoder: str | None = None
+    """Folder or hub name."""
+    text_encoder_hash: str | None = None
+    """SHA-256 of the text encoder's weights, its first 16 letters."""
+    caption_column: str | None = None
+    """Column of the data set that the captions were read from, where it has columns."""
+    num_captions: int = 0
+    """Captions of each image."""
+    context_shape: tuple[int, int] = (0, 0)
+    """(tokens, width) of a caption's features."""
+    versions: tuple[str, ...] = ()
+    """Packages that made the latents, in the order in which they were first used."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_images", "shard_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("image_shape", "latent_shape"):
+            self._require(name, all(1 <= side <= MAX_SIDE for side in getattr(self, name)), f"1 to {MAX_SIDE:,} each")
+        self._require(
+            "context_shape", all(0 <= side <= MAX_TOKENS for side in self.context_shape), f"0 to {MAX_TOKENS:,} each"
+        )
+        self._require("flips", 1 <= self.flips <= NUM_FLIPS, f"1 to {NUM_FLIPS}")
+        self._require("scale_factor", self.scale_factor > 0, "above 0")
+        self._require("num_captions", 0 <= self.num_captions <= MAX_TOKENS, f"0 to {MAX_TOKENS:,}")
+        if self.num_captions:
+            self._require("context_shape", min(self.context_shape) >= 1, "positive where there are captions")
+        if self.num_shards > MAX_SHARDS:
+            raise InputError(
+                f"num_images and shard_size must give at most {MAX_SHARDS:,} shards, got {self.num_shards:,}"
+            )
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.shard_size)
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """(2C, h, w): mean and log-variance."""
+        channels, height, width = self.latent_shape
+        return 2 * channels, height, width
+
+    def shard_file(self, shard: int) -> str:
+        """Names a shard."""
+        return f"shard-{shard:05d}-of-{self.num_shards:05d}.arrow"
+
+    def covered(self, shard: int) -> range:
+        """Says which images of the source a shard covers."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
+    def features(self) -> datasets.Features:
+        """The columns of a shard."""
+        half = datasets.Value("float16")
+        columns: dict[str, Any] = {
+            "moments": datasets.List(half, length=self.flips * math.prod(self.moments_shape)),
+            "label": datasets.ClassLabel(names=list(self.class_names)) if self.class_names else datasets.Value("int64"),
+        }
+        if self.num_captions:
+            columns["captions"] = datasets.List(datasets.Value("string"), length=self.num_captions)
+            columns["context"] = datasets.List(half, length=self.num_captions * math.prod(self.context_shape))
+        return datasets.Features(columns)
+
+    def schema(self) -> pa.Schema:
+        """The columns of a shard as Arrow knows them, with the facts that tie it to its manifest."""
+        schema = self.features().arrow_schema
+        facts = {FACT_PREFIX + name.encode(): json.dumps(getattr(self, name)) for name in SHARD_FACTS}
+        return schema.with_metadata({**schema.metadata, **facts})
+
+
+def is_latent_data(name: str | Path) -> bool:
+    """Tells whether a data set's name is a folder of latents."""
+    return os.path.isfile(Path(name) / MANIFEST_FILE)
+
+
+def is_complete(shard: Path) -> bool:
+    """Tells whether a shard is there and was written to its end."""
+    if not os.path.isfile(shard):
+        return False
+    with open(shard, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(END_OF_STREAM)))
+        return file.read() == END_OF_STREAM
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Reads what a folder of latents holds.
+
+    Raises:
+        InputError: a manifest that cannot be read, or that cannot be one.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    raw = read_json(path)
+    try:
+        return from_dict(Manifest, raw)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def write_shard(folder: Path, manifest: Manifest, shard: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yields a function that adds rows, column by column; the shard is there once the block has ended without an error.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    schema = manifest.schema()
+    with (
+        atomic_write(folder / manifest.shard_file(shard)) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_stream(file, schema) as stream,
+    ):
+
+        def add(rows: Mapping[str, Any]) -> None:
+            columns = [_to_arrow(rows[field.name], field.type) for field in schema]
+            stream.write_batch(pa.record_batch(columns, schema=schema))
+
+        yield add
+
+
+def _to_arrow(values: Any, kind: pa.DataType) -> pa.Array:
+    """One column: an array of numbers, its rows flattened, or a list of Python values."""
+    if isinstance(values, np.ndarray) and pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
+    return pa.array(values, type=kind)
+
+
+def check_same_encoding(folder: Path, manifest: Manifest) -> None:
+    """Checks that a folder of latents which is to be gone on with was begun in the same way.
+
+    Raises:
+        InputError: it was not, with both values.
+    """
+    if is_latent_data(folder):
+        before = read_manifest(folder)
+        for field in dataclasses.fields(Manifest):
+            was, now = getattr(before, field.name), getattr(manifest, field.name)
+            if was != now and field.name not in NAMES_ALONE:
+                raise InputError(f"{folder} was begun with {field.name} {was!r}, got {now!r}: use another --output")
+
+
+def start_encoding(folder: Path, manifest: Manifest, empty_context: Tensor | None) -> None:
+    """Puts away what an interrupted process has left half-written, and writes the manifest.
+
+    Where the folder was begun before, its manifest stays and only learns which packages go on with it.
+
+    Args:
+        folder: the folder of latents, checked by check_same_encoding.
+        manifest: what it will hold.
+        empty_context: (tokens, width) features of the empty caption, for latents with captions.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    for half_written in folder.glob(".shard-*"):
+        half_written.unlink(missing_ok=True)
+    if empty_context is not None:
+        with atomic_write(folder / EMPTY_CONTEXT_FILE) as temporary:
+            np.save(temporary, empty_context.half().cpu().numpy(), allow_pickle=False)
+    if is_latent_data(folder):
+        before = read_manifest(folder)
+        versions = tuple(dict.fromkeys(before.versions + manifest.versions))
+        manifest = dataclasses.replace(before, versions=versions)
+    write_text(folder / MANIFEST_FILE, to_json(manifest))

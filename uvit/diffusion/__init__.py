@@ -1,0 +1,1 @@
+"""The mathematics, on callables: processes, objectives, solvers and samplers."""

@@ -1,0 +1,64 @@
+"""What training minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from uvit.config import ProcessConfig
+from uvit.diffusion.process import (
+    SCHEDULES,
+    TIME_MARGIN,
+    combine,
+    prediction_coefficients,
+    sample_times,
+    separate,
+)
+
+
+def diffusion_loss(
+    network: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    process: ProcessConfig,
+    generator: torch.Generator | None = None,
+    times: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Weighted mean squared error of a prediction at random times.
+
+    Args:
+        network: (noisy images (B, C, H, W), network times (B,)) to the prediction, (B, C, H, W).
+        x0: (B, C, H, W) clean images in [-1, 1], or latents of about unit variance.
+        process: schedule, prediction, space and weight of the loss, distribution of times.
+        generator: source of times and noise, on the device of x0.
+        times: (B,) times in [0, 1] instead of drawn ones.
+        noise: noise of the shape of x0 instead of drawn one.
+
+    Returns:
+        The loss, a float32 scalar.
+    """
+    schedule = SCHEDULES[process.schedule]
+    if times is None:
+        times = sample_times(process, len(x0), x0.device, generator)
+    if noise is None:
+        noise = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
+    space = process.loss_space or process.prediction
+    if space != process.prediction or process.weighting != "none":
+        times = times.clamp(TIME_MARGIN, 1 - TIME_MARGIN)  # converting errors between spaces divides by α or σ
+    alpha, sigma = (rearrange(value, "B -> B 1 1 1") for value in schedule.alpha_sigma(times))
+
+    x_t = alpha * x0 + sigma * noise
+    output = network(x_t, schedule.network_scale * times).float()
+    if space != process.prediction:
+        output = combine(space, *separate(process.prediction, output, x_t, alpha, sigma), alpha, sigma)
+    error = (output - combine(space, x0, noise, alpha, sigma)).square()
+    if process.weighting == "min_snr":
+        # An error of δ in this space is an error of -σ δ / (α b - σ a) in x_0, whose weight is min(SNR, γ)
+        # (Hang et al., arXiv 2303.09556).
+        a, b = prediction_coefficients(space, alpha, sigma)
+        snr = (alpha / sigma).square()
+        error = error * snr.clamp(max=process.min_snr_gamma) * (sigma / (alpha * b - sigma * a)).square()
+    return error.mean()

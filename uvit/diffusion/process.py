@@ -1,0 +1,196 @@
+"""The diffusion process: schedules, what a network predicts, and training times.
+
+Time t is in [0, 1]: 0 is data, 1 is noise. x_t = α(t) x_0 + σ(t) ε.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from uvit.config import Kind, ProcessConfig, ScheduleName
+
+# Where a formula divides by an α or σ that vanishes at an end of [0, 1], times keep this far away from it.
+TIME_MARGIN = 1e-3
+
+Number = TypeVar("Number", float, Tensor)
+
+
+class Schedule:
+    """Amplitudes of signal and noise over time, and how time is told to the network."""
+
+    network_scale = 1000.0
+    """Network time is this times t."""
+    singular_start = False
+    """Whether α(1) = 0."""
+    first_time = 0.0
+    """Smallest time above 0 that the network is trained at."""
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (α(t), σ(t)), of the shape and dtype of t."""
+        raise NotImplementedError
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """Returns the time t at which λ = log(α / σ) has the given value."""
+        raise NotImplementedError
+
+    def snap(self, t: Tensor) -> Tensor:
+        """Returns the nearest times that the process is trained at; continuous ones return t."""
+        return t
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Returns λ(t) = log(α / σ); infinite where one of them vanishes."""
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha.log() - sigma.log()
+
+    def at(self, t: float) -> tuple[float, float]:
+        """Returns (α(t), σ(t)) of one time in double precision, as Python floats: no tensor, no device."""
+        alpha, sigma = self.alpha_sigma(torch.tensor(t, dtype=torch.float64))
+        return alpha.item(), sigma.item()
+
+    def derivative_at(self, t: float) -> tuple[float, float]:
+        """Returns (dα/dt, dσ/dt) of one time, as Python floats."""
+        with torch.enable_grad():
+            point = torch.tensor(t, dtype=torch.float64, requires_grad=True)
+            slopes = [
+                torch.autograd.grad(value, point, retain_graph=True)[0].item() for value in self.alpha_sigma(point)
+            ]
+        return slopes[0], slopes[1]
+
+
+class VP(Schedule):
+    """Continuous variance-preserving schedule, β(t) = 0.1 + 19.9 t (Song et al., arXiv 2011.13456, equation 33)."""
+
+    network_scale = 999.0
+    beta_min, beta_max = 0.1, 20.0
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha = -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        # -log α = softplus(-2 λ) / 2 is a quadratic in t; this form of its root does not cancel for small t.
+        twice = torch.nn.functional.softplus(-2 * log_snr)
+        slope = self.beta_max - self.beta_min
+        return 2 * twice / (self.beta_min + (self.beta_min**2 + 2 * slope * twice).sqrt())
+
+
+class LDM(Schedule):
+    """The 1000 discrete steps of latent diffusion, n = 1000 t, with log α linear between them (arXiv 2112.10752)."""
+
+    num_steps = 1000
+    first_time = 1 / num_steps
+    beta_first, beta_last = 0.00085, 0.012
+
+    @staticmethod
+    @functools.cache
+    def _log_alphas(device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Log α at n = 0 … 1000, where n = 0 is clean data: (1001,)."""
+        roots = torch.linspace(LDM.beta_first**0.5, LDM.beta_last**0.5, LDM.num_steps, dtype=torch.float64)
+        table = torch.cat([roots.new_zeros(1), 0.5 * torch.log1p(-(roots**2)).cumsum(0)])
+        return table.to(dtype).to(device)  # in this order: not every device has float64
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        table = self._log_alphas(t.device, t.dtype)
+        position = t * self.num_steps
+        left = position.floor().long().clamp(0, self.num_steps - 1)
+        log_alpha = table[left] + (position - left) * (table[left + 1] - table[left])
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        # t is linear in λ between two steps, as in the published sampler; λ is infinite at n = 0, so that is left out.
+        log_alpha = self._log_alphas(log_snr.device, log_snr.dtype)[1:]
+        table = (log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha))).flip(0)  # (1000,), increasing
+        right = torch.searchsorted(table, log_snr.contiguous()).clamp(1, self.num_steps - 1)
+        share = (log_snr - table[right - 1]) / (table[right] - table[right - 1])
+        return (self.num_steps - (right - 1 + share)) / self.num_steps
+
+    def snap(self, t: Tensor) -> Tensor:
+        return (t * self.num_steps).ceil().clamp(1, self.num_steps) / self.num_steps
+
+
+class Cosine(Schedule):
+    """α = cos(π t / 2), σ = sin(π t / 2) (Salimans & Ho, arXiv 2202.00512)."""
+
+    singular_start = True
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        # sin(π (1 - t) / 2) is cos(π t / 2) and exactly 0 at t = 1
+        return torch.sin(0.5 * math.pi * (1 - t)), torch.sin(0.5 * math.pi * t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-log_snr)) * (2 / math.pi)
+
+
+class Flow(Schedule):
+    """Rectified flow: α = 1 - t, σ = t (Liu et al., arXiv 2209.03003)."""
+
+    singular_start = True
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, t
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr)
+
+
+SCHEDULES: dict[ScheduleName, Schedule] = {"vp": VP(), "ldm": LDM(), "cosine": Cosine(), "flow": Flow()}
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Returns s t / (1 + (s - 1) t) (Esser et al., arXiv 2403.03206, equation 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def combine(kind: Kind, x0: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> Tensor:
+    """Returns the quantity `kind`, a x_0 + b ε."""
+    a, b = prediction_coefficients(kind, alpha, sigma)
+    return a * x0 + b * eps
+
+
+def prediction_coefficients(kind: Kind, alpha: Number, sigma: Number) -> tuple[Number | float, Number | float]:
+    """(a, b) of a prediction a x_0 + b ε: noise (0, 1), data (1, 0), v (-σ, α), flow (-1, 1)."""
+    match kind:
+        case "noise":
+            return 0.0, 1.0
+        case "data":
+            return 1.0, 0.0
+        case "v":
+            return -sigma, alpha
+        case "flow":
+            return -1.0, 1.0
+    raise ValueError(f"unknown prediction {kind!r}")
+
+
+def separate(kind: Kind, output: Tensor, x_t: Tensor, alpha: Number, sigma: Number) -> tuple[Tensor, Tensor]:
+    """Solves x_t = α x_0 + σ ε and output = a x_0 + b ε for (x_0, ε).
+
+    Args:
+        kind: what `output` is.
+        output: the network's output, (B, C, H, W).
+        x_t: the noisy images it was computed from, (B, C, H, W).
+        alpha: α, a number or a tensor that broadcasts; not 0 for `noise`.
+        sigma: σ, likewise; not 0 for `data`.
+
+    Returns:
+        (x_0, ε), (B, C, H, W) each.
+    """
+    a, b = prediction_coefficients(kind, alpha, sigma)
+    determinant = alpha * b - sigma * a
+    return (b * x_t - sigma * output) / determinant, (alpha * output - a * x_t) / determinant
+
+
+def sample_times(
+    process: ProcessConfig, batch: int, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draws (batch,) training times in [0, 1] on the device."""
+    if process.time_distribution == "uniform":
+        t = torch.rand(batch, device=device, generator=generator)
+    else:
+        normal = torch.randn(batch, device=device, generator=generator)
+        t = torch.sigmoid(process.logit_mean + process.logit_std * normal)
+    return SCHEDULES[process.schedule].snap(shift_time(t, process.time_shift))

@@ -1,0 +1,48 @@
+"""Faster sampling: the deep features of a U-ViT change slowly between steps, so not every step computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+NetworkInParts = Callable[..., tuple[Tensor, Tensor]]
+"""network(x, timesteps, outer=…, deep=…, **condition) -> (prediction, deep features): `forward_reusing` of a network."""
+
+
+def reuse_deep_features(network: NetworkInParts, outer: int, every: int) -> Callable[..., Tensor]:
+    """Makes a network that computes its deep features at every N-th call only, and extrapolates them in between.
+
+    The outer blocks are run at each call. What comes out of the blocks inside them is taken from the line through the
+    last two that were computed, linear in time: as it is reused in DeepCache (arXiv 2312.00858), without that line,
+    images lose variety. The first two calls compute it, and so does a call with another batch size, as where an
+    interval of guidance begins or ends.
+
+    Args:
+        network: the network in parts.
+        outer: pairs of in and out blocks, the outermost, that are run at each call.
+        every: calls from one computation to the next, at least 2.
+
+    Returns:
+        network(x, timesteps, **condition) for one batch and one run of a solver.
+    """
+    computed: list[tuple[Tensor, Tensor]] = []  # time and features of the last two
+    since = 0
+
+    def call(x: Tensor, timesteps: Tensor, **condition: Any) -> Tensor:
+        nonlocal since
+        if computed and len(computed[-1][1]) != len(x):
+            computed.clear()
+        time, since = timesteps[0], since + 1
+        if len(computed) == 2 and since < every:
+            (time_before, before), (time_last, last) = computed
+            deep = last + (last - before) * ((time - time_last) / (time_last - time_before)).to(last.dtype)
+            return network(x, timesteps, outer=outer, deep=deep, **condition)[0]
+        prediction, deep = network(x, timesteps, outer=outer, **condition)
+        computed.append((time, deep))
+        del computed[:-2]
+        since = 0
+        return prediction
+
+    return call

@@ -1,0 +1,244 @@
+"""Sampling: grids of times, guidance, and all together from noise to images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit.common.errors import InputError
+from uvit.config import Kind, ProcessConfig, SampleConfig, SolverName, Spacing
+from uvit.diffusion.process import SCHEDULES, TIME_MARGIN, Schedule, separate, shift_time
+from uvit.diffusion.solvers import SOLVERS, Denoise, Noise, check_times, fast_orders
+
+Predict = Callable[..., Tensor]
+"""predict(x, timesteps, **condition)."""
+
+
+def time_grid(
+    schedule: Schedule,
+    num_steps: int,
+    spacing: Spacing = "uniform",
+    t_start: float = 1.0,
+    t_end: float = 0.0,
+    shift: float = 1.0,
+) -> list[float]:
+    """Returns the num_steps + 1 decreasing times of a solver.
+
+    Args:
+        schedule: needed for `log_snr`.
+        num_steps: steps between the times.
+        spacing: `uniform` in t, or uniform in log-SNR; the log-SNR is infinite at the ends of some schedules, so
+            there the grid keeps TIME_MARGIN away from them and its last step goes to t_end.
+        t_start: first time, at most 1.
+        t_end: last time, at least 0 and below t_start.
+        shift: s in t -> s t / (1 + (s - 1) t), for `uniform`.
+
+    Raises:
+        InputError: fewer than one step, an unknown spacing, or times that do not decrease within [0, 1].
+    """
+    if num_steps < 1:
+        raise InputError(f"steps must be at least 1, got {num_steps}")
+    if not 1 >= t_start > t_end >= 0:
+        raise InputError(f"times must satisfy 1 >= t_start > t_end >= 0, got {t_start} and {t_end}")
+    if spacing not in get_args(Spacing):
+        raise InputError(f"spacing must be one of {get_args(Spacing)}, got {spacing!r}")
+    if shift <= 0:
+        raise InputError(f"shift must be above 0, got {shift}")
+    if spacing == "uniform":
+        # Unshifted ends, so that the shifted ones are t_start and t_end; set, so that rounding does not move them.
+        first, last = (shift_time(torch.tensor(t, dtype=torch.float64), 1 / shift).item() for t in (t_start, t_end))
+        t = shift_time(torch.linspace(first, last, num_steps + 1, dtype=torch.float64), shift)
+        return [t_start, *t[1:-1].tolist(), t_end]
+    to_zero = schedule.at(t_end)[1] == 0
+    first = min(t_start, 1 - TIME_MARGIN) if schedule.singular_start else t_start
+    last = TIME_MARGIN if to_zero else t_end
+    low, high = schedule.log_snr(torch.tensor([first, last], dtype=torch.float64)).tolist()
+    log_snr = torch.linspace(low, high, num_steps + (0 if to_zero else 1), dtype=torch.float64)
+    t = schedule.time_at(log_snr)
+    t[0] = first
+    times = t.tolist() + ([t_end] if to_zero else [])
+    check_times(times)
+    return times
+
+
+def guide(
+    network: Predict,
+    schedule: Schedule,
+    cond: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor] | None = None,
+    scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Callable[[Tensor, float], Tensor]:
+    """Closes a network over its condition: w · cond + (1 - w) · uncond, on every channel (arXiv 2207.12598).
+
+    Args:
+        network: network(x, timesteps, **cond).
+        schedule: gives the network's time.
+        cond: keyword arguments of the network, batches of B.
+        uncond: the same for the empty condition; needed where scale is not 1.
+        scale: w; 1 is no guidance and never computes uncond.
+        interval: (low, high) times between which guidance acts (arXiv 2404.07724); outside, uncond is not computed.
+
+    Returns:
+        output(x, t) -> the network's (guided) prediction; cond and uncond run as one batch of 2B.
+
+    Raises:
+        InputError: a scale other than 1 without uncond.
+    """
+    if scale != 1 and uncond is None:
+        raise InputError(f"guidance {scale} needs a model with a null class, got one without")
+
+    def output(x: Tensor, t: float) -> Tensor:
+        guided = scale != 1 and interval[0] <= t <= interval[1]
+        timesteps = torch.full((len(x) * (2 if guided else 1),), schedule.network_scale * t, device=x.device)
+        if not guided or uncond is None:
+            return network(x, timesteps, **cond)
+        both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
+        conditional, unconditional = network(torch.cat([x, x]), timesteps, **both).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return output
+
+
+def denoiser(output: Callable[[Tensor, float], Tensor], schedule: Schedule, prediction: Kind) -> Denoise:
+    """Turns a network's prediction into denoise(x, t) -> (x_0, ε), in float32."""
+
+    def denoise(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        return separate(prediction, output(x, t).float(), x, *schedule.at(t))
+
+    return denoise
+
+
+class ImageNoise:
+    """Standard normal noise, each image from its own generator: the same image at any batch size, on any device.
+
+    Args:
+        keys: for each image, the numbers that seed it.
+        shape: (C, H, W).
+        device: where the noise goes.
+    """
+
+    def __init__(self, keys: Sequence[Sequence[int]], shape: tuple[int, ...], device: torch.device) -> None:
+        self.generators = [np.random.default_rng(key) for key in keys]
+        self.shape, self.device = shape, device
+
+    def __call__(self) -> Tensor:
+        """Returns the next (B, C, H, W) of noise."""
+        noise = np.stack([generator.standard_normal(self.shape, dtype=np.float32) for generator in self.generators])
+        tensor = torch.from_numpy(noise)
+        if self.device.type == "cuda":  # from pinned memory the copy does not wait for what the device has to do
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+
+def sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
+    """Returns the time grid of a process and a sampler's settings, clear of ends where a formula is singular.
+
+    Raises:
+        InputError: as time_grid, a solver that is not stable on the grid, or a grid finer than a discrete schedule.
+    """
+    times = _sampling_times(process, config)
+    smallest, first = min(t for t in times if t > 0), SCHEDULES[process.schedule].first_time
+    if smallest < first * (1 - 1e-6):
+        begins = f"schedule {process.schedule!r} begins at time {first:g}"
+        raise InputError(f"{begins}, got a grid with {smallest:g}: take fewer steps, or another t_end")
+    return times
+
+
+FAST_SOLVERS: tuple[SolverName, ...] = ("dpm_solver_fast", "dpmpp_fast")
+
+
+def _is_stiff(process: ProcessConfig, sampler: SolverName) -> bool:
+    """Where α(1) = 0 the drift of the reverse SDE and the steps in ε divide by α: only a grid in log-SNR keeps up."""
+    return SCHEDULES[process.schedule].singular_start and sampler in (*FAST_SOLVERS, "euler_maruyama")
+
+
+def resolve_spacing(process: ProcessConfig, config: SampleConfig) -> Spacing:
+    """Returns the spacing of times that a sampler's settings mean; `auto` is the solver's own.
+
+    Raises:
+        InputError: a solver that is not stable on the spacing.
+    """
+    stiff = _is_stiff(process, config.sampler)
+    if stiff and config.spacing == "uniform":
+        raise InputError(f"{config.sampler} on schedule {process.schedule!r} needs spacing 'log_snr', got 'uniform'")
+    if config.spacing != "auto":
+        return config.spacing
+    return "log_snr" if stiff or config.sampler == "dpm_solver_fast" else "uniform"
+
+
+def _sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
+    schedule, sampler, shift = SCHEDULES[process.schedule], config.sampler, process.time_shift
+    spacing = resolve_spacing(process, config)
+    divides_by_alpha = schedule.singular_start and (_is_stiff(process, sampler) or process.prediction == "noise")
+    t_start = 1 - TIME_MARGIN if divides_by_alpha else 1.0
+
+    if sampler in FAST_SOLVERS:
+        t_end = config.t_end or TIME_MARGIN
+        if sampler == "dpmpp_fast":  # its steps go from one time of the grid to the third after it
+            return time_grid(schedule, config.num_steps, spacing, t_start, t_end, shift)
+        # The grid is that of whole steps; each has its inner times at equal distances in log-SNR.
+        orders = fast_orders(config.num_steps)
+        outer = time_grid(schedule, len(orders), spacing, t_start, t_end, shift)
+        parts = [time_grid(schedule, k, "log_snr", t, s) for k, t, s in zip(orders, outer, outer[1:])]
+        return outer[:1] + [t for part in parts for t in part[1:]]
+    if sampler in ("euler", "euler_maruyama") and spacing == "uniform" and not config.t_end and config.num_steps > 1:
+        # σ'(t) grows without bound towards 0 for vp: the last slope is taken at TIME_MARGIN, as in the paper's runs.
+        return [*time_grid(schedule, config.num_steps - 1, spacing, t_start, TIME_MARGIN, shift), 0.0]
+    return time_grid(schedule, config.num_steps, spacing, t_start, config.t_end, shift)
+
+
+@torch.no_grad()
+def sample(
+    network: Predict,
+    process: ProcessConfig,
+    config: SampleConfig,
+    noise: Noise,
+    cond: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor] | None = None,
+    on_evaluation: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """Draws images.
+
+    Args:
+        network: network(x, timesteps, **cond), in eval mode.
+        process: what the network was trained on.
+        config: solver, steps, spacing and guidance.
+        noise: source of (B, C, H, W) standard normal noise.
+        cond: the network's condition, batches of B, such as {"y": labels}; {} for none.
+        uncond: the same for the empty condition; needed with guidance.
+        on_evaluation: called with the x_t, (B, C, H, W), of each evaluation of the network after it: for a progress
+            bar, or to watch the denoising.
+
+    Returns:
+        (B, C, H, W) in float32, images in about [-1, 1].
+
+    Raises:
+        InputError: guidance without uncond, or a grid that cannot be made.
+    """
+    schedule = SCHEDULES[process.schedule]
+    output = guide(network, schedule, cond, uncond, config.guidance, config.guidance_interval)
+    denoise = denoiser(output, schedule, process.prediction)
+
+    def counted(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        estimates = denoise(x, t)
+        if on_evaluation is not None:
+            on_evaluation(x)
+        return estimates
+
+    return SOLVERS[config.sampler](counted, noise(), schedule, sampling_times(process, config), noise)
+
+
+def num_evaluations(process: ProcessConfig, config: SampleConfig) -> int:
+    """Returns how often a solver asks the denoiser.
+
+    Raises:
+        InputError: as sampling_times.
+    """
+    *_, last = times = sampling_times(process, config)
+    num_steps = len(times) - 1
+    return 2 * num_steps - (last == 0) if config.sampler == "heun" else num_steps

@@ -1,0 +1,1 @@
+"""From sets of images to figures."""

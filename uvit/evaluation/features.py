@@ -1,0 +1,179 @@
+"""Networks and classifiers that judge images."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uvit.common.errors import InputError
+from uvit.data.images import to_unit_range
+from uvit.weights.tensors import hash_weights, read_pth, read_weights
+
+MAX_PIXEL_FEATURES = 4096
+"""Beyond this their covariance needs more time and memory than a network's features."""
+PIXELS, INCEPTION, TIMM = "pixels", "inception", "timm:"
+INCEPTION_FEATURES, INCEPTION_CLASSES = 2048, 1008
+
+
+class Features(nn.Module):
+    """What turns (B, C, H, W) uint8 images into (B, num_features) features and, where it classifies, logits."""
+
+    num_features: int
+    num_classes: int = 0
+
+    @property
+    def weights_hash(self) -> str | None:
+        """Tells weights apart; None where there are none."""
+        return hash_weights(self.state_dict()) if any(True for _ in self.parameters()) else None
+
+
+class PixelFeatures(Features):
+    """The pixels themselves, in [-1, 1]: for small images.
+
+    Args:
+        shape: (C, H, W) of the images.
+
+    Raises:
+        InputError: too many pixels.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.num_features = math.prod(shape)
+        if self.num_features > MAX_PIXEL_FEATURES:
+            given = f"{'x'.join(map(str, shape))} images have {self.num_features}"
+            raise InputError(f"features {PIXELS!r} must be {MAX_PIXEL_FEATURES} or fewer, {given}: use {INCEPTION!r}")
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        """Returns (B, C·H·W) of (B, C, H, W) uint8."""
+        return to_unit_range(images).flatten(1), None
+
+
+@contextlib.contextmanager
+def _weights_alone() -> Iterator[None]:
+    """Keeps torch.load from running what a pickle holds, which torch-fidelity asks it to do."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class InceptionFeatures(Features):
+    """The Inception v3 of the FID, as torch-fidelity ports it: pooled features and logits.
+
+    Args:
+        weights: file of its weights; None downloads them once.
+
+    Raises:
+        InputError: torch-fidelity is not installed, or weights that cannot be had or read.
+    """
+
+    num_features, num_classes = INCEPTION_FEATURES, INCEPTION_CLASSES
+
+    def __init__(self, weights: str | None) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError:
+            package = "torch-fidelity"
+            raise InputError(
+                f"features 'inception' need the package {package}, which is not installed: pip install {package}"
+            ) from None
+        if weights is not None:
+            read_pth(_existing(weights))
+        try:
+            with _weights_alone():
+                self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
+        except Exception as error:  # no network, a broken download, weights of another network
+            given = "cannot be downloaded; give a file with --feature_weights" if weights is None else f"in {weights}"
+            raise InputError(f"Inception's weights {given}: {' '.join(str(error).split()):.150}") from None
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (B, 2048) features and (B, 1008) logits of (B, C, H, W) uint8 images."""
+        return self.network(images.expand(-1, 3, -1, -1))
+
+
+class TimmFeatures(Features):
+    """Any network of timm: pooled features, or a classifier, whose features are its logits.
+
+    Args:
+        name: a model of timm, such as vit_small_patch14_dinov2.
+        weights: file of its weights (safetensors); None downloads them once.
+        classify: logits instead of features.
+
+    Raises:
+        InputError: no such model, or weights that cannot be had or read.
+    """
+
+    network: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, weights: str | None, classify: bool = False) -> None:
+        super().__init__()
+        import timm
+
+        try:
+            self.network = timm.create_model(name, pretrained=weights is None)
+            if weights is not None:
+                self.network.load_state_dict(read_weights(_existing(weights)))
+            if not classify:
+                self.network.reset_classifier(0)
+        except InputError:
+            raise
+        except Exception as error:  # an unknown name, no network, weights of another network
+            given = "" if weights is None else f" from {weights}"
+            raise InputError(
+                f"timm model {name!r} cannot be loaded{given}: {' '.join(str(error).split()):.150}"
+            ) from None
+        settings = timm.data.resolve_model_data_config(self.network)
+        self.network.eval().requires_grad_(False)
+        self.num_features = self.network.num_classes if classify else self.network.head_hidden_size
+        self.size: tuple[int, int] = tuple(settings["input_size"][1:])
+        self.register_buffer("mean", torch.tensor(settings["mean"])[:, None, None])
+        self.register_buffer("std", torch.tensor(settings["std"])[:, None, None])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        """Returns (B, num_features) of (B, C, H, W) uint8 images, scaled to the network's size (bicubic)."""
+        x = images.expand(-1, 3, -1, -1).float() / 255
+        x = nn.functional.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0, 1)
+        return self.network((x - self.mean) / self.std), None
+
+
+def _existing(weights: str) -> Path:
+    if not os.path.isfile(weights):
+        raise InputError(f"no weights at {weights}")
+    return Path(weights)
+
+
+def build_features(name: str, weights: str | None, shape: tuple[int, int, int]) -> Features:
+    """Builds what the name of features means: forward(images) -> (features, logits or None).
+
+    Args:
+        name: `pixels`, `inception` or `timm:MODEL`.
+        weights: file of the network's weights; None downloads them once.
+        shape: (C, H, W) of the images.
+
+    Raises:
+        InputError: another name, or as the classes above.
+    """
+    if name == PIXELS:
+        return PixelFeatures(shape)
+    if name == INCEPTION:
+        return InceptionFeatures(weights)
+    if name.startswith(TIMM):
+        return TimmFeatures(name.removeprefix(TIMM), weights)
+    raise InputError(f"features must be {PIXELS!r}, {INCEPTION!r} or '{TIMM}MODEL', got {name!r}")

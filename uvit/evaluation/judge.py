@@ -1,0 +1,202 @@
+"""Sets of images, drawn or read, to what is measured of them. Every process looks at its own share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from sklearn.svm import SVC
+from torch import Tensor
+from tqdm import tqdm
+
+from uvit.common.errors import InputError
+from uvit.data.batch import ImageData, read_all
+from uvit.data.images import to_unit_range
+from uvit.data.loader import read_in_parts
+from uvit.evaluation.features import TIMM, Features, TimmFeatures
+from uvit.evaluation.metrics import FeatureSample, ImageHash, InceptionScore, Moments, shuffled_places
+from uvit.sampling.conditions import Condition
+from uvit.sampling.generate import generate_batches
+
+MAX_SMALL = 1024
+"""Values of an image for which an SVM and the covariance of raw pixels are quick and telling."""
+SVM_C = 10.0
+
+Labelled = tuple[Tensor, Tensor | None]
+"""(B, C, H, W) uint8 images, and their (B,) labels where they have any."""
+
+
+class Classifier(NamedTuple):
+    """What recognises labels."""
+
+    classify: Callable[[Tensor], Tensor]
+    """(B, C, H, W) uint8 images to (B,) labels."""
+    num_classes: int
+    description: str
+
+
+class ImageStatistics:
+    """What is kept of a set of images: moments and a sample of their features, scores, and how many are recognised.
+
+    Args:
+        network: as uvit.features builds it.
+        num_images: images of all processes.
+        state: which process this is; it sees every so manyth image.
+    """
+
+    def __init__(self, network: Features, num_images: int, state: PartialState) -> None:
+        exact = state.device if state.device.type == "cuda" else torch.device("cpu")  # a device that knows float64
+        self.network, self.state = network, state
+        self.places = shuffled_places(num_images)[state.process_index :: state.num_processes]
+        self.moments = Moments(network.num_features, exact)
+        self.sample = FeatureSample(network.num_features)
+        self.score = InceptionScore(network.num_classes, num_images, exact) if network.num_classes else None
+        self.hits = torch.zeros(2, dtype=torch.float64, device=exact)  # right, and judged
+        self.hash = ""
+
+    @torch.no_grad()
+    def update(self, batches: Iterator[Labelled], classifier: Classifier | None = None) -> ImageStatistics:
+        """Looks at this process's images, and adds up all processes; returns itself."""
+        image_hash, seen = ImageHash(), 0
+        for images, labels in batches:
+            places = self.places[seen : seen + len(images)]
+            seen += len(images)
+            image_hash.update(images)
+            features, logits = self.network(images.to(self.state.device))
+            self.moments.update(features)
+            self.sample.update(features, places)
+            if self.score is not None:
+                self.score.update(logits, places)
+            if classifier is not None and labels is not None:
+                right = (classifier.classify(images).cpu() == labels.cpu()).sum()
+                self.hits += torch.tensor([right, len(labels)]).to(self.hits)
+        self.moments.reduce()
+        self.hits = reduce(self.hits, "sum")
+        self.hash = image_hash.compute(self.state.device)
+        return self
+
+    @property
+    def recognised(self) -> float | None:
+        """Share of images that the classifier takes for what their label says; None where there is nothing to say."""
+        return (self.hits[0] / self.hits[1]).item() if self.hits[1] else None
+
+
+def build_classifier(name: str, weights: str | None, train_part: ImageData | None, device: torch.device) -> Classifier:
+    """Builds what recognises labels.
+
+    Args:
+        name: `svm`, fitted to the pixels of real images, or `timm:MODEL`, whose classes are the labels.
+        weights: file of the network's weights; None downloads them once.
+        train_part: the images for the SVM.
+        device: where the network goes.
+
+    Raises:
+        InputError: another name, no labelled images to fit to, or a network that cannot be had.
+    """
+    if name.startswith(TIMM):
+        network = TimmFeatures(name.removeprefix(TIMM), weights, classify=True).to(device)
+        described = f"{name}, weights {network.weights_hash}"
+        return Classifier(lambda images: network(images.to(device))[0].argmax(dim=1), network.num_features, described)
+    if name != "svm":
+        raise InputError(f"classifier must be 'svm', '{TIMM}MODEL' or 'none', got {name!r}")
+    if train_part is None or not train_part.class_names:
+        raise InputError("classifier 'svm' needs the labelled images of a run's own data to learn from, got none")
+    real = read_all(train_part)
+    svm = SVC(C=SVM_C).fit(_pixels(real.images), real.labels)
+    described = f"svm on the pixels of {len(real.labels)} training images"
+    return Classifier(
+        lambda images: torch.from_numpy(svm.predict(_pixels(images))), len(train_part.class_names), described
+    )
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    return to_unit_range(images.cpu()).flatten(1).numpy()
+
+
+def choose_labels(num_images: int, num_classes: int, mode: Literal["balanced", "random"], seed: int) -> list[int]:
+    """Returns the label of each image to draw.
+
+    Raises:
+        InputError: a number of images that classes do not divide, for `balanced`.
+    """
+    if mode == "random":
+        return np.random.default_rng(seed).integers(num_classes, size=num_images).tolist()
+    if num_images % num_classes:
+        raise InputError(f"num_images must be a multiple of {num_classes} classes, got {num_images}")
+    return [label for label in range(num_classes) for _ in range(num_images // num_classes)]
+
+
+def choose_captions(
+    data: ImageData, num_images: int, mode: Literal["balanced", "random"], seed: int
+) -> tuple[list[str], list[int] | None]:
+    """Returns the first caption of an image of the data for each image to draw.
+
+    Where the data has labels, those of what the captions tell are returned besides, and `mode` is as for labels;
+    where it has none, `balanced` takes the images in their order, and `random` shuffles them.
+
+    Raises:
+        InputError: no captions, or a label without images.
+    """
+    items: Sequence[int] = range(len(data))
+    if not data.class_names:
+        if mode == "random":
+            items = np.random.default_rng(seed).permutation(len(data)).tolist()
+        items = items[:num_images]
+    parts = [items[n : n + 256] for n in range(0, len(items), 256)]
+    told = [
+        (texts[0], int(label))
+        for part in read_in_parts(data, parts, 0)
+        for texts, label in zip(part.captions, part.labels)
+    ]
+    if not told:
+        raise InputError("a text model is measured on the captions of a reference data set, got one without captions")
+    if not data.class_names:
+        return [text for text, _ in itertools.islice(itertools.cycle(told), num_images)], None
+    labels = choose_labels(num_images, len(data.class_names), mode, seed)
+    of_label = {each: [text for text, label in told if label == each] for each in set(labels)}
+    for label, texts in of_label.items():
+        if not texts:
+            raise InputError(f"the reference must have a caption of every label, got none of {data.class_names[label]}")
+    captions = {label: itertools.cycle(texts) for label, texts in of_label.items()}
+    return [next(captions[label]) for label in labels], labels
+
+
+def read_with_progress(data: ImageData, batch_size: int, num_workers: int, state: PartialState) -> Iterator[Labelled]:
+    """Reads this process's share of a data set, with a progress bar."""
+    mine = range(len(data))[state.process_index :: state.num_processes]
+    parts = [mine[n : n + batch_size] for n in range(0, len(mine), batch_size)]
+    hidden = not state.is_main_process
+    with tqdm(total=len(mine), unit="image", desc="reading", disable=hidden, dynamic_ncols=True) as progress:
+        for part, batch in zip(parts, read_in_parts(data, parts, num_workers)):
+            yield batch.images, batch.labels if data.class_names else None
+            progress.update(len(part))
+
+
+def draw_with_progress(
+    evaluations: int, state: PartialState, conditions: Sequence[Condition], labels: Sequence[int] | None, **drawing: Any
+) -> Iterator[Labelled]:
+    """Draws this process's share of images, with a progress bar.
+
+    Args:
+        evaluations: of the network, for each image.
+        state: which process this is.
+        conditions: what to draw, of all processes.
+        labels: what a classifier should take the images for.
+        **drawing: what else generate_batches takes.
+    """
+    share = (state.process_index, state.num_processes)
+    mine = None if labels is None else torch.tensor(labels[share[0] :: share[1]])
+    total, done = len(conditions[share[0] :: share[1]]) * evaluations, 0
+    hidden = not state.is_main_process
+    with tqdm(total=total, unit="eval", desc="drawing", disable=hidden, dynamic_ncols=True) as progress:
+        batches = generate_batches(
+            conditions=conditions, on_evaluation=lambda x: progress.update(len(x)), share=share, **drawing
+        )
+        for images in batches:
+            yield images, None if mine is None else mine[done : done + len(images)]
+            done += len(images)

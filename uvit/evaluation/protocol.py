@@ -1,0 +1,88 @@
+"""How figures were measured, in words that are saved beside them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from uvit import __version__
+from uvit.config import Config, checkpoint_dirs
+from uvit.diffusion.samplers import resolve_spacing, sampling_times
+from uvit.evaluation.features import Features
+from uvit.networks.contract import Network
+from uvit.networks.encoders import Autoencoder, Encoders, TextEncoder
+from uvit.sampling.conditions import Condition
+from uvit.sampling.generate import describe_guidance
+from uvit.weights.tensors import hash_weights
+
+PACKAGES = ("torch", "timm", "torch-fidelity", "diffusers", "transformers")
+
+
+def describe_drawing(
+    checkpoint: str,
+    config: Config,
+    model: Network,
+    encoders: Encoders,
+    conditions: Sequence[Condition],
+    label_mode: Literal["balanced", "random"],
+    seed: int,
+) -> dict[str, str]:
+    """Says how images were drawn.
+
+    Args:
+        checkpoint: what from, as the user named it.
+        config: the run, with the settings of sampling.
+        model: its network.
+        encoders: its text encoder and autoencoder.
+        conditions: of each image.
+        label_mode: how they were chosen.
+        seed: of the images.
+    """
+    sampling, count = config.sample, f"{len(conditions)} drawn"
+    if config.model.num_classes:
+        each = f", {len(conditions) // config.model.num_classes} a class"
+        count += each if label_mode == "balanced" else ", labels at random"
+    elif config.model.context_dim:
+        count += f", {len(set(conditions))} different captions of the reference, {label_mode}"
+    steps, times = checkpoint_dirs(Path(checkpoint)), sampling_times(config.process, sampling)
+    spacing = f"{resolve_spacing(config.process, sampling)} from t = {times[0]:g} to {times[-1]:g}"
+    return {
+        "images": count,
+        "weights": f"EMA of {checkpoint}"
+        + (f", {steps[-1].name}" if steps else "")
+        + f", hash {hash_weights(model.state_dict())}",
+        "guidance": describe_guidance(sampling.guidance).removeprefix("guidance "),
+        "guidance_interval": "{:g} to {:g}".format(*sampling.guidance_interval),
+        "sampler": f"{sampling.sampler}, {sampling.num_steps} steps ({spacing})",
+        "precision": sampling.mixed_precision,
+        "reuse": sampling.reuse,
+        "seed": str(seed),
+        "text_encoder": f"{config.data.text_encoder}, hash {hash_weights(encoders.text.network.state_dict())}"
+        if encoders.text
+        else "none",
+        "decoder": f"{config.data.autoencoder}, hash {hash_weights(encoders.image.network.state_dict())}"
+        if encoders.image
+        else "none",
+        "rounding": "uint8",
+    }
+
+
+def _describe_encoder(name: str | None, encoder: TextEncoder | Autoencoder | None) -> str:
+    return "none" if encoder is None else f"{name}, hash {hash_weights(encoder.network.state_dict())}"
+
+
+def describe_features(name: str, network: Features) -> str:
+    """Says what is compared."""
+    return name if network.weights_hash is None else f"{name}, hash {network.weights_hash}"
+
+
+def versions() -> str:
+    """Names the packages that figures depend on, those that are installed."""
+    found = [f"uvit {__version__}"]
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)

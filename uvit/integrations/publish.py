@@ -1,0 +1,123 @@
+"""A run or a backbone as a folder that anyone may see: config, weights, card and grid, and nothing of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shutil
+import tempfile
+from os.path import exists
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uvit.common.errors import InputError
+from uvit.common.files import atomic_write, write_text
+from uvit.common.hub import push_folder
+from uvit.config import CONFIG_FILE, EVALUATION_FILE, Config, config_kind, grid_files, read_json, step_of, to_json
+from uvit.sampling.runs import load_run
+from uvit.weights.build import load_network
+from uvit.weights.card import CARD_FILE, model_card
+from uvit.weights.pretrained import find_pretrained, save_pretrained
+from uvit.weights.tensors import hash_weights, write_weights
+
+GRID_FILE = "grid.png"
+NEEDED = {"weights", "reference", "features"}
+PROTOCOL_LINE = re.compile(r"((?:train|test) part of |EMA of )?(.*?)((?:: |, split |, step_|, hash ).*)?", re.DOTALL)
+"""What a protocol says before a name, the name, and what it says after it."""
+FOLDER_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:~[^/\\]*|\.{1,2})?[/\\].*[/\\]")
+"""A path from the root, a home or the folder above, without what it ends in; greedy, since folders may have spaces."""
+
+
+def public_name(text: str) -> str:
+    """Takes the folders of this machine out of a name, or of a line of a protocol: `/home/me/photos` is `./photos`."""
+    before, name, after = PROTOCOL_LINE.fullmatch(text).groups("")  # type: ignore[union-attr]  # every text fits
+    if "/" in name and exists(name):
+        name = f"./{Path(name).name}"
+    return FOLDER_PATH.sub("./", before + name + after)
+
+
+def public_config(config: Config) -> Config:
+    """Returns a run's config without the folders of this machine."""
+    data = dataclasses.replace(
+        config.data,
+        name=public_name(config.data.name),
+        text_encoder=public_name(config.data.text_encoder),
+        autoencoder=config.data.autoencoder and public_name(config.data.autoencoder),
+    )
+    return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, run_dir=None))
+
+
+def read_evaluation(path: Path, weights_hash: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Reads the figures that evaluate.py saved, and their protocol.
+
+    Raises:
+        InputError: not what evaluate.py saves, or figures of other weights.
+    """
+    raw = read_json(path)
+    protocol = raw.pop("protocol", None) if isinstance(raw, dict) else None
+    if (
+        not isinstance(protocol, dict)
+        or not protocol.keys() >= NEEDED
+        or not all(isinstance(value, str) for value in protocol.values())
+        or not all(isinstance(value, float) and math.isfinite(value) for value in raw.values())
+        or not raw.keys() >= {"frechet", *(f"{key}_deviation" for key in ("kid", "inception_score") if key in raw)}
+    ):
+        raise InputError(f"{path} must hold figures and their protocol, as evaluate.py saves them")
+    if not protocol["weights"].endswith(f"hash {weights_hash}"):
+        raise InputError(
+            f"{path} holds figures of other weights than {weights_hash}: run evaluate.py again, or remove it"
+        )
+    return raw, {key: public_name(value) for key, value in protocol.items()}
+
+
+def write_hub_folder(source: str | Path, folder: Path, name: str) -> None:
+    """Writes what is to be published of a run, or of a backbone alone.
+
+    Args:
+        source: run folder, folder of weights, published `.pth` file, or hub name.
+        folder: gets config.json, model.safetensors and README.md, and of a run its newest grid of samples.
+        name: of the model on the hub, for the card.
+
+    Raises:
+        InputError: nothing whole there, weights that are not finite, or figures that are not theirs.
+    """
+    path = find_pretrained(source)
+    if path.is_file() or config_kind(read_json(path / CONFIG_FILE)) != "run":
+        network = load_network(path, {})
+        write_text(folder / CARD_FILE, model_card(network.config, network.num_parameters, name))
+        save_pretrained(network, folder)
+        return
+    config, model = load_run(str(path), "auto", torch.device("cpu"))
+    config = public_config(config)
+    results, grids = path / EVALUATION_FILE, grid_files(path)
+    evaluation = read_evaluation(results, hash_weights(model.state_dict())) if results.is_file() else None
+    grid = (GRID_FILE, step_of(grids[-1].name) or 0) if grids else None
+    write_text(folder / CARD_FILE, model_card(config.model, model.num_parameters, name, config, evaluation, grid))
+    if grids:
+        with atomic_write(folder / GRID_FILE) as temporary:
+            shutil.copyfile(grids[-1], temporary)
+    write_weights(folder, model.state_dict())
+    write_text(folder / CONFIG_FILE, to_json(config))
+
+
+def publish(source: str, name: str, private: bool | None = None, revision: str | None = None) -> str:
+    """Pushes a run, or a backbone alone, to the hub.
+
+    Args:
+        source: as for write_hub_folder.
+        name: `user/model`.
+        private: as for push_folder.
+        revision: branch to push to, made where there is none; None is the main one.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: as write_hub_folder and push_folder.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_hub_folder(source, Path(folder), name)
+        return push_folder(Path(folder), name, private, revision)

@@ -1,0 +1,140 @@
+"""The parts of a U-ViT: time embedding, attention, norms, long skips, blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from uvit.config import UViTConfig
+from uvit.networks.attention import attention
+
+MAX_PERIOD = 10_000
+
+
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of times, cosines first.
+
+    Args:
+        timesteps: (B,) times in the network's units, usually in [0, 1000].
+        dim: even width.
+
+    Returns:
+        (B, dim) in float32, whatever the precision of the model: half precision blurs neighbouring times.
+    """
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(MAX_PERIOD) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    )
+    angles = timesteps.float()[:, None] * frequencies  # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMS norm of queries or keys in their own precision, which under autocast is not that of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens, with RMS norm of queries and keys where `qk_norm` asks for it."""
+
+    def __init__(self, config: UViTConfig) -> None:
+        super().__init__()
+        dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
+        self.num_heads = config.num_heads
+        self.backend = config.attention
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.q_norm = HeadNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B L H D", K=3, H=self.num_heads)
+        x = attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v, self.backend)  # (B, L, H, D)
+        return self.proj(rearrange(x, "B L H D -> B L (H D)"))
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that ignores the time embedding, so that a block calls either norm alike."""
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class AdaLayerNorm(nn.Module):
+    """y_s · LayerNorm(h) + y_b with (y_s, y_b) linear in the time embedding (paper, section 3.1)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.proj = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.proj(time)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+        return scale * self.norm(x) + shift
+
+
+class ConcatLinear(nn.Linear):
+    """Linear(Concat(x, skip)) as two products over its one weight: nothing is copied or kept."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        of_x, of_skip = self.weight.chunk(2, dim=1)  # (D, D) each; einops on a parameter would break a compiled graph
+        return F.linear(x, of_x, self.bias) + F.linear(skip, of_skip)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; a deep one merges its long skip first."""
+
+    def __init__(self, config: UViTConfig, deep: bool = False) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        norm = AdaLayerNorm if config.time_conditioning == "adaln" else LayerNorm
+        self.skip = config.skip if deep else "none"
+        if self.skip not in ("add", "none"):
+            self.skip_linear = ConcatLinear(2 * dim, dim) if self.skip == "concat" else nn.Linear(dim, dim)
+        self.norm1 = norm(dim)
+        self.attn = Attention(config)
+        self.norm2 = norm(dim)
+        self.mlp = Mlp(dim, hidden_features=int(dim * config.mlp_ratio))
+
+    def merge(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Merges the main branch and the long skip, (B, L, D) each (paper, section 3.1 and figure 2a)."""
+        match self.skip:
+            case "concat":
+                return self.skip_linear(x, skip)
+            case "add":
+                return x + skip
+            case "linear_add":
+                return x + self.skip_linear(skip)
+            case "add_linear":
+                return self.skip_linear(x + skip)
+            case _:
+                return x
+
+    def forward(self, x: Tensor, time: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = self.merge(x, skip)
+        x = x + self.attn(self.norm1(x, time))
+        return x + self.mlp(self.norm2(x, time))
+
+
+class ConvPatchEmbed(nn.Module):
+    """A stack of 3x3 convolutions that halves the image down to one pixel a patch, then a 1x1 (paper, figure 2d)."""
+
+    def __init__(self, config: UViTConfig) -> None:
+        super().__init__()
+        width = config.embed_dim // config.patch_size
+        layers: list[nn.Module] = [nn.Conv2d(config.in_chans, width, 3, padding=1), nn.GELU()]
+        while width < config.embed_dim:
+            layers += [nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.GELU()]
+            width *= 2
+        self.proj = nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.proj(x), "B D h w -> B (h w) D")

@@ -1,0 +1,87 @@
+"""How a network runs: precision, compilation, threads. They change speed, and results to rounding only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import nn
+
+from uvit.common.errors import InputError
+from uvit.config import Compile, Precision
+from uvit.networks.contract import Network
+
+MIN_BF16_WIDTH = 128
+"""Narrower models stay in fp32 on a CPU: casts cost most of what products save."""
+
+
+def cpu_has_bf16() -> bool:
+    """Tells whether the processor multiplies bf16 by instructions of its own, not by emulation."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(precision: Precision, device_type: str, width: int) -> str:
+    """Returns the precision of matrix products, for `auto` as for an explicit name.
+
+    Args:
+        precision: `auto`, `no` (fp32), `bf16` or `fp16`.
+        device_type: `cuda`, `cpu`, `mps` ….
+        width: of the matrix products, as NetworkConfig.width.
+
+    Raises:
+        InputError: one that cannot run there.
+    """
+    if precision == "fp16" and device_type != "cuda":
+        raise InputError(f"mixed_precision 'fp16' needs a CUDA device, got {device_type!r}: use 'bf16' or 'no'")
+    if precision != "auto":
+        return precision
+    if device_type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if device_type == "cpu" and width >= MIN_BF16_WIDTH and cpu_has_bf16() else "no"
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Lets a GPU round the factors of fp32 products to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def check_compile(how: Compile, device_type: str) -> None:
+    """Checks that a model can be compiled there, before the long work.
+
+    Raises:
+        InputError: CUDA graphs without CUDA, or no compiler.
+    """
+    if how == "graphs" and device_type != "cuda":
+        raise InputError(f"compile 'graphs' needs a CUDA device, got {device_type!r}: use 'blocks' or 'model'")
+    if how != "no" and device_type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise InputError(f"compile {how!r} needs a C++ compiler on a CPU, found none: install g++, or use 'no'")
+
+
+def compile_model(network: Network, how: Compile) -> None:
+    """Compiles a network in place, so that its parameters keep their names; the first calls take long.
+
+    Args:
+        network: its blocks share one compiled code.
+        how: `no`, `blocks` (the shortest start), `model`, or `graphs` (the model, in CUDA graphs).
+    """
+    if how == "blocks":
+        for block in network.blocks:
+            block.compile()
+    elif how != "no":
+        cast(nn.Module, network).compile(mode="reduce-overhead" if how == "graphs" else None)
+
+
+def set_threads(num_threads: int) -> None:
+    """Gives PyTorch a number of CPU threads; 0 leaves it its own choice."""
+    if num_threads:
+        torch.set_num_threads(num_threads)

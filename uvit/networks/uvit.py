@@ -1,0 +1,406 @@
+"""U-ViT: a vision transformer that takes time, condition and patches all as tokens, with long skip connections.
+
+"All are Worth Words: A ViT Backbone for Diffusion Models" (Bao et al., CVPR 2023, arXiv 2209.12152). The order of
+tokens and the names of parameters are those of the published checkpoints. Here are tensors alone; the class that users
+import, which also loads and saves, is made of this one in `uvit.weights.build`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from operator import index
+from typing import Any, ClassVar, Literal
+
+import torch
+from einops import rearrange
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from uvit.config import InputError, UViTConfig, replace_fields
+from uvit.networks.layers import AdaLayerNorm, Block, ConvPatchEmbed, timestep_embedding
+
+
+class UViT(nn.Module):
+    """The U-ViT backbone.
+
+    Args:
+        config: sizes and options; None takes UViTConfig's defaults.
+        **fields: fields of UViTConfig that override `config`.
+
+    Raises:
+        InputError: (a ValueError) sizes that do not fit together, with both values.
+
+    Example:
+        >>> model = UViT(img_size=32, patch_size=2, embed_dim=512, depth=12, num_heads=8, num_classes=10)
+        >>> noise = model(torch.randn(4, 3, 32, 32), torch.full((4,), 500.0), y=torch.tensor([0, 1, 2, 3]))
+    """
+
+    config_class: ClassVar[type[UViTConfig]] = UViTConfig
+    # Muon orthogonalises the matrices inside the blocks; what maps to or from tokens is left to AdamW.
+    muon_fallback: ClassVar[tuple[str, ...]] = (
+        "patch_embed.*",
+        "time_embed.*",
+        "label_emb.*",
+        "context_embed.*",
+        "pos_embed",
+        "decoder_pred.*",
+        "final_layer.*",
+    )
+
+    def __init__(self, config: UViTConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        if not isinstance(config, UViTConfig | None):
+            raise InputError(f"config must be a UViTConfig, got {config!r:.80}: give sizes by name, as in img_size=32")
+        self.config = config = replace_fields(config or UViTConfig(), fields)
+        dim, patch_size, in_chans = config.embed_dim, config.patch_size, config.in_chans
+
+        if config.patch_embed == "linear":
+            self.patch_embed: nn.Module = PatchEmbed(
+                config.image_shape, patch_size, in_chans, dim, strict_img_size=False
+            )
+        else:
+            self.patch_embed = ConvPatchEmbed(config)
+        if config.mlp_time_embed:
+            self.time_embed: nn.Module = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+        else:
+            self.time_embed = nn.Identity()
+        if config.num_classes:
+            self.label_emb = nn.Embedding(config.num_classes + config.null_class, dim)
+        if config.context_dim:
+            self.context_embed = nn.Linear(config.context_dim, dim)
+        self.pos_embed: Tensor
+        if config.pos_embed == "learned":
+            num_tokens = config.num_extra_tokens + math.prod(config.grid_shape)
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, dim))
+        else:
+            self.reset_buffers()
+
+        self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.depth // 2))
+        self.mid_block = Block(config)
+        self.out_blocks = nn.ModuleList(Block(config, deep=True) for _ in range(config.depth // 2))
+
+        self.norm: nn.Module = nn.LayerNorm(dim)
+        self.decoder_pred: nn.Module = nn.Linear(dim, patch_size**2 * in_chans)
+        if config.conv == "none":
+            self.final_layer: nn.Module = nn.Identity()
+        else:
+            chans = in_chans if config.conv == "image" else dim
+            self.final_layer = nn.Conv2d(chans, chans, 3, padding=1)
+        self.is_whole = True  # until blocks are pruned
+        self._init_weights()
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters in all."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def reset_buffers(self) -> None:
+        """Computes what the state dict does not hold: fixed positions of the patches, zeros for the extra tokens."""
+        if self.config.pos_embed == "sincos2d":
+            patches = build_sincos2d_pos_embed(
+                list(self.config.grid_shape), self.config.embed_dim
+            )  # (N, D), row by row
+            extras = torch.zeros(self.config.num_extra_tokens, self.config.embed_dim)
+            self.register_buffer("pos_embed", torch.cat([extras, patches])[None], persistent=False)  # (1, L, D)
+
+    def _init_weights(self) -> None:
+        """Truncated normal 0.02 for linear weights and positions; embeddings and convolutions keep PyTorch's own."""
+        if self.config.pos_embed == "learned":
+            trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, AdaLayerNorm):
+                nn.init.ones_(module.proj.bias[: self.config.embed_dim])  # scale starts at a plain LayerNorm's 1
+
+    def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> None:
+        config = self.config
+        expected = (config.in_chans, *config.image_shape)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise InputError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+        batch = x.shape[0]  # len(x) would be a constant to an exporter
+        if tuple(timesteps.shape) not in ((batch,), (1,), ()):
+            raise InputError(f"timesteps must be ({batch},), got {tuple(timesteps.shape)}")
+        if (y is None) != (config.num_classes == 0):
+            given = "none" if y is None else "labels"
+            raise InputError(
+                f"a model with num_classes {config.num_classes} takes {'y' if y is None else 'no y'}, got {given}"
+            )
+        if y is not None and tuple(y.shape) != (batch,):
+            raise InputError(f"y must be ({batch},), got {tuple(y.shape)}")
+        if (context is None) != (config.context_dim == 0):
+            given = "none" if context is None else "context"
+            takes = "context" if context is None else "no context"
+            raise InputError(f"a model with context_dim {config.context_dim} takes {takes}, got {given}")
+        if context is not None:
+            expected = (batch, config.num_context_tokens, config.context_dim)
+            if tuple(context.shape) != expected:
+                raise InputError(f"context must be {expected}, got {tuple(context.shape)}")
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """Predicts what the model was trained for (noise, data, v or flow) from a noisy image.
+
+        Args:
+            x: (B, C, H, W) noisy images, of about unit variance.
+            timesteps: (B,) times in the network's units (999 t or 1000 t), or one time for all.
+            y: (B,) integer labels below num_classes, or num_classes for the null class.
+            context: (B, num_context_tokens, context_dim), such as text features.
+
+        Returns:
+            (B, C, H, W).
+
+        Raises:
+            InputError: (a ValueError) shapes that the model was not built for.
+        """
+        return self.forward_reusing(x, timesteps, y, context)[0]
+
+    def forward_reusing(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        outer: int = 0,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predicts as `forward` does; given deep features of an earlier call, it runs the outer blocks alone.
+
+        The long skips nest, so the blocks inside the outermost ones see the image only through what comes out of
+        these; between neighbouring steps of a solver it hardly changes (as in DeepCache, arXiv 2312.00858).
+
+        Args:
+            x: as for `forward`, like the next three.
+            timesteps: (B,).
+            y: (B,).
+            context: (B, num_context_tokens, context_dim).
+            outer: pairs of in and out blocks that are run always, the outermost, 0 to depth / 2.
+            deep: (B, L, D) features of an earlier call with as many outer blocks; None computes them.
+
+        Returns:
+            (B, C, H, W), and the deep features: what came out of the blocks inside the outer ones.
+
+        Raises:
+            InputError: (a ValueError) shapes that the model was not built for, or more outer blocks than it has.
+        """
+        self.require_whole()
+        if not 0 <= outer <= len(self.in_blocks):
+            raise InputError(f"outer blocks must be 0 to depth / 2 = {len(self.in_blocks)}, got {outer}")
+        self._check_inputs(x, timesteps, y, context)
+        h, time = self._embed(x, timesteps, y, context)
+        skips: list[Tensor] = []
+        end = len(self.blocks)
+        h = self._run(range(outer), h, time, skips)
+        h = deep = self._run(range(outer, end - outer), h, time, skips) if deep is None else deep
+        h = self._run(range(end - outer, end), h, time, skips)
+        return self._to_image(h), deep
+
+    def require_whole(self) -> None:
+        """Checks that no block was removed.
+
+        Raises:
+            InputError: (a ValueError) some were, by `prune_intermediate_layers`.
+        """
+        if not self.is_whole:
+            raise InputError("a pruned model gives intermediates alone: load the whole one to make images or save it")
+
+    def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All tokens, and the embedded time."""
+        config = self.config
+        time = timestep_embedding(timesteps.expand(x.shape[0]), config.embed_dim)  # (B, D)
+        time = self.time_embed(time.to(self.pos_embed.dtype))  # (B, D)
+        tokens = [self.patch_embed(x)]  # (B, N, D), where N = H * W / patch_size ** 2
+        if context is not None:
+            tokens.insert(0, self.context_embed(context))  # (B, num_context_tokens, D)
+        if config.time_conditioning == "token":
+            tokens.insert(0, time[:, None])  # (B, 1, D)
+        if y is not None:
+            tokens.insert(0, self.label_emb(y)[:, None])  # (B, 1, D)
+        return torch.cat(tokens, dim=1) + self.pos_embed, time  # (B, L, D), where L = extras + N
+
+    def _run(self, numbers: range, h: Tensor, time: Tensor, skips: list[Tensor]) -> Tensor:
+        """Runs blocks by number; a shallow one leaves its output in `skips`, the deep one across from it takes it."""
+        blocks, middle = self.blocks, self.config.depth // 2
+        for number in numbers:
+            inputs = (h, time, skips.pop()) if number > middle else (h, time)  # the last one in is the first one out
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(blocks[number], *inputs, use_reentrant=False)
+            else:
+                h = blocks[number](*inputs)
+            if number < middle:
+                skips.append(h)
+        return h
+
+    def _to_image(self, h: Tensor) -> Tensor:
+        """Tokens to what they predict."""
+        config = self.config
+        h = self.norm(h)[:, config.num_extra_tokens :]  # (B, N, D)
+        rows, columns = config.grid_shape
+        if config.conv == "tokens":
+            h = self.final_layer(rearrange(h, "B (h w) D -> B D h w", h=rows))
+            h = rearrange(h, "B D h w -> B (h w) D")
+        h = self.decoder_pred(h)  # (B, N, p * p * C)
+        p = config.patch_size
+        image = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=rows, w=columns, p1=p, p2=p)  # (B, C, H, W)
+        return self.final_layer(image) if config.conv == "image" else image
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, in the order in which they run."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        *,
+        timesteps: Tensor | None = None,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Any:
+        """Returns what comes out of chosen blocks, for representation work.
+
+        The arguments are those of timm's ViT, save for its masks of attention (`attn_mask`, `is_causal`).
+
+        Blocks count from 0 in the order in which they run: depth / 2 shallow ones, the middle one at depth / 2, depth /
+        2 deep ones. Left to themselves, the conditions say what is true of a clean image of unknown content: time 0
+        and the null class. Features of a noisy image need its own time.
+
+        Args:
+            x: (B, C, H, W) images in [-1, 1] or latents, as the model was trained on.
+            indices: numbers of blocks, negative ones from the end; or how many of the last; None is all.
+            return_prefix_tokens: whether each intermediate is a pair, the second the tokens before the patches,
+                (B, num_extra_tokens, D): context, if there is one, after label and time.
+            norm: whether the last layer norm is applied to intermediates.
+            stop_early: whether blocks after the last chosen one are left out.
+            output_fmt: `NCHW` gives (B, D, H / patch_size, W / patch_size), `NLC` gives (B, patches, D).
+            intermediates_only: whether to leave the tokens at the end out.
+            output_dict: whether to return a dict: `image_intermediates`, with `return_prefix_tokens` also
+                `image_intermediates_prefix`, and unless `intermediates_only` the tokens as `image_features`.
+            timesteps: (B,) times in the network's units, or one time for all; None is 0.
+            y: (B,) labels; None is the null class.
+            context: (B, num_context_tokens, context_dim); a model that takes one has no default.
+
+        Returns:
+            The list of intermediates, in the order of the blocks; unless `intermediates_only`, a pair of the normed
+            tokens (B, L, D) after the last block that was run, and this list; or a dict, see `output_dict`.
+
+        Raises:
+            InputError: (a ValueError) shapes that the model was not built for, labels that are needed, or blocks that
+                it does not have.
+        """
+        config = self.config
+        if output_fmt not in ("NCHW", "NLC"):
+            raise InputError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        taken = self._take_blocks(indices)
+
+        timesteps = torch.zeros(1, device=x.device) if timesteps is None else timesteps
+        if y is None and config.null_label is not None:
+            y = torch.full((len(x),), config.null_label, device=x.device)
+        self._check_inputs(x, timesteps, y, context)
+        h, time = self._embed(x, timesteps, y, context)
+        skips: list[Tensor] = []
+        prefixes, patches = [], []
+        for number in range(max(taken, default=-1) + 1 if stop_early else len(self.blocks)):
+            h = self._run(range(number, number + 1), h, time, skips)
+            if number in taken:
+                prefix, tokens = (self.norm(h) if norm else h).tensor_split([config.num_extra_tokens], dim=1)
+                if output_fmt == "NCHW":
+                    tokens = rearrange(tokens, "B (h w) D -> B D h w", h=config.grid_shape[0]).contiguous()
+                prefixes.append(prefix)
+                patches.append(tokens)
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": patches}
+            found |= {"image_intermediates_prefix": prefixes} if return_prefix_tokens else {}
+            return found if intermediates_only else {**found, "image_features": self.norm(h)}
+        intermediates = list(zip(patches, prefixes)) if return_prefix_tokens else patches
+        return intermediates if intermediates_only else (self.norm(h), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the deep blocks after the last chosen one, as timm does for `features_only`.
+
+        What is left serves `forward_intermediates` alone, with the numbers that are returned; to make images or to be
+        saved, it is refused.
+
+        Args:
+            indices: as for forward_intermediates.
+            prune_norm: whether the last layer norm goes too.
+            prune_head: whether what makes an image of tokens goes too.
+
+        Returns:
+            The chosen blocks, counted from 0.
+
+        Raises:
+            InputError: (a ValueError) blocks that it does not have.
+        """
+        taken, middle = self._take_blocks(indices), self.config.depth // 2
+        self.out_blocks = self.out_blocks[: max([middle, *taken]) - middle]
+        self.is_whole = False
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.decoder_pred, self.final_layer = nn.Identity(), nn.Identity()
+        return taken
+
+    def _take_blocks(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Counts chosen blocks from 0."""
+        count = len(self.blocks)
+        try:
+            chosen: Any = [index(each) for each in indices] if isinstance(indices, Iterable) else indices
+            chosen = index(chosen) if chosen is not None and not isinstance(chosen, list) else chosen
+        except TypeError:
+            raise InputError(f"indices must be whole numbers, got {indices!r:.80}") from None
+        if chosen == []:
+            return []
+        try:
+            return feature_take_indices(count, chosen)[0]
+        except AssertionError:
+            if not isinstance(chosen, list):
+                raise InputError(f"indices must be 1 to {count} for the last blocks, got {indices}") from None
+            outside = [each for each in chosen if not -count <= each < count]
+            raise InputError(f"indices must be {-count} to {count - 1}, got {outside[0]}") from None
+
+    def resize(self, img_size: int | tuple[int, int]) -> UViT:
+        """Changes the image size in place, interpolating the patch part of the position embedding (bicubic).
+
+        Args:
+            img_size: new side in pixels, or (height, width), divisible by the patch size.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            InputError: (a ValueError) a size that patches do not divide.
+        """
+        old_grid = self.config.grid_shape
+        self.config = dataclasses.replace(self.config, img_size=img_size)
+        if self.config.grid_shape == old_grid:
+            return self
+        if self.config.pos_embed == "learned":
+            self.pos_embed = nn.Parameter(
+                resample_abs_pos_embed(
+                    self.pos_embed.detach(), list(self.config.grid_shape), list(old_grid), self.config.num_extra_tokens
+                ),
+                requires_grad=self.pos_embed.requires_grad,
+            )
+        else:
+            before = self.pos_embed
+            self.reset_buffers()
+            self.pos_embed = self.pos_embed.to(before)
+        if isinstance(self.patch_embed, PatchEmbed):
+            self.patch_embed.set_input_size(self.config.image_shape)
+        return self

@@ -1,0 +1,120 @@
+"""Conditions to images: what the grids of training, sample.py, evaluate.py and the page share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uvit.config import Config
+from uvit.data.images import to_uint8
+from uvit.diffusion.reuse import reuse_deep_features
+from uvit.diffusion.samplers import ImageNoise, sample
+from uvit.networks.contract import Network
+from uvit.networks.encoders import NO_ENCODERS, Encoders
+from uvit.networks.runtime import resolve_precision, tf32
+from uvit.sampling.conditions import Condition, batch_conditions, condition_names
+from uvit.sampling.grid import image_grid
+
+CPU_CACHE_BYTES = 2**20  # benchmarks/sample.py: more at a time is slower
+MIN_DEFAULT_BATCH = 4  # fewer read (and in bf16 round) the weights of a large model too often
+MAX_DEFAULT_BATCH = 512
+
+UNLABELLED_COLUMNS = 8
+"""Images of a row where rows stand for no condition."""
+
+
+def default_batch_size(config: Config, device: torch.device) -> int:
+    """Returns how many images to draw at a time: a processor's cache holds one layer of them, or a GPU all layers."""
+    model = config.model
+    passes = 1 if config.sample.guidance == 1 else 2
+    image_bytes = passes * model.activation_size * torch.float32.itemsize
+    if device.type != "cuda":
+        return max(MIN_DEFAULT_BATCH, CPU_CACHE_BYTES // image_bytes)
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(MAX_DEFAULT_BATCH, free // 2 // (image_bytes * model.live_activations)))
+
+
+def decode_images(x: Tensor, encoders: Encoders) -> Tensor:
+    """Makes images of what a model draws, pixels in [-1, 1] or latents: (B, C, H, W) uint8."""
+    return to_uint8(x if encoders.image is None else encoders.image.decode(x))
+
+
+def generate_batches(
+    model: Network,
+    config: Config,
+    conditions: Sequence[Condition],
+    seed: int,
+    batch_size: int | None = None,
+    encoders: Encoders = NO_ENCODERS,
+    on_evaluation: Callable[[Tensor], object] | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Tensor]:
+    """Draws one image for each condition, a batch at a time.
+
+    The k-th image of a condition depends on (seed, condition, k) alone: not on the batch size, the device, the other
+    conditions or the number of processes.
+
+    Args:
+        model: the network, in eval mode.
+        config: what it was trained on, and the solver, steps and guidance to draw with.
+        conditions: a label, a prompt or None for each image, as the model takes.
+        seed: seed of the set.
+        batch_size: images at a time; None is what fits.
+        encoders: the run's text encoder, where the model takes a context, and its autoencoder, where it draws latents.
+        on_evaluation: called with a batch's x_t after each evaluation of the network, for a progress bar;
+            `decode_images` makes images of it.
+        share: (process, processes); each draws every N-th image of N processes.
+
+    Yields:
+        (B, C, H, W) uint8 on the device of the model.
+    """
+    device = next(model.parameters()).device
+    shape = (config.model.in_chans, *config.model.image_shape)
+    drawn: dict[Condition, int] = {}
+    items = []
+    for condition in conditions:
+        number = zlib.crc32(condition.encode()) if isinstance(condition, str) else condition or 0
+        items.append(((seed, number, drawn.setdefault(condition, 0)), condition))
+        drawn[condition] += 1
+
+    mine = items[share[0] :: share[1]]
+    batch_size = batch_size or default_batch_size(config, device)
+    precision = resolve_precision(config.sample.mixed_precision, device.type, config.model.width)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    for start in range(0, len(mine), batch_size):
+        keys, part = zip(*mine[start : start + batch_size])
+        cond, uncond = batch_conditions(part, config.model, encoders.text, device)
+        reused = config.sample.reused
+        network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
+        noise = ImageNoise(keys, shape, device)
+        with tf32(), torch.autocast(device.type, dtype, enabled=precision != "no"):
+            x = sample(network, config.process, config.sample, noise, cond, uncond, on_evaluation)
+        yield decode_images(x, encoders)
+
+
+def generate(
+    model: Network,
+    config: Config,
+    conditions: Sequence[Condition],
+    seed: int,
+    batch_size: int | None = None,
+    encoders: Encoders = NO_ENCODERS,
+    on_evaluation: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """Draws images as `generate_batches` does, with the same arguments, and returns them all: (N, C, H, W) uint8."""
+    batches = generate_batches(model, config, conditions, seed, batch_size, encoders, on_evaluation)
+    return torch.cat([images.cpu() for images in batches])
+
+
+def sample_grid(images: Tensor, rows: Sequence[Condition], columns: int, config: Config) -> Image.Image:
+    """Lays images out as one picture: a named row for each condition, or plain rows where there is none."""
+    return image_grid(images, UNLABELLED_COLUMNS if rows == [None] else columns, condition_names(rows, config))
+
+
+def describe_guidance(scale: float) -> str:
+    """Names a guidance scale in both conventions, ours and the paper's."""
+    return f"guidance w = {scale:g} (the paper's s = {scale - 1:g})"

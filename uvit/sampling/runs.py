@@ -1,0 +1,161 @@
+"""A trained run, ready to draw from, and the settings that every command which draws takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from uvit.common.cli import process_state
+from uvit.common.errors import InputError
+from uvit.config import (
+    CONFIG_FILE,
+    MAX_BATCH,
+    Backend,
+    Compile,
+    Config,
+    Precision,
+    Section,
+    SectionT,
+    SolverName,
+    Spacing,
+    config_kind,
+    from_dict,
+    load_config,
+    read_json,
+)
+from uvit.diffusion.samplers import sampling_times
+from uvit.networks.attention import resolve_backend
+from uvit.networks.contract import Network
+from uvit.networks.encoders import Encoders, load_encoders
+from uvit.networks.runtime import check_compile, compile_model, resolve_precision, set_threads
+from uvit.weights.build import load_network
+from uvit.weights.pretrained import find_pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawArguments(Section):
+    """What every command that draws images from a run takes."""
+
+    checkpoint: str
+    """Run folder, such as runs/digits, or hub name of one (`user/model`, or `user/model@REVISION`); with --config also
+    weights alone."""
+    config: str | None = None
+    """Config of weights that do not come with one, such as configs/imagenet256_uvit_huge.py for a published file."""
+    guidance: float | None = None
+    """w in w * cond + (1 - w) * uncond, 1 is none."""
+    paper_scale: float | None = None
+    """The paper's s in cond + s * (cond - uncond), instead of --guidance: w = 1 + s."""
+    guidance_interval: tuple[float, float] | None = None
+    """Times in [0, 1] between which guidance acts; the run's own where not given, as all below."""
+    steps: int | None = None
+    """Steps of the sampler."""
+    sampler: SolverName | None = None
+    """Solver."""
+    spacing: Literal["auto", Spacing] | None = None
+    """Grid of times."""
+    t_end: float | None = None
+    """Last time of the grid."""
+    reuse: str | None = None
+    """K:EVERY reuses deep features, which is faster; none does not."""
+    seed: int = 0
+    """The same seed draws the same images at any batch size."""
+    batch_size: int | None = None
+    """Images at a time; where not given, what fits a processor's cache, or a GPU's memory."""
+    mixed_precision: Precision | None = None
+    """Precision of matrix products, which changes images a little; the run's own where not given."""
+    compile: Compile = "no"
+    """Compile the network, for many images: the first take long."""
+    attention: Backend = "auto"
+    """Attention backend."""
+    text_encoder: str | None = None
+    """Folder or hub name of a text model's CLIP; the run's own where not given."""
+    autoencoder: str | None = None
+    """Folder or hub name of a latent model's AutoencoderKL; the run's own where not given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("seed", self.seed >= 0, "at least 0")
+        if self.batch_size is not None:
+            self._require("batch_size", self.batch_size >= 1, "at least 1")
+            self._require_at_most(batch_size=MAX_BATCH)
+        if self.guidance is not None and self.paper_scale is not None:
+            raise InputError(f"give --guidance or --paper_scale, got both: {self.guidance:g} and {self.paper_scale:g}")
+
+    def load(self, default_guidance: float | None = None) -> tuple[Config, Network, Encoders]:
+        """Loads the run, its config with these settings, ready to draw from.
+
+        Args:
+            default_guidance: w where none is given; None is the run's own.
+
+        Raises:
+            InputError: as load_run and load_encoders, or settings that do not fit the run.
+        """
+        device = process_state().device
+        given = self.guidance if self.paper_scale is None else 1 + self.paper_scale
+        config, model = load_run(self.checkpoint, self.attention, device, self.config)
+        sampling = _replace_given(
+            config.sample,
+            guidance=default_guidance if given is None else given,
+            guidance_interval=self.guidance_interval,
+            num_steps=self.steps,
+            sampler=self.sampler,
+            spacing=self.spacing,
+            t_end=self.t_end,
+            reuse=self.reuse,
+            mixed_precision=self.mixed_precision,
+        )
+        resolve_precision(sampling.mixed_precision, device.type, config.model.width)
+        check_compile(self.compile, device.type)
+        # A network that is called in parts is compiled in parts.
+        in_parts = self.compile != "no" and sampling.reused is not None
+        compile_model(model, "blocks" if in_parts else self.compile)
+        data = _replace_given(config.data, text_encoder=self.text_encoder, autoencoder=self.autoencoder)
+        config = dataclasses.replace(config, sample=sampling, data=data)
+        sampling_times(config.process, config.sample)  # a grid that cannot be made is found before the long work
+        set_threads(config.train.num_threads)
+        return config, model, load_encoders(config.data, config.model).to(device)
+
+
+def _replace_given(section: SectionT, **values: Any) -> SectionT:
+    """Replaces the fields whose value is not None."""
+    return dataclasses.replace(section, **{name: value for name, value in values.items() if value is not None})
+
+
+def load_run(
+    checkpoint: str, attention: Backend, device: torch.device, config_file: str | None = None
+) -> tuple[Config, Network]:
+    """Loads a run's config and its averaged weights, ready to sample.
+
+    Args:
+        checkpoint: run folder, or hub name of one; with `config_file` also a backbone alone or published weights.
+        attention: backend to run with.
+        device: where to.
+        config_file: the run's config, for weights that do not come with one.
+
+    Raises:
+        InputError: no run there, files that are not what they should be, or a backend that cannot run there.
+    """
+    path = find_pretrained(checkpoint)
+    if config_file is not None:
+        config = load_config(config_file)
+    else:
+        raw = {} if path.is_file() else read_json(path / CONFIG_FILE)
+        if isinstance(raw, dict) and config_kind(raw) != "run":
+            raise InputError(f"{checkpoint} holds weights alone, expected a run: give the run's config with --config")
+        config = from_dict(Config, raw)
+    resolve_backend(attention, device.type, config.model.head_dim)
+    known = dataclasses.asdict(config.model) if path.is_file() else {}  # a published file's tensors do not tell all
+    model = load_network(path, {**known, "attention": attention})
+    if dataclasses.replace(model.config, attention=config.model.attention) != config.model:
+        different = [
+            f"{name} {value!r} and {getattr(config.model, name)!r}"
+            for name, value in dataclasses.asdict(model.config).items()
+            if name != "attention" and value != getattr(config.model, name)
+        ]
+        raise InputError(f"{checkpoint} is not the model of {config_file}: {', '.join(different)}")
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise InputError(f"weights of {checkpoint} must be finite, got NaN or infinity: its training went wrong")
+    return config, model.to(device)

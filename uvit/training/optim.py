@@ -1,0 +1,94 @@
+"""The optimizer and its learning rate over steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from uvit.config import OptimConfig
+from uvit.networks.contract import Network
+from uvit.training.sharding import reshard
+
+
+def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
+    """Builds the optimizer for every parameter of a network, weight decay on all of them as in the paper.
+
+    Muon takes all but what `muon_fallback` of the network names, which is left to its AdamW.
+    """
+    module = cast(nn.Module, network)
+    shared: dict[str, Any] = dict(
+        lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=False, betas=config.betas
+    )
+    if config.name == "adamw":
+        return create_optimizer_v2(module, "adamw", fused=True, **shared)
+    return create_optimizer_v2(
+        module,
+        "muon",
+        momentum=config.momentum,
+        nesterov=True,
+        fallback_list=network.muon_fallback,
+        fallback_lr_scale=config.fallback_lr_scale,
+        **shared,
+    )
+
+
+def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Returns the learning rate of update `step` (from 0) over its peak: linear warm-up from 0, then the decay."""
+    if step < config.warmup_steps:
+        return step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    match config.decay:
+        case "linear":
+            return 1 - progress
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case _:
+            return 1.0
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int) -> Callable[[int], float]:
+    """Returns what sets the learning rates for update `step` (from 0) of `num_steps`, and returns the first of them.
+
+    Args:
+        optimizer: as built, so that its learning rates are the peaks.
+        config: warm-up and decay.
+        num_steps: updates of the whole run.
+    """
+    peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def set_learning_rate(step: int) -> float:
+        factor = lr_factor(step, num_steps, config)
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * factor
+        return peaks[0] * factor
+
+    return set_learning_rate
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads the moments of a saved optimizer; learning rates and the like stay those that this one was built with.
+
+    Raises:
+        ValueError: the state is that of another optimizer.
+    """
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    saved = [group.keys() - {"params", "initial_lr"} for group in state["param_groups"]]
+    if saved != [group.keys() for group in own]:
+        raise ValueError("its optimizer is another one")
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if state["state"] and state["state"].keys() != set(numbers):
+        raise ValueError(f"its optimizer has state of {len(state['state'])} parameters, expected {len(numbers)}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shares = {
+        number: reshard(state["state"][number], dict.fromkeys(state["state"][number], parameter))
+        for number, parameter in zip(numbers, parameters)
+        if number in state["state"]
+    }
+    optimizer.load_state_dict({**state, "state": shares})
+    for group, values in zip(optimizer.param_groups, own):
+        group.update(values)

@@ -1,0 +1,142 @@
+"""One optimizer step, from batches to gradients that all processes agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from uvit.common.errors import TrainingError, one_line
+from uvit.common.messages import warn_on_failure
+from uvit.config import Config
+from uvit.data.batch import Batch
+from uvit.data.images import random_flip, to_unit_range
+from uvit.data.skipped import SKIPPED_FILE, report_skipped
+from uvit.diffusion.objective import diffusion_loss
+from uvit.networks.encoders import EMPTY_CAPTION, Encoders, sample_latents
+
+Loss = Callable[[Callable[..., torch.Tensor], Config, Encoders, Batch, torch.Generator], torch.Tensor]
+"""loss(network, config, encoders, batch, generator), as `training_loss`."""
+
+
+def step_seed(*numbers: int) -> int:
+    """Mixes numbers such as (seed, step, process) into one seed, so that every step has its own randomness."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def batches_on_device(device: torch.device, loader: Iterable[Batch], run_dir: Path) -> Iterator[Batch]:
+    """Yields a loader's batches on the device, and reports images that were left out.
+
+    Raises:
+        TrainingError: a worker died, as where memory ran out.
+        InputError: a batch cannot be read.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(f"{one_line(error)}: run the same command again") from None
+        with warn_on_failure(str(run_dir / SKIPPED_FILE)):
+            report_skipped(run_dir, batch.skipped)
+        yield batch.to(device)
+
+
+def training_loss(
+    network: Callable[..., torch.Tensor],
+    config: Config,
+    encoders: Encoders,
+    batch: Batch,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Returns the loss of a batch; flips, latents, dropped conditions, times and noise are drawn on the device.
+
+    Args:
+        network: network(x, timesteps, **condition).
+        config: the run.
+        encoders: its text encoder, for a model with context.
+        batch: on the device.
+        generator: source of all randomness, on the device.
+    """
+    if config.data.autoencoder is not None:
+        images = sample_latents(batch.images, config.data.scale_factor, generator)
+    else:
+        images = to_unit_range(batch.images)
+        if config.data.flip:
+            images = random_flip(images, generator)
+    # Guidance needs dropped labels to become the null class, and dropped captions the empty one.
+    dropped = torch.rand(len(images), device=images.device, generator=generator) < config.train.label_dropout
+    condition = {}
+    if config.model.num_classes:
+        condition["y"] = torch.where(dropped, config.model.num_classes, batch.labels)
+    if encoders.text is not None:
+        if batch.context is not None and batch.empty_context is not None:
+            context, empty = batch.context.float(), batch.empty_context.float()
+        else:
+            context, empty = encoders.text([texts[0] for texts in batch.captions]), encoders.text([EMPTY_CAPTION])
+        condition["context"] = torch.where(rearrange(dropped, "B -> B 1 1"), empty, context)
+    return diffusion_loss(partial(network, **condition), images, config.process, generator)
+
+
+def compute_gradients(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    config: Config,
+    encoders: Encoders,
+    batches: Iterator[Batch],
+    generator: torch.Generator,
+    step: int,
+    loss_of: Loss = training_loss,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the gradients of one global batch, in parts that fit in memory.
+
+    Args:
+        accelerator: of the process.
+        model: as the accelerator prepared it.
+        config: the run.
+        encoders: its text encoder, for a model with context.
+        batches: the parts of this process, on the device.
+        generator: on the device; seeded here for each part.
+        step: optimizer steps done.
+        loss_of: the loss of a part of the batch, as `training_loss`.
+
+    Returns:
+        The loss of this process' share, and the norm of the gradients before they are clipped, both on the device.
+    """
+    num_parts = config.train.accumulation_steps
+    total_loss = torch.zeros((), device=accelerator.device)
+    for part in range(num_parts):
+        generator.manual_seed(step_seed(config.train.seed, step, part, accelerator.process_index))
+        with nullcontext() if part == num_parts - 1 else accelerator.no_sync(model):
+            loss = loss_of(model, config, encoders, next(batches), generator)
+            accelerator.backward(loss / num_parts)
+        total_loss += loss.detach() / num_parts
+    if config.optim.grad_clip:
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+    else:
+        accelerator.unscale_gradients()
+        grad_norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return total_loss, grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+
+
+def mean_over_processes(
+    accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, signum: int
+) -> tuple[float, float, int]:
+    """Returns the loss and the gradient's norm, means over all processes, and a signal that any of them got, or 0.
+
+    This is the one time in a step that the host waits for the device (the scaler of fp16 waits, too): an update must
+    be known to be sound before it is made, and all processes must leave it out, or stop, at the same step.
+    """
+    mine = torch.stack([loss, grad_norm.to(loss), torch.full_like(loss, signum)])
+    losses, norms, signals = zip(*accelerator.gather(mine).view(-1, len(mine)).tolist())
+    return sum(losses) / len(losses), sum(norms) / len(norms), int(max(signals))

@@ -1,0 +1,355 @@
+"""The training loop: build, resume, then step, report, draw and save, to the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from timm.utils import ModelEmaV3
+from torch import nn
+from tqdm import tqdm
+
+from uvit.common.cli import process_state
+from uvit.common.errors import InputError, Interrupted, TrainingError
+from uvit.common.files import atomic_write, remove_leftovers, write_text
+from uvit.common.messages import warn, warn_on_failure
+from uvit.common.signals import stop_on_signals
+from uvit.config import CONFIG_FILE, GRID_PATTERN, METRICS_FILE, WEIGHTS_FILE, Config, grid_path, to_json
+from uvit.data.batch import ImageData
+from uvit.data.loader import build_loader
+from uvit.data.skipped import describe_skipped
+from uvit.networks.contract import Network
+from uvit.networks.encoders import Encoders
+from uvit.networks.runtime import compile_model, resolve_precision, set_threads, tf32
+from uvit.sampling.conditions import condition_names, resolve_conditions
+from uvit.sampling.generate import generate
+from uvit.sampling.grid import image_grid
+from uvit.training.checkpoint import save_checkpoint
+from uvit.training.optim import build_optimizer, build_schedule
+from uvit.training.progress import MetricsFile, Progress, Stopwatch, flatten_config
+from uvit.training.resume import last_checkpoint, load_state, open_checkpoint
+from uvit.training.sharding import shard, unshard, unshard_network
+from uvit.training.step import Loss, batches_on_device, compute_gradients, mean_over_processes, training_loss
+from uvit.weights.build import build_network
+from uvit.weights.tensors import write_weights
+
+GRID_ROWS, GRID_COLUMNS = 10, 8
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to: the same in all processes."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    grad_norm: float
+    lr: float
+    is_sound: bool
+    """Whether the update was made."""
+    is_overflow: bool
+    """Whether it was left out because half precision overflowed, which is no fault of the run."""
+    signum: int
+    """A signal that any process got, or 0."""
+
+
+class Trainer:
+    """A run in one process. `train` goes through its stations, each a method.
+
+    Args:
+        config: the run.
+        data: its images.
+        encoders: its autoencoder and text encoder.
+        run_dir: its folder, which no other process writes to.
+        loss_of: the loss of a batch.
+    """
+
+    def __init__(
+        self, config: Config, data: ImageData, encoders: Encoders, run_dir: Path, loss_of: Loss = training_loss
+    ) -> None:
+        self.config, self.data, self.encoders, self.run_dir, self.loss_of = config, data, encoders, run_dir, loss_of
+        self.done = 0  # steps
+
+    def build(self) -> None:
+        """Builds the network, its average and the optimizer, on the device and between the processes."""
+        config, settings = self.config, self.config.train
+        set_threads(settings.num_threads)
+        self.accelerator = Accelerator(
+            mixed_precision=resolve_precision(
+                settings.mixed_precision, process_state().device.type, config.model.width
+            ),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # compute_gradients does it itself
+            log_with=None if settings.tracker == "none" else settings.tracker,
+            project_config=ProjectConfiguration(project_dir=str(self.run_dir), logging_dir=str(self.run_dir)),
+        )
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        num_processes = self.accelerator.num_processes
+        torch.manual_seed(settings.seed)
+        self.network = build_network(config.model).to(self.device)
+        self.encoders = self.encoders.to(self.device)
+        self.ema = ModelEmaV3(cast(nn.Module, self.network), decay=settings.ema_decay)
+        compile_model(self.network, settings.compile)
+        self.is_sharded = settings.shard and num_processes > 1
+        if settings.shard and not self.is_sharded:
+            warn("train.shard True has no effect with one process: start more")
+        if self.is_sharded:
+            for each in (self.network, self.average):
+                shard(each, self.device, num_processes)
+        # In evaluation mode it leaves out DDP only.
+        self.model = self.accelerator.prepare_model(self.network, evaluation_mode=self.is_sharded)
+        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.network, config.optim))
+        self.progress = Progress(num_processes=num_processes, num_images=len(self.data))
+        # Everything that changes over the run.
+        self.stateful = {
+            "model": self.network,
+            "ema": self.average,
+            "optimizer": self.optimizer,
+            "progress": self.progress,
+        }
+        if self.accelerator.scaler is not None:
+            self.stateful["scaler"] = self.accelerator.scaler
+        self.generator = torch.Generator(self.device)
+
+    @property
+    def average(self) -> Network:
+        """The network with the averaged weights."""
+        return cast(Network, self.ema.module)
+
+    @property
+    def is_end(self) -> bool:
+        """Whether all steps are done."""
+        return self.done >= self.config.train.num_steps
+
+    def train(self, changed: Sequence[str] = ()) -> None:
+        """Trains to config.train.num_steps, from the newest whole checkpoint in the run folder where there is one.
+
+        Args:
+            changed: what differs from the config that the folder's run had, to report.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; the step was finished and saved.
+            TrainingError: too many steps in a row were not finite, or the last checkpoint could not be written.
+            InputError: a checkpoint that does not fit, or data that cannot be read.
+        """
+        self.build()
+        self.resume(changed)
+        if self.is_end:
+            has = f"has {self.done} steps (train.num_steps is {self.config.train.num_steps})"
+            self.accelerator.print(f"nothing to do: {self.run_dir} {has}")
+            return
+        self.open_records()
+        ending: Exception | None = None
+        with tf32(), stop_on_signals() as request, self.bar:
+            while ending is None and not self.is_end:
+                result = self.step(request.signum)
+                self.report(result)
+                with self.stopwatch.paused():
+                    self.draw()
+                    failure = self.save(result)
+                ending = self.find_ending(result, failure)
+        self.end(ending)
+
+    def resume(self, changed: Sequence[str]) -> None:
+        """Puts everything where the newest whole checkpoint has it, and the loader and the learning rate after it."""
+        settings, progress = self.config.train, self.progress
+        state = open_checkpoint(self.accelerator, self.run_dir)
+        if state is not None:
+            self.done = load_state(state, self.stateful, self.run_dir)
+            now = {"num_processes": self.accelerator.num_processes, "num_images": len(self.data)}
+            for name, value in now.items():
+                if (before := getattr(progress, name)) != value:
+                    changed = [*changed, f"{name} {before}, got {value}"]
+                    setattr(progress, name, value)
+            different = f", with {'; '.join(changed)}" if changed else ""
+            self.accelerator.print(
+                f"going on from step {self.done} of {settings.num_steps} in {self.run_dir}{different}"
+            )
+        self.set_learning_rate = build_schedule(self.optimizer, self.config.optim, settings.num_steps)
+        loader = build_loader(
+            self.data,
+            self.config,
+            self.done,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.batches = batches_on_device(self.device, loader, self.run_dir)
+
+    def open_records(self) -> None:
+        """Opens what the run writes as it goes: its folder, metrics, tracker and bar."""
+        settings = self.config.train
+        if self.is_main:
+            for file in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, grid_path(Path(), 0).parent / GRID_PATTERN):
+                remove_leftovers(self.run_dir / file)
+            write_text(self.run_dir / CONFIG_FILE, to_json(self.config))
+            self.metrics = MetricsFile(self.run_dir / METRICS_FILE, self.done)
+        if settings.tracker != "none":
+            with warn_on_failure(f"to {settings.tracker}", (Exception,)):
+                self.accelerator.init_trackers("uvit", config=flatten_config(self.config))
+        self.stopwatch = Stopwatch(self.done)
+        self.bar = tqdm(
+            total=settings.num_steps, initial=self.done, unit="step", disable=not self.is_main, dynamic_ncols=True
+        )
+        self.model.train()
+
+    def step(self, signum: int) -> StepResult:
+        """Takes one step: gradients, the update unless its numbers went wrong in any process, the average.
+
+        Args:
+            signum: a signal that this process got, or 0.
+        """
+        loss, grad_norm = compute_gradients(
+            self.accelerator,
+            self.model,
+            self.config,
+            self.encoders,
+            self.batches,
+            self.generator,
+            self.done,
+            self.loss_of,
+        )
+        mean_loss, norm, signum = mean_over_processes(self.accelerator, loss, grad_norm, signum)
+        is_sound, scaler = math.isfinite(mean_loss) and math.isfinite(norm), self.accelerator.scaler
+        # Half precision overflows until its scale is small enough: that is no fault of the run.
+        is_overflow = not is_sound and scaler is not None and math.isfinite(mean_loss) and scaler.get_scale() >= 1
+        lr = self.set_learning_rate(self.done)
+        if is_sound:
+            self.optimizer.step()
+            self.ema.update(cast(nn.Module, self.network))
+        elif scaler is not None:
+            scaler.update()
+        self.optimizer.zero_grad()
+        self.done += 1
+        self.progress.record(mean_loss, is_sound, is_overflow)
+        return StepResult(self.done, mean_loss, norm, lr, is_sound, is_overflow, signum)
+
+    def report(self, result: StepResult) -> None:
+        """Shows the step on the bar, warns of one that was left out, and writes the lines of metrics."""
+        self.bar.update()
+        if self.is_main and not result.is_sound and not result.is_overflow:
+            warn(f"step {result.step} is left out: loss {result.loss:g}, norm of the gradient {result.grad_norm:g}")
+            with warn_on_failure(str(self.metrics.path)):
+                self.metrics.add(step=result.step, skipped=True, loss=result.loss, grad_norm=result.grad_norm)
+        settings = self.config.train
+        if result.step % settings.log_every and not self.is_end:
+            return
+        rate = self.stopwatch.steps_per_second(result.step) * settings.batch_size
+        numbers = {
+            "loss": self.progress.pop_mean_loss(),
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "images_per_second": rate,
+        }
+        with warn_on_failure(f"to {settings.tracker}", (Exception,)):
+            self.accelerator.log(numbers, step=result.step)
+        if self.is_main:
+            with warn_on_failure(str(self.metrics.path)):
+                self.metrics.add(step=result.step, **numbers)
+        self.bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {rate:.0f} images/s")
+
+    def draw(self) -> None:
+        """Draws the grid of samples where it is due, writes it as a picture and logs it to the trackers."""
+        every = self.config.train.sample_every
+        if not every or (self.done % every and not self.is_end) or not (self.is_main or self.is_sharded):
+            return
+        network = unshard_network(self.average, keep=self.is_main) if self.is_sharded else self.average
+        if not self.is_main:
+            return
+        rows = resolve_conditions(self.config)[:GRID_ROWS]
+        num_images = GRID_COLUMNS * (GRID_COLUMNS if rows == [None] else len(rows))
+        conditions = [row for row in rows for _ in range(num_images // len(rows))]
+        images = generate(network, self.config, conditions, self.config.train.seed, encoders=self.encoders)
+        picture, path = (
+            image_grid(images, GRID_COLUMNS, condition_names(rows, self.config)),
+            grid_path(self.run_dir, self.done),
+        )
+        with warn_on_failure(str(path)), atomic_write(path) as temporary:
+            picture.save(temporary)
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            with warn_on_failure(f"to {tracker.name}", (Exception,)):
+                tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.done, **layout)
+
+    def save(self, result: StepResult) -> str:
+        """Saves the run where that is due: everything else first, then the checkpoint, which says that it is all there.
+
+        Returns:
+            What failed, or nothing; the last checkpoint is still there.
+        """
+        settings, progress = self.config.train, self.progress
+        is_due = result.step % settings.save_every == 0 or self.is_end or result.signum
+        if not is_due or progress.bad_steps >= settings.max_bad_steps or not (self.is_main or self.is_sharded):
+            return ""
+        # What came before steps went wrong is kept until they are right again.
+        good_step, keep = progress.good_step, None if progress.bad_steps else settings.keep
+        progress.good_step = good_step if progress.bad_steps else result.step
+        state = unshard({name: part.state_dict() for name, part in self.stateful.items()}, keep=self.is_main)
+        try:
+            if self.is_main:
+                self.write(state, keep)
+        except (OSError, InputError) as error:
+            progress.good_step = good_step
+            return f"step {result.step} could not be saved ({error}); {last_checkpoint(good_step)}"
+        return ""
+
+    def write(self, state: dict[str, Any], keep: int | None) -> None:
+        """Writes metrics, weights and a checkpoint of whole tensors.
+
+        Args:
+            state: of everything that a run goes on with.
+            keep: checkpoints to keep; None keeps all.
+
+        Raises:
+            InputError: a file cannot be written.
+        """
+        config_file = self.run_dir / CONFIG_FILE
+        if not config_file.is_file():
+            warn(f"{config_file} is gone, and written again")
+            write_text(config_file, to_json(self.config))
+        with warn_on_failure(str(self.metrics.path)):
+            self.metrics.sync()
+        write_weights(self.run_dir, state["ema"])
+        save_checkpoint(self.run_dir, self.config, self.done, state, keep)
+
+    def find_ending(self, result: StepResult, failure: str) -> Exception | None:
+        """Returns what ends the run after a step, other than being done, or None.
+
+        Args:
+            result: of the step.
+            failure: of saving it.
+        """
+        settings, bad_steps = self.config.train, self.progress.bad_steps
+        if bad_steps >= settings.max_bad_steps or (self.is_end and bad_steps):
+            why = f"{bad_steps} steps in a row had a loss or gradient that is not finite"
+            return TrainingError(f"{why}, the last step {result.step}; {last_checkpoint(self.progress.good_step)}")
+        if self.is_end:
+            return TrainingError(failure) if failure else None
+        if result.signum:
+            at = f"at step {result.step} of {settings.num_steps} in {self.run_dir}"
+            return Interrupted(result.signum, f"{at}, {failure or 'saved'}")
+        if failure:
+            warn(f"{failure}, training goes on and tries again")
+        return None
+
+    def end(self, ending: Exception | None) -> None:
+        """Waits for all processes, closes the trackers, and says how it ended.
+
+        Args:
+            ending: what ended the run early, to raise.
+        """
+        self.accelerator.wait_for_everyone()  # a launcher ends all with the first, and the main one may be writing
+        with warn_on_failure(f"to {self.config.train.tracker}", (Exception,)):
+            self.accelerator.end_training()
+        if ending is not None:
+            raise ending
+        done = f"{self.config.train.num_steps} steps done"
+        self.accelerator.print(
+            f"{done}; sample with: python sample.py --checkpoint {self.run_dir}{describe_skipped(self.run_dir)}"
+        )

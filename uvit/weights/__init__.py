@@ -1,0 +1,1 @@
+"""Models at rest: files of weights, published models, loading and saving."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 NetworkInParts = Callable[..., tuple[Tensor, Tensor]]
-"""network(x, timesteps, outer=…, deep=…, **condition) -> (prediction, deep features): `forward_reusing` of a network."""
+"""network(x, timesteps, outer=…, deep=…, **condition) -> (prediction, deep features), as `forward_reusing`."""
 
 
 def reuse_deep_features(network: NetworkInParts, outer: int, every: int) -> Callable[..., Tensor]:

@@ -21,7 +21,7 @@ from uvit.common.errors import InputError, Interrupted, TrainingError
 from uvit.common.files import atomic_write, remove_leftovers, write_text
 from uvit.common.messages import warn, warn_on_failure
 from uvit.common.signals import stop_on_signals
-from uvit.config import CONFIG_FILE, GRID_PATTERN, METRICS_FILE, WEIGHTS_FILE, Config, grid_path, to_json
+from uvit.config import CONFIG_FILE, GRID_FOLDER, GRID_PATTERN, METRICS_FILE, WEIGHTS_FILE, Config, grid_path, to_json
 from uvit.data.batch import ImageData
 from uvit.data.loader import build_loader
 from uvit.data.skipped import describe_skipped
@@ -81,10 +81,9 @@ class Trainer:
         """Builds the network, its average and the optimizer, on the device and between the processes."""
         config, settings = self.config, self.config.train
         set_threads(settings.num_threads)
+        device_type = process_state().device.type
         self.accelerator = Accelerator(
-            mixed_precision=resolve_precision(
-                settings.mixed_precision, process_state().device.type, config.model.width
-            ),
+            mixed_precision=resolve_precision(settings.mixed_precision, device_type, config.model.width),
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # compute_gradients does it itself
             log_with=None if settings.tracker == "none" else settings.tracker,
             project_config=ProjectConfiguration(project_dir=str(self.run_dir), logging_dir=str(self.run_dir)),
@@ -107,12 +106,8 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.network, config.optim))
         self.progress = Progress(num_processes=num_processes, num_images=len(self.data))
         # Everything that changes over the run.
-        self.stateful = {
-            "model": self.network,
-            "ema": self.average,
-            "optimizer": self.optimizer,
-            "progress": self.progress,
-        }
+        self.stateful: dict[str, Any] = {"model": self.network, "ema": self.average}
+        self.stateful |= {"optimizer": self.optimizer, "progress": self.progress}
         if self.accelerator.scaler is not None:
             self.stateful["scaler"] = self.accelerator.scaler
         self.generator = torch.Generator(self.device)
@@ -186,7 +181,7 @@ class Trainer:
         """Opens what the run writes as it goes: its folder, metrics, tracker and bar."""
         settings = self.config.train
         if self.is_main:
-            for file in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, grid_path(Path(), 0).parent / GRID_PATTERN):
+            for file in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, Path(GRID_FOLDER, GRID_PATTERN)):
                 remove_leftovers(self.run_dir / file)
             write_text(self.run_dir / CONFIG_FILE, to_json(self.config))
             self.metrics = MetricsFile(self.run_dir / METRICS_FILE, self.done)

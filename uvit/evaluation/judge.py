@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from uvit.common.errors import InputError
+from uvit.config import Config
 from uvit.data.batch import ImageData, read_all
 from uvit.data.images import to_unit_range
 from uvit.data.loader import read_in_parts
+from uvit.diffusion.samplers import num_evaluations
 from uvit.evaluation.features import TIMM, Features, TimmFeatures
 from uvit.evaluation.metrics import FeatureSample, ImageHash, InceptionScore, Moments, shuffled_places
+from uvit.networks.contract import Network
+from uvit.networks.encoders import Encoders
 from uvit.sampling.conditions import Condition
 from uvit.sampling.generate import generate_batches
 
@@ -178,25 +182,34 @@ def read_with_progress(data: ImageData, batch_size: int, num_workers: int, state
 
 
 def draw_with_progress(
-    evaluations: int, state: PartialState, conditions: Sequence[Condition], labels: Sequence[int] | None, **drawing: Any
+    model: Network,
+    config: Config,
+    encoders: Encoders,
+    conditions: Sequence[Condition],
+    labels: Sequence[int] | None,
+    seed: int,
+    batch_size: int | None,
+    state: PartialState,
 ) -> Iterator[Labelled]:
     """Draws this process's share of images, with a progress bar.
 
     Args:
-        evaluations: of the network, for each image.
-        state: which process this is.
+        model: as for `generate_batches`, like the next three.
+        config: the run.
+        encoders: its own.
         conditions: what to draw, of all processes.
-        labels: what a classifier should take the images for.
-        **drawing: what else generate_batches takes.
+        labels: what a classifier should recognise the images as.
+        seed: of the set of images.
+        batch_size: images at a time; None is the default.
+        state: which process this is.
     """
     share = (state.process_index, state.num_processes)
     mine = None if labels is None else torch.tensor(labels[share[0] :: share[1]])
-    total, done = len(conditions[share[0] :: share[1]]) * evaluations, 0
-    hidden = not state.is_main_process
+    total = len(conditions[share[0] :: share[1]]) * num_evaluations(config.process, config.sample)
+    hidden, done = not state.is_main_process, 0
     with tqdm(total=total, unit="eval", desc="drawing", disable=hidden, dynamic_ncols=True) as progress:
-        batches = generate_batches(
-            conditions=conditions, on_evaluation=lambda x: progress.update(len(x)), share=share, **drawing
-        )
-        for images in batches:
+        for images in generate_batches(
+            model, config, conditions, seed, batch_size, encoders, lambda x: progress.update(len(x)), share
+        ):
             yield images, None if mine is None else mine[done : done + len(images)]
             done += len(images)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os.path import exists, isdir
 from pathlib import Path
@@ -15,18 +14,14 @@ from accelerate import PartialState
 
 from uvit.common.errors import InputError
 from uvit.common.messages import warn
-from uvit.config import EVALUATION_FILE, INCEPTION, MAX_IMAGES, MAX_WORKERS, Config, DataConfig
-from uvit.data.batch import ImageData, ImageSpec
-from uvit.data.datasets import load_images
-from uvit.diffusion.samplers import num_evaluations
+from uvit.config import EVALUATION_FILE, INCEPTION, MAX_IMAGES, MAX_WORKERS
+from uvit.data.batch import ImageData
 from uvit.evaluation.features import PIXELS, Features, build_features
 from uvit.evaluation.judge import (
     MAX_SMALL,
     Classifier,
     ImageStatistics,
     build_classifier,
-    choose_captions,
-    choose_labels,
     draw_with_progress,
     read_with_progress,
 )
@@ -38,20 +33,30 @@ from uvit.evaluation.metrics import (
     Gaussian,
     describe_statistics,
     frechet_distance,
-    is_statistics,
     kernel_distance,
-    load_statistics,
 )
 from uvit.evaluation.protocol import describe_drawing, describe_features, versions
-from uvit.networks.encoders import Encoders
-from uvit.sampling.conditions import Condition
+from uvit.evaluation.subject import (
+    OWN_PARTS,
+    DrawnImages,
+    GivenImages,
+    Subject,
+    choose_conditions,
+    find_images,
+    find_other_part,
+    find_own_part,
+    find_reference,
+)
 from uvit.sampling.runs import DrawArguments
 
-OWN_PARTS = ("train", "test")
-"""The parts of a run's own data that are references by name."""
 BATCH_SIZE = 64  # of images that are read
 DRAWING_OPTIONS = {field.name for field in dataclasses.fields(DrawArguments)} - {"checkpoint", "batch_size", "compile"}
 DRAWING_OPTIONS |= {"num_images", "label_mode", "caption_column"}
+
+Results = dict[str, Any]
+"""Figures by name."""
+Protocol = dict[str, str]
+"""How they were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,60 +111,122 @@ class MeasureArguments(DrawArguments):
         source = self.images or self.checkpoint
         if self.output or not exists(source):
             return Path(self.output or EVALUATION_FILE)
-        return (
-            Path(source, EVALUATION_FILE)
-            if isdir(source) and not self.images
-            else Path(f"{Path(source)}.{EVALUATION_FILE}")
-        )
+        if isdir(source) and not self.images:
+            return Path(source, EVALUATION_FILE)
+        return Path(f"{Path(source)}.{EVALUATION_FILE}")
 
 
-def image_shape(config: Config, encoders: Encoders) -> tuple[int, int, int]:
-    """Returns (C, H, W) of the images that a run draws."""
-    if encoders.image is None:
-        return (config.model.in_chans, *config.model.image_shape)
-    height, width = (side * encoders.image.factor for side in config.model.image_shape)
-    return 3, height, width
+def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Protocol]:
+    """Measures images.
 
+    Args:
+        given: which, and against what.
+        state: which process this is; each looks at its share.
 
-def own_part(config: Config, shape: tuple[int, int, int], part: str) -> ImageData:
-    """Returns the images of the training or held-out part of a run's own data."""
-    if config.data.autoencoder is not None:
-        raise InputError(f"--reference {part!r} of {config.data.name!r} is latents: give a data set or an .npz")
-    captions = True if config.model.context_dim else None
-    # What is left to chance in training would leave the reference to chance as well.
-    data = dataclasses.replace(config.data, crop="center")
-    try:
-        return load_images(data, ImageSpec(shape, labels=None, captions=captions), train=part == "train")
-    except InputError as error:
-        raise InputError(f"{error}; --reference can be the data's other part, a data set or an .npz") from None
+    Returns:
+        The figures and their protocol, complete on the main process.
 
+    Raises:
+        InputError: images, references or networks that cannot be had, or that do not fit together.
+    """
+    # All that is needed is found before the long work.
+    subject: Subject
+    if given.images is not None:
+        subject = find_images(given.images, given.split)
+    else:
+        subject = DrawnImages(given.checkpoint, *given.load(default_guidance=1.0))
+    features, network = _build_features(given, subject)
+    reference = find_reference(subject, given.reference, given.split, given.caption_column, features, network)
+    real_images = None if isinstance(reference, Gaussian) else reference
+    if isinstance(subject, DrawnImages):
+        mode, seed = given.label_mode, given.seed
+        conditions, labels = choose_conditions(subject, real_images, given.num_images, mode, seed)
+    classifier = _build_classifier(given, subject, real_images, state)
+    other = find_other_part(subject, given.reference) if features == PIXELS else None
+    network.to(state.device)
 
-def find_reference(
-    given: MeasureArguments, config: Config | None, shape: tuple[int, int, int], features: str, network: Features
-) -> Gaussian | ImageData:
-    """Returns what --reference names: images, or the statistics of images."""
-    if config is not None and given.reference in OWN_PARTS:
-        return own_part(config, shape, given.reference)
-    if is_statistics(Path(given.reference)):
-        return load_statistics(Path(given.reference), features, network.num_features, shape[1:], network.weights_hash)
-    captions = True if config is not None and config.model.context_dim else None
-    column = given.caption_column or (config.data.caption_column if config else None)
-    data = DataConfig(name=given.reference, train_split=given.split, caption_column=column)
-    return load_images(data, ImageSpec(shape, labels=None, captions=captions))
+    def look_at(data: ImageData, classifier: Classifier | None = None) -> ImageStatistics:
+        batches = read_with_progress(data, given.batch_size or BATCH_SIZE, given.num_workers, state)
+        return ImageStatistics(network, len(data), state).update(batches, classifier)
 
+    if isinstance(subject, GivenImages):
+        seen = look_at(subject.data, classifier)
+        protocol = {"images": f"{seen.moments.count} of {subject.name}"}
+    else:
+        run = subject.model, subject.config, subject.encoders
+        batches = draw_with_progress(*run, conditions, labels, seed, given.batch_size, state)
+        seen = ImageStatistics(network, len(conditions), state).update(batches, classifier)
+        protocol = describe_drawing(subject.name, *run, conditions, mode, seed)
+    protocol["images"] += f", hash {seen.hash}"
+    if state.is_main_process and seen.moments.count <= network.num_features:
+        few = f"{seen.moments.count} images for {network.num_features} features"
+        warn(f"{few}: with so few, a Fréchet distance says little")
 
-def choose_conditions(
-    given: MeasureArguments, config: Config, reference: Gaussian | ImageData
-) -> tuple[Sequence[Condition], Sequence[int] | None]:
-    """Returns what to draw, and the labels that the images should have."""
-    if config.model.num_classes:
-        labels = choose_labels(given.num_images, config.model.num_classes, given.label_mode, given.seed)
-        return labels, labels
-    if not config.model.context_dim:
-        return [None] * given.num_images, None
+    results: Results = {}
     if isinstance(reference, Gaussian):
-        raise InputError(f"a text model draws the captions of a reference data set, got statistics {given.reference!r}")
-    return choose_captions(reference, given.num_images, given.label_mode, given.seed)
+        target = reference
+        protocol["reference"] = f"{given.reference}: {describe_statistics(Path(given.reference))}, hash {target.hash}"
+    else:
+        real = look_at(reference, classifier)
+        target = real.moments.gaussian
+        protocol["reference"] = _describe_reference(given, subject, real)
+        results["recognised_real"] = real.recognised
+        if features == INCEPTION and min(seen.moments.count, real.moments.count) >= MIN_KERNEL_IMAGES:
+            of_both = (each.sample.gather(state.device) for each in (seen, real))
+            results["kid"], results["kid_deviation"], subset = kernel_distance(*of_both)
+            protocol["kid"] = f"{KID_SUBSETS} subsets of {subset}, of {KID_SAMPLES} images or fewer of each"
+    results["recognised"] = seen.recognised
+    results["frechet"] = frechet_distance(seen.moments.gaussian, target)
+    if other is not None:
+        results["frechet_real"] = frechet_distance(look_at(other).moments.gaussian, target)
+    if seen.score is not None:
+        results["inception_score"], results["inception_score_deviation"] = seen.score.compute()
+        protocol["inception_score"] = f"{SCORE_SPLITS} random splits"
+    protocol |= {
+        "features": describe_features(features, network),
+        "classifier": "none" if classifier is None else classifier.description,
+        "versions": versions(),
+    }
+    return {name: value for name, value in results.items() if value is not None}, protocol
+
+
+def _is_small(subject: Subject) -> bool:
+    return math.prod(subject.shape) <= MAX_SMALL
+
+
+def _build_features(given: MeasureArguments, subject: Subject) -> tuple[str, Features]:
+    """The features' name, with `auto` resolved, and what computes them."""
+    auto = PIXELS if _is_small(subject) else INCEPTION
+    name = auto if given.features == "auto" else given.features
+    return name, build_features(name, given.feature_weights, subject.shape)
+
+
+def _build_classifier(
+    given: MeasureArguments, subject: Subject, reference: ImageData | None, state: PartialState
+) -> Classifier | None:
+    """What recognises labels, where there are any that it knows."""
+    real = None
+    if isinstance(subject, DrawnImages) and subject.config.data.autoencoder is None and _is_small(subject):
+        real = find_own_part(subject, "train")
+    auto = "svm" if real is not None and real.class_names else "none"
+    name = auto if given.classifier == "auto" else given.classifier
+    if name == "none":
+        return None
+    classifier = build_classifier(name, given.classifier_weights, real, state.device)
+    labelled = {subject.name: subject.num_classes}
+    if reference is not None:
+        labelled[given.reference] = len(reference.class_names)
+    check_classes(classifier, labelled)
+    return classifier
+
+
+def _describe_reference(given: MeasureArguments, subject: Subject, real: ImageStatistics) -> str:
+    """Says what images were compared with."""
+    named = f"{given.reference}, split {given.split}"
+    if isinstance(subject, DrawnImages) and given.reference in OWN_PARTS:
+        named = f"{given.reference} part of {subject.config.data.name}"
+    size = "x".join(map(str, subject.shape[1:]))
+    return f"{named}: {real.moments.count} images, centre crops of {size}, hash {real.hash}"
 
 
 def check_classes(classifier: Classifier, labelled: Mapping[str, int]) -> None:
@@ -171,91 +238,3 @@ def check_classes(classifier: Classifier, labelled: Mapping[str, int]) -> None:
             raise InputError(f"the classifier knows {classifier.num_classes} classes, {found}: give --classifier none")
     if not any(labelled.values()):
         raise InputError(f"a classifier needs labels to recognise, got none of {' or '.join(labelled)}")
-
-
-def measure(given: MeasureArguments, state: PartialState) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the figures and their protocol, complete on the main process."""
-    # What is measured, with what, and against what: all is found before the long work.
-    config: Config | None = None
-    if given.images is not None:
-        source = DataConfig(name=given.images, train_split=given.split)
-        shown = load_images(source, ImageSpec(None, labels=None, captions=False))
-        shape, labelled = shown.shape, {given.images: len(shown.class_names)}
-    else:
-        config, model, encoders = given.load(default_guidance=1.0)
-        shape, labelled = image_shape(config, encoders), {given.checkpoint: config.model.num_classes}
-    small = math.prod(shape) <= MAX_SMALL
-    features = {"auto": PIXELS if small else INCEPTION}.get(given.features, given.features)
-    network = build_features(features, given.feature_weights, shape)
-    reference = find_reference(given, config, shape, features, network)
-    if config is not None:
-        conditions, labels = choose_conditions(given, config, reference)
-    if not isinstance(reference, Gaussian):
-        labelled[given.reference] = len(reference.class_names)
-    own = config if config is not None and config.data.autoencoder is None else None
-    real = own_part(own, shape, "train") if own is not None and small else None
-    other = None  # the data's other part, whose distance to the reference is what real images reach
-    if own is not None and features == PIXELS and given.reference in OWN_PARTS:
-        with suppress(InputError):  # not every data set has two parts
-            other = own_part(own, shape, OWN_PARTS[1 - OWN_PARTS.index(given.reference)])
-    name = {"auto": "svm" if real is not None and real.class_names else "none"}.get(given.classifier, given.classifier)
-    classifier = None if name == "none" else build_classifier(name, given.classifier_weights, real, state.device)
-    if classifier is not None:
-        check_classes(classifier, labelled)
-    network.to(state.device)
-
-    def read(data: ImageData, classifier: Classifier | None = None) -> ImageStatistics:
-        batches = read_with_progress(data, given.batch_size or BATCH_SIZE, given.num_workers, state)
-        return ImageStatistics(network, len(data), state).update(batches, classifier)
-
-    if config is None:
-        judged = read(shown, classifier)
-        protocol = {"images": f"{judged.moments.count} of {given.images}"}
-    else:
-        batches = draw_with_progress(
-            num_evaluations(config.process, config.sample),
-            state,
-            conditions,
-            labels,
-            model=model,
-            config=config,
-            seed=given.seed,
-            batch_size=given.batch_size,
-            encoders=encoders,
-        )
-        judged = ImageStatistics(network, given.num_images, state).update(batches, classifier)
-        protocol = describe_drawing(given.checkpoint, config, model, encoders, conditions, given.label_mode, given.seed)
-    protocol["images"] += f", hash {judged.hash}"
-    if state.is_main_process and judged.moments.count <= network.num_features:
-        few = f"{judged.moments.count} images for {network.num_features} features"
-        warn(f"{few}: with so few, a Fréchet distance says little")
-
-    results: dict[str, Any] = {}
-    if isinstance(reference, Gaussian):
-        target = reference
-        protocol["reference"] = f"{given.reference}: {describe_statistics(Path(given.reference))}, hash {target.hash}"
-    else:
-        seen = read(reference, classifier)
-        target, count = seen.moments.gaussian, f"{seen.moments.count} images"
-        own_name = f"{given.reference} part of {config.data.name}" if config and given.reference in OWN_PARTS else None
-        size = "x".join(map(str, shape[1:]))
-        named = own_name or f"{given.reference}, split {given.split}"
-        protocol["reference"] = f"{named}: {count}, centre crops of {size}, hash {seen.hash}"
-        results["recognised_real"] = seen.recognised
-        if features == INCEPTION and min(judged.moments.count, seen.moments.count) >= MIN_KERNEL_IMAGES:
-            of_both = (each.sample.gather(state.device) for each in (judged, seen))
-            results["kid"], results["kid_deviation"], subset = kernel_distance(*of_both)
-            protocol["kid"] = f"{KID_SUBSETS} subsets of {subset}, of {KID_SAMPLES} images or fewer of each"
-    results["recognised"] = judged.recognised
-    results["frechet"] = frechet_distance(judged.moments.gaussian, target)
-    if other is not None:
-        results["frechet_real"] = frechet_distance(read(other).moments.gaussian, target)
-    if judged.score is not None:
-        results["inception_score"], results["inception_score_deviation"] = judged.score.compute()
-        protocol["inception_score"] = f"{SCORE_SPLITS} random splits"
-    protocol |= {
-        "features": describe_features(features, network),
-        "classifier": "none" if classifier is None else classifier.description,
-        "versions": versions(),
-    }
-    return {name: value for name, value in results.items() if value is not None}, protocol

@@ -23,8 +23,8 @@ PACKAGES = ("torch", "timm", "torch-fidelity", "diffusers", "transformers")
 
 def describe_drawing(
     checkpoint: str,
-    config: Config,
     model: Network,
+    config: Config,
     encoders: Encoders,
     conditions: Sequence[Condition],
     label_mode: Literal["balanced", "random"],
@@ -34,8 +34,8 @@ def describe_drawing(
 
     Args:
         checkpoint: what from, as the user named it.
+        model: the network.
         config: the run, with the settings of sampling.
-        model: its network.
         encoders: its text encoder and autoencoder.
         conditions: of each image.
         label_mode: how they were chosen.

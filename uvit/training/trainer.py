@@ -20,7 +20,7 @@ from uvit.common.cli import process_state
 from uvit.common.errors import InputError, Interrupted, TrainingError
 from uvit.common.files import atomic_write, remove_leftovers, write_text
 from uvit.common.messages import warn, warn_on_failure
-from uvit.common.signals import stop_on_signals
+from uvit.common.signals import StopRequest, stop_on_signals
 from uvit.config import CONFIG_FILE, GRID_FOLDER, GRID_PATTERN, METRICS_FILE, WEIGHTS_FILE, Config, grid_path, to_json
 from uvit.data.batch import ImageData
 from uvit.data.loader import build_loader
@@ -143,7 +143,7 @@ class Trainer:
         ending: Exception | None = None
         with tf32(), stop_on_signals() as request, self.bar:
             while ending is None and not self.is_end:
-                result = self.step(request.signum)
+                result = self.step(request)
                 self.report(result)
                 with self.stopwatch.paused():
                     self.draw()
@@ -194,11 +194,11 @@ class Trainer:
         )
         self.model.train()
 
-    def step(self, signum: int) -> StepResult:
+    def step(self, request: StopRequest) -> StepResult:
         """Takes one step: gradients, the update unless its numbers went wrong in any process, the average.
 
         Args:
-            signum: a signal that this process got, or 0.
+            request: whether a signal came to this process, asked once the gradients are there.
         """
         loss, grad_norm = compute_gradients(
             self.accelerator,
@@ -210,7 +210,7 @@ class Trainer:
             self.done,
             self.loss_of,
         )
-        mean_loss, norm, signum = mean_over_processes(self.accelerator, loss, grad_norm, signum)
+        mean_loss, norm, signum = mean_over_processes(self.accelerator, loss, grad_norm, request.signum)
         is_sound, scaler = math.isfinite(mean_loss) and math.isfinite(norm), self.accelerator.scaler
         # Half precision overflows until its scale is small enough: that is no fault of the run.
         is_overflow = not is_sound and scaler is not None and math.isfinite(mean_loss) and scaler.get_scale() >= 1

@@ -140,7 +140,7 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
     real_images = None if isinstance(reference, Gaussian) else reference
     if isinstance(subject, DrawnImages):
         mode, seed = given.label_mode, given.seed
-        conditions, labels = choose_conditions(subject, real_images, given.num_images, mode, seed)
+        conditions, labels = choose_conditions(subject, real_images, given.reference, given.num_images, mode, seed)
     classifier = _build_classifier(given, subject, real_images, state)
     other = find_other_part(subject, given.reference) if features == PIXELS else None
     network.to(state.device)

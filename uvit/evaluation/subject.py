@@ -139,13 +139,19 @@ def find_reference(
 
 
 def choose_conditions(
-    run: DrawnImages, reference: ImageData | None, num_images: int, mode: Literal["balanced", "random"], seed: int
+    run: DrawnImages,
+    reference: ImageData | None,
+    name: str,
+    num_images: int,
+    mode: Literal["balanced", "random"],
+    seed: int,
 ) -> tuple[Sequence[Condition], Sequence[int] | None]:
     """Chooses what a run draws, and returns the labels that the images should have, too.
 
     Args:
         run: what draws.
         reference: images with captions, for a text model; None is a reference without images.
+        name: of the reference.
         num_images: images to draw.
         mode: as for `choose_labels` and `choose_captions`.
         seed: of a random choice.
@@ -160,5 +166,5 @@ def choose_conditions(
     if not model.context_dim:
         return [None] * num_images, None
     if reference is None:
-        raise InputError("a text model draws the captions of a reference data set, got statistics as --reference")
+        raise InputError(f"a text model draws the captions of a reference data set, got statistics {name!r}")
     return choose_captions(reference, num_images, mode, seed)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from os.path import isfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import (
@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from uvit.common.errors import InputError, did_you_mean, short_repr
-from uvit.common.hub import find_folder
+from uvit.common.hub import HubOptions, find_folder
 from uvit.config import (
     Config,
     DataConfig,
@@ -52,6 +52,9 @@ from uvit.networks.encoders import (
 from uvit.sampling.conditions import Condition, batch_conditions, resolve_conditions
 from uvit.sampling.runs import load_run
 from uvit.weights.build import UViT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 INDEX_FILE = "model_index.json"
 READING_OPTIONS = {
@@ -153,6 +156,27 @@ def _resolve_call(
             raise InputError(f"{name} must be a whole number from 1, got {short_repr(number)}")
     rows = resolve_conditions(config, labels, config.sample.prompts) * (batch_size or 1)
     return [row for row in rows for _ in range(num_images_per_prompt)]
+
+
+class PipelineOptions(HubOptions, total=False):
+    """What UViTPipeline.from_pretrained takes besides a name."""
+
+    transformer: Any
+    """A part to take in the place of the saved one, like the next four."""
+    scheduler: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    schedule: str
+    """A fact to take in the place of the saved one, like the next two."""
+    prediction: str
+    class_names: list[str]
+    dtype: torch.dtype | dict[str, torch.dtype]
+    """Of the weights, one for all or one for each part; None is float32."""
+    torch_dtype: torch.dtype | dict[str, torch.dtype]
+    """The same."""
+    device_map: Any
+    """As DiffusionPipeline's."""
 
 
 class UViTPipeline(DiffusionPipeline):
@@ -260,40 +284,28 @@ class UViTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        **kwargs: Any,
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Unpack[PipelineOptions]
     ) -> UViTPipeline:
         """Loads what `save_pretrained` wrote, from a folder or the hub.
 
         Args:
             pretrained_model_name_or_path: folder, or hub name.
-            revision: as for uvit.hub.find_folder, like the next three.
-            token: of the hub.
-            cache_dir: where the hub's files are kept.
-            local_files_only: whether to take only what was fetched before.
-            **kwargs: a part to take instead of the saved one, or of DiffusionPipeline's arguments dtype, torch_dtype,
-                device_map and READING_OPTIONS.
+            **kwargs: PipelineOptions, and READING_OPTIONS.
 
         Raises:
             InputError: no pipeline there, one of another kind, parts that do not fit together, or another argument.
         """
-        known = {*inspect.signature(cls).parameters, *READING_OPTIONS, "dtype", "torch_dtype", "device_map"}
-        for option in kwargs:
+        options: dict[str, Any] = dict(kwargs)
+        known = {*PipelineOptions.__annotations__, *READING_OPTIONS}
+        for option in options:
             if option not in known:
                 raise InputError(f"from_pretrained takes no argument {option!r}{did_you_mean(option, known)}")
-        for option in {"dtype", "torch_dtype"} & kwargs.keys():  # one for all, or one for each part
-            given = kwargs[option]
+        for option in {"dtype", "torch_dtype"} & options.keys():  # one for all, or one for each part
+            given = options[option]
             for dtype in given.values() if isinstance(given, dict) else [given]:
                 check_dtype(dtype)
         name, what = str(pretrained_model_name_or_path), "pipeline"
-        of_hub: dict[str, Any] = {"revision": revision, "token": token}
-        of_hub |= {"cache_dir": cache_dir, "local_files_only": local_files_only}
+        of_hub: Any = {option: options.pop(option) for option in HubOptions.__annotations__ if option in options}
         index = find_folder(name, what, [INDEX_FILE], **of_hub) / INDEX_FILE  # before gigabytes of another kind
         if not isfile(index):
             raise InputError(f"{name} is no pipeline, it has no {INDEX_FILE}: make one of a run with from_run")
@@ -305,7 +317,7 @@ class UViTPipeline(DiffusionPipeline):
             )
         folder = find_folder(name, what, ["*.json", "*.safetensors", "*.txt"], **of_hub)
         with loading(f"pipeline {name!r}", "diffusers"):
-            return super().from_pretrained(folder, **kwargs)
+            return super().from_pretrained(folder, **options)
 
     def _encode(self, captions: Sequence[str]) -> Tensor:
         length, device = self.transformer.config.num_context_tokens, self._execution_device

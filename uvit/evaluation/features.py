@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uvit.common.errors import InputError
+from uvit.common.errors import InputError, missing_package, one_line
 from uvit.data.images import to_unit_range
 from uvit.weights.tensors import hash_weights, read_pth, read_weights
 
@@ -88,10 +88,7 @@ class InceptionFeatures(Features):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError:
-            package = "torch-fidelity"
-            raise InputError(
-                f"features 'inception' need the package {package}, which is not installed: pip install {package}"
-            ) from None
+            raise missing_package("--features inception", "torch-fidelity") from None
         if weights is not None:
             read_pth(_existing(weights))
         try:
@@ -99,7 +96,7 @@ class InceptionFeatures(Features):
                 self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
         except Exception as error:  # no network, a broken download, weights of another network
             given = "cannot be downloaded; give a file with --feature_weights" if weights is None else f"in {weights}"
-            raise InputError(f"Inception's weights {given}: {' '.join(str(error).split()):.150}") from None
+            raise InputError(f"Inception's weights {given}: {one_line(error, 150)}") from None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (B, 2048) features and (B, 1008) logits of (B, C, H, W) uint8 images."""
@@ -136,9 +133,7 @@ class TimmFeatures(Features):
             raise
         except Exception as error:  # an unknown name, no network, weights of another network
             given = "" if weights is None else f" from {weights}"
-            raise InputError(
-                f"timm model {name!r} cannot be loaded{given}: {' '.join(str(error).split()):.150}"
-            ) from None
+            raise InputError(f"timm model {name!r} cannot be loaded{given}: {one_line(error, 150)}") from None
         settings = timm.data.resolve_model_data_config(self.network)
         self.network.eval().requires_grad_(False)
         self.num_features = self.network.num_classes if classify else self.network.head_hidden_size

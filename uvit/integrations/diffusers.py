@@ -78,11 +78,19 @@ def check_dtype(dtype: Any) -> None:
 class UViTModel(UViT, ModelMixin):
     """A UViT as diffusers loads and saves the parts of a pipeline; its folder is an ordinary one of weights."""
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Predicts as UViT does; with `outer` as its forward_reusing: what moves weights acts on this method alone."""
-        if "outer" in named:
-            return self.forward_reusing(*inputs, **named)
-        return super().forward(*inputs, **named)
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        outer: int | None = None,
+        deep: Tensor | None = None,
+    ) -> Any:
+        """Predicts as UViT does; with `outer` as its forward_reusing: what moves weights acts on this method only."""
+        if outer is not None:
+            return self.forward_reusing(x, timesteps, y, context, outer, deep)
+        return super().forward(x, timesteps, y, context)
 
     def to(self, *arguments: Any, **named: Any) -> UViTModel:
         """Moves or casts the model; ModelMixin's own warns of modules to keep in float32, of which there are none."""
@@ -283,7 +291,7 @@ class UViTPipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # diffusers takes anything, and passes over what it does not know
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Unpack[PipelineOptions]
     ) -> UViTPipeline:
         """Loads what `save_pretrained` wrote, from a folder or the hub.

@@ -547,7 +547,7 @@ BAD_INPUT = [
     (
         "train",
         f"tiny.py {' '.join(TEXT)} --data.text_encoder no/such --train.run_dir new",
-        "text encoder 'no/such' is no folder on disk",
+        "text encoder 'no/such' is not a folder on disk",
     ),
     (
         "train",

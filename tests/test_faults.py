@@ -257,8 +257,8 @@ def test_metrics_and_grids_that_cannot_be_written_are_written_later_or_not(whole
     status, lines = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log", prepare)
     assert status == 0
     warnings = [line for line in lines if line.startswith("warning: ")]
-    assert len(warnings) == 3 and "metrics.jsonl, training goes on: [Errno 28] No space left" in warnings[0]
-    assert all(".png, training goes on: [Errno 30]" in line for line in warnings[1:])
+    assert len(warnings) == 3 and "metrics.jsonl, training continues: [Errno 28] No space left" in warnings[0]
+    assert all(".png, training continues: [Errno 30]" in line for line in warnings[1:])
     assert metrics_of(tmp_path / "run") == metrics_of(whole / "whole")
 
 

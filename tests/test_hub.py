@@ -104,7 +104,7 @@ def test_revisions_are_kept_apart(hub, login):
     assert_equal_weights(first, UViT.from_pretrained(NAME, revision=address.rpartition("/")[2]))
     assert_equal_weights(second, UViT.from_pretrained(NAME, revision="longer/training"))
     assert_equal_weights(second, UViT.from_pretrained(f"{NAME}@longer/training"))
-    with pytest.raises(InputError, match=r"'me/digits@v2' .* the hub did not give it: it has no such revision"):
+    with pytest.raises(InputError, match=r"'me/digits@v2' .* cannot be fetched from the hub: it has no such revision"):
         UViT.from_pretrained(NAME, revision="v2")
     for wrong in ("", "..", "/etc", "a/../b", "a b"):
         with pytest.raises(InputError, match=r"a revision must be a branch|not found"):
@@ -127,7 +127,7 @@ def test_a_private_model_loads_with_a_token_from_a_cache_of_ones_own(hub, tmp_pa
     own = tmp_path / "own"
     assert_equal_weights(model, UViT.from_pretrained(NAME, token=READER, cache_dir=own))
     assert_equal_weights(model, UViT.from_pretrained(NAME, cache_dir=own, local_files_only=True))
-    with pytest.raises(InputError, match="the hub did not give it: Cannot find an appropriate cached snapshot"):
+    with pytest.raises(InputError, match="cannot be fetched from the hub: Cannot find an appropriate cached snapshot"):
         UViT.from_pretrained(NAME, token=READER, local_files_only=True)
 
 
@@ -243,7 +243,7 @@ def test_a_private_push_does_not_go_to_a_public_model(hub, login, run_dir, monke
     UViT(MODEL).push_to_hub(NAME)
     before = hub.repositories[NAME]["main"]
     line = one_line(["push", run_dir, NAME, "--private", "True"], monkeypatch, capsys)
-    assert "the hub did not take 'me/digits': private must be None or False for a repository that is public" in line
+    assert "cannot push 'me/digits' to the hub: private must be None or False for a repository that is public" in line
     assert hub.repositories[NAME]["main"] == before
     hub.private[NAME] = True
     main(["push", str(run_dir), NAME, "--private", "True"])
@@ -252,7 +252,7 @@ def test_a_private_push_does_not_go_to_a_public_model(hub, login, run_dir, monke
 
 def test_a_name_that_is_not_there_is_one_line(hub, tmp_path, monkeypatch, capsys):
     line = one_line(["card", "me/nothing", tmp_path / "out"], monkeypatch, capsys)
-    assert "'me/nothing' is no folder on disk, and the hub did not give it: there is no such repository" in line
+    assert "'me/nothing' is not a folder on disk, and cannot be fetched from the hub: there is no such" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -260,10 +260,10 @@ def test_a_name_that_is_not_there_is_one_line(hub, tmp_path, monkeypatch, capsys
     ("token", "name", "message"),
     [
         (None, NAME, "pushing to 'me/digits' needs a login to the hub, got none: run `hf auth login`"),
-        ("hf_stale", NAME, "the hub did not take 'me/digits': the hub does not know this login"),
-        (READER, NAME, "the hub did not take 'me/digits': this login has no permission for it"),
+        ("hf_stale", NAME, "cannot push 'me/digits' to the hub: the hub does not know this login"),
+        (READER, NAME, "cannot push 'me/digits' to the hub: this login has no permission for it"),
         (WRITER, "digits", "the name on the hub must be USER/MODEL, got 'digits'"),
-        (WRITER, "me/my digits", "the hub did not take 'me/my digits': Repo id must"),
+        (WRITER, "me/my digits", "cannot push 'me/my digits' to the hub: Repo id must"),
     ],
 )
 def test_a_push_that_is_refused_is_one_line(token, name, message, hub, run_dir, monkeypatch, capsys):
@@ -281,7 +281,7 @@ def test_a_push_to_what_is_no_branch_makes_no_repository(hub, login, run_dir, mo
 
 def test_no_way_to_the_hub_is_one_line(login, run_dir, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert "the hub did not take 'me/digits': " in one_line(["push", run_dir, NAME], monkeypatch, capsys)
+    assert "cannot push 'me/digits' to the hub: " in one_line(["push", run_dir, NAME], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(

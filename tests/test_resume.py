@@ -88,7 +88,7 @@ def test_only_failed_writes_are_survived(capsys):
     with warn_on_failure("file.txt"):
         raise OSError(28, "No space left on device")
     assert capsys.readouterr().err == (
-        "warning: cannot write file.txt, training goes on: [Errno 28] No space left on device\n"
+        "warning: cannot write file.txt, training continues: [Errno 28] No space left on device\n"
     )
     with pytest.raises(ZeroDivisionError), warn_on_failure("file.txt"):
         raise ZeroDivisionError

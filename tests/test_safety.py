@@ -329,7 +329,7 @@ def test_a_manifest_that_cannot_be(fields, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["user/model/../../..", "../nowhere", "user/..", "n" * 300, "a/" + "n" * 300])
 def test_names_do_not_lead_out_of_the_hubs_folder(name, inside):
-    with pytest.raises(InputError, match=r"not found: |is no folder on disk"):
+    with pytest.raises(InputError, match=r"not found: |is not a folder on disk"):
         find_folder(name, "checkpoint", ("*",))
 
 

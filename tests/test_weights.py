@@ -35,7 +35,7 @@ def test_missing_weights(saved, tmp_path):
 
 def test_a_hub_name_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="'nobody/nothing' is no folder on disk, and the hub did not give it"):
+    with pytest.raises(InputError, match="'nobody/nothing' is not a folder on disk, and cannot be fetched"):
         UViT.from_pretrained("nobody/nothing")
 
 

@@ -1,4 +1,4 @@
-"""U-ViT, the vision-transformer backbone for diffusion models with long skip connections."""
+"""U-ViT, a vision transformer backbone for diffusion models with long skip connections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROOMS = {"Config": "config", "UViTConfig": "config", "UViT": "weights.build", "
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is first asked for: one room does not pay for another."""
+    """Imports a name on first use, so that importing one subpackage does not load another."""
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)

@@ -1,1 +1,1 @@
-"""Errors, files, the hub, command lines and signals: nothing here knows what the project is for."""
+"""Errors, files, the hub, command lines and signals: general helpers, independent of diffusion models."""

@@ -1,4 +1,4 @@
-"""Command lines: arguments into dataclasses, and a user's errors in one line."""
+"""Command lines: parses arguments into dataclasses, and reports user errors in one line."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def parse(
 
     Args:
         cls: the dataclass.
-        arguments: the command line without the program's name, which is that of `run`.
+        arguments: the command line without the program's name, which is taken from sys.argv.
         description: what the program does, for the help.
-        operands: what stands between the program's name and the options, for the help.
-        default: the values that stand where the command line says nothing.
+        operands: positional arguments between the program's name and the options, for the help.
+        default: values of the options that are not given.
 
     Raises:
-        InputError: an unknown option (with the nearest known one), or a value that does not fit.
+        InputError: an unknown option (with the nearest known one), or an invalid value.
     """
     printed = io.StringIO()
     settings: dict[str, Any] = {} if default is None else {"default": default}
@@ -55,7 +55,7 @@ def parse(
 
 
 def _flatten_box(box: str) -> str:
-    """Flattens tyro's box of an error message: its first part, and the options it says were perhaps meant."""
+    """Flattens tyro's boxed error message into one line: its first part, and the first option that it suggests."""
     lines = [line.strip("│|").strip() for line in box.splitlines()]
     rules = [number for number, line in enumerate(lines) if re.fullmatch(r"[─╭╮╰╯+-].*[─╭╮╰╯+-]{3,}", line)]
     start, end = (rules[0] + 1, rules[1]) if len(rules) > 1 else (0, len(lines))
@@ -66,33 +66,33 @@ def _flatten_box(box: str) -> str:
 
 
 def process_state() -> PartialState:
-    """Returns which process this is, on a CPU where ACCELERATE_USE_CPU asks for it (accelerate leaves that to us)."""
+    """Returns this process's rank and device; accelerate leaves it to us to choose the CPU for ACCELERATE_USE_CPU."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def is_first_process() -> bool:
-    """Tells, by the launcher's environment, whether this process is the one that writes; before any device starts."""
+    """Returns whether this process has rank 0 and writes the files, by the environment: it starts no device."""
     return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
 
 
 def _end_by_sigterm(*_: object) -> None:
-    """Ends as an exception does, so that files being written are put away."""
+    """Exits by an exception, so that files being written are cleaned up."""
     print("\nstopped by SIGTERM", file=sys.stderr)
     sys.exit(128 + signal.SIGTERM)
 
 
 def run(main: Callable[[Sequence[str]], object]) -> None:
-    """Runs a script's main on the command line, and turns what ends it into one line on standard error and a status.
+    """Runs a script's main on the command line; what stops it becomes one line on standard error and an exit status.
 
-    A user's error ends with 2; a run that cannot go on, with 1; Ctrl-C and SIGTERM with 130 and 143, after the files
-    being written have been put away. What every process meets alike is printed by the first.
+    The status is 2 for a user error, 1 for a run that cannot continue, 130 and 143 for Ctrl-C and SIGTERM, after files
+    being written have been cleaned up. An error that all processes have in common is printed by the first only.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack letters
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack characters
     signal.signal(signal.SIGTERM, _end_by_sigterm)
     try:
         main(sys.argv[1:])
     except InputError as error:
-        # A loader's worker hands its error on with the traceback as text; the message is what follows the name.
+        # A loader worker passes its error on with the traceback as text; the message follows the exception's name.
         message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2]
         print(f"error: {printable(one_line(message))}", file=sys.stderr)
         sys.exit(2)

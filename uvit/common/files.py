@@ -1,6 +1,6 @@
-"""Files that are whole or absent: written to a temporary path, flushed to the disk, then renamed; and locked folders.
+"""Atomic writes (to a temporary path, flushed to disk, then renamed), appending to text files, and folder locks.
 
-A kill leaves at most a hidden file or folder beside the whole ones, which `remove_leftovers` removes.
+A killed process leaves at most a hidden file or folder behind, which `remove_leftovers` removes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ LOCK_FILE = ".lock"
 
 
 def make_directory(path: Path) -> None:
-    """Makes a folder and those above it.
+    """Creates a folder and its parents.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names that a folder holds, are on the disk and outlive a loss of power."""
+    """Waits until a file, or a folder's list of names, is on the disk and survives a loss of power."""
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # not all systems sync folders
         descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
@@ -43,13 +43,13 @@ def sync(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Returns the hidden path beside `path` at which this process makes what will take its place."""
-    # The suffix stays last: savers such as Pillow's choose the format by it.
+    """Returns the hidden path beside `path` where this process writes what will replace it."""
+    # The suffix stays last: libraries such as Pillow choose the format by it.
     return path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what killed processes were making for `path`, whose name may be a pattern such as `step_*.png`."""
+    """Removes what killed processes left unfinished for `path`, which may be a pattern such as `step_*.png`."""
     for leftover in path.parent.glob(f".{path.stem}-*{path.suffix}"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -60,10 +60,10 @@ def remove_leftovers(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; it takes its place once the block has ended without an error.
+    """Yields a temporary path to write to; it replaces `path` once the block has ended without an error.
 
     Raises:
-        InputError: the file cannot be made, written or put in its place.
+        InputError: the file cannot be created, written or renamed.
     """
     make_directory(path.parent)
     if os.path.isdir(path):
@@ -74,7 +74,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors leaves files that their owner alone may read
+        temporary.chmod(mode)  # safetensors writes files that only their owner may read
         sync(temporary)
         temporary.replace(target)
         sync(target.parent)
@@ -87,13 +87,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write_group(path: Path) -> Iterator[Path]:
-    """Yields a path of the same name in a hidden folder, for what may need more files beside it.
+    """Yields a path of the same name in a hidden folder, for a file that may need others beside it.
 
-    Once the block has ended without an error, all files in the folder take their places beside `path`, the one of its
-    name last: it is whole, with those that it refers to, or not there.
+    Once the block has ended without an error, all files in the folder are moved beside `path`, the one of its name
+    last: it is there only when the files that it refers to are.
 
     Raises:
-        InputError: the files cannot be made, written or put in their places.
+        InputError: the files cannot be created, written or moved.
     """
     make_directory(path.parent)
     if os.path.isdir(path):
@@ -107,7 +107,7 @@ def atomic_write_group(path: Path) -> Iterator[Path]:
         for file in (*others, last):
             sync(file)
         if others:
-            target.unlink(missing_ok=True)  # an older one must not meet these
+            target.unlink(missing_ok=True)  # an older one must not refer to these
         for file in (*others, last):
             file.replace(target.parent / file.name)
         sync(target.parent)
@@ -118,10 +118,10 @@ def atomic_write_group(path: Path) -> Iterator[Path]:
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Adds lines to a text file, all or none of them.
+    """Appends lines to a text file, all or none of them.
 
     Raises:
-        OSError: they cannot be written, such as on a full disk.
+        OSError: they cannot be written, for example on a full disk.
     """
     content = "".join(f"{line}\n" for line in lines).encode()
     with open(path, "ab", buffering=0) as file:
@@ -136,32 +136,32 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def append_new_lines(path: Path, lines: Iterable[str]) -> list[str]:
-    """Adds lines to a text file that it does not have yet, and returns these.
+    """Appends the lines that a text file does not have yet, and returns them.
 
     Raises:
         OSError: as append_lines.
     """
-    wanted = dict.fromkeys(printable(one_line(line)) for line in lines)
-    if not wanted:
+    unique = dict.fromkeys(printable(one_line(line)) for line in lines)
+    if not unique:
         return []
     known = set(path.read_text().splitlines()) if path.is_file() else set()
-    new = [line for line in wanted if line not in known]
+    new = [line for line in unique if line not in known]
     append_lines(path, new)
     return new
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Locks a folder against other processes, until the block ends or this process does, however it ends.
+    """Locks a folder against other processes until the block or this process ends, even if it is killed.
 
     Raises:
-        InputError: another process has locked it, or it cannot be written to.
+        InputError: it is locked by another process, or cannot be written to.
     """
     try:
         import fcntl
@@ -173,9 +173,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
         path.touch()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    with open(path, "a+b", buffering=0) as file:  # what a full disk refuses must not be tried again at the end
+    with open(path, "a+b", buffering=0) as file:  # unbuffered: a write that failed must not be retried on close
         try:
-            # A record lock is the process's own; flock's would live on in the loader's workers after a crash.
+            # A record lock belongs to the process; flock's would live on in the loader's workers after a crash.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}".encode())

@@ -1,4 +1,4 @@
-"""What comes from the Hugging Face Hub."""
+"""Fetches from and pushes to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class HubOptions(TypedDict, total=False):
     """How files are fetched from the hub."""
 
     revision: str | None
-    """Branch, tag or commit; None is the newest of the main branch."""
+    """Branch, tag or commit; None is the head of the main branch."""
     token: str | bool | None
-    """None or True is that of `hf auth login` or HF_TOKEN, False is none."""
+    """None and True use the token of `hf auth login` or HF_TOKEN, False uses none."""
     cache_dir: str | Path | None
-    """Where files are kept; None is the hub's usual folder."""
+    """Where files are cached; None is the hub's default folder."""
     local_files_only: bool
-    """Whether to take only what was fetched before."""
+    """Whether to use only files that are cached already."""
 
 
 def _reason(error: Exception) -> str:
-    """Says in one line why the hub refused."""
+    """Returns in one line why the hub refused."""
     if isinstance(error, GatedRepoError):
         return "its owner must grant access: ask for it on its page, then log in with `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
@@ -56,41 +56,41 @@ def _reason(error: Exception) -> str:
 
 
 def find_folder(name: str, what: str, patterns: Sequence[str], **options: Unpack[HubOptions]) -> Path:
-    """Returns a folder on disk, or one of the hub's, which is fetched once.
+    """Returns a folder on disk, or one from the hub, which is fetched once.
 
     Args:
-        name: the folder, or on the hub `user/model`, or `user/model/folder` for a folder inside it; `@REVISION` at the
-            end is a branch, tag or commit of the hub's.
-        what: what it is to the user, for the error.
-        patterns: names of the files wanted from the hub, `*` for any letters.
-        **options: HubOptions; `revision` where the name does not give it.
+        name: path of the folder, or on the hub `user/model`, or `user/model/folder` for a folder inside it, with an
+            optional `@REVISION` at the end: a branch, tag or commit.
+        what: what to call it in an error.
+        patterns: names of the files to fetch from the hub, `*` for any characters.
+        **options: HubOptions; `revision` only where the name does not give it.
 
     Raises:
-        InputError: nothing by that name that can be had, or a revision of what is on disk.
+        InputError: nothing found by that name, or a revision given for a folder on disk.
     """
     path, revision = Path(name), options.pop("revision", None)
     if revision is not None and exists(path):
         raise InputError(f"revision must be None for what is on disk, got {revision!r} for {name}")
     if isdir(path):
         return path
-    # What has a folder on disk above it, or leads out of where it starts, is not meant for the hub.
+    # A name whose parent is a folder on disk, or that contains "..", is not meant for the hub.
     if path.is_absolute() or isdir(path.parent) or ".." in path.parts:
         folders = [str(path.parent / each).rstrip("/") for each in glob("*/", root_dir=path.parent)]
         raise InputError(f"{what} not found: {name}{did_you_mean(name, folders)}")
     name = name if revision is None else f"{name}@{revision}"
-    inside, at, revision = name.partition("@")
+    path_on_hub, at, revision = name.partition("@")
     if at and not REVISION.fullmatch(revision):
         raise InputError(f"a revision must be a branch, tag or commit of the hub's, got {revision!r} in {name}")
-    repository, folder = "/".join(inside.split("/")[:2]), "/".join(inside.split("/")[2:])
-    wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
+    repository, folder = "/".join(path_on_hub.split("/")[:2]), "/".join(path_on_hub.split("/")[2:])
+    allowed = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
     try:
         with quiet("huggingface_hub"):
             found = snapshot_download(
-                repository, revision=revision or None, allow_patterns=wanted, **cast(Any, options)
+                repository, revision=revision or None, allow_patterns=allowed, **cast(Any, options)
             )
     except (ValueError, HTTPError, OSError) as error:
         raise InputError(
-            f"{what} {name!r} is no folder on disk, and the hub did not give it: {_reason(error)}"
+            f"{what} {name!r} is not a folder on disk, and cannot be fetched from the hub: {_reason(error)}"
         ) from None
     return Path(found) / folder
 
@@ -98,22 +98,22 @@ def find_folder(name: str, what: str, patterns: Sequence[str], **options: Unpack
 def push_folder(
     folder: Path, name: str, private: bool | None = None, revision: str | None = None, token: str | None = None
 ) -> str:
-    """Pushes the files of a folder to a model repository of the hub, in one commit.
+    """Pushes the files of a folder to a model repository on the hub, in one commit.
 
     Args:
         folder: what to push.
-        name: `user/model`; the repository is made where there is none.
-        private: whether a repository that is made is private; None is the account's default. One that is there stays
-            as it is: True refuses it where it is public.
-        revision: branch to push to, made where there is none; None is the main one.
-        token: of the hub; None is that of `hf auth login` or HF_TOKEN.
+        name: `user/model`; the repository is created if it does not exist.
+        private: whether a new repository is private; None is the account's default. An existing one stays as it is:
+            with True, a public one is an error.
+        revision: branch to push to, created if it does not exist; None is the main branch.
+        token: access token; None uses that of `hf auth login` or HF_TOKEN.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        InputError: a name that is none, no login, no permission, no way to the hub, or a public repository where a
-            private one is asked for.
+        InputError: an invalid name, no login, no permission, no connection, or a public repository where `private` is
+            True.
     """
     if name.count("/") != 1:
         raise InputError(f"the name on the hub must be USER/MODEL, got {name!r}")
@@ -135,5 +135,5 @@ def push_folder(
                 repo_id=name, folder_path=folder, revision=revision, commit_message="Push a U-ViT"
             )
     except (ValueError, HTTPError, OSError) as error:
-        raise InputError(f"the hub did not take {name!r}: {_reason(error)}") from None
+        raise InputError(f"cannot push {name!r} to the hub: {_reason(error)}") from None
     return str(commit.commit_url)

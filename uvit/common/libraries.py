@@ -1,4 +1,4 @@
-"""Libraries that print more than they are asked, silenced: our own error says in one line what went wrong."""
+"""Silences the logs and progress bars of libraries: our own error says in one line what went wrong."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Library = Literal["datasets", "diffusers", "huggingface_hub", "transformers", "x
 
 @contextlib.contextmanager
 def quiet(*libraries: Library) -> Iterator[None]:
-    """Keeps libraries from logging, and from drawing progress bars of their own.
+    """Stops libraries from logging and from showing their own progress bars.
 
     Args:
-        *libraries: which. The bars of huggingface_hub stay, since a download may take long.
+        *libraries: which. huggingface_hub keeps its bars, since a download may take long.
 
     Raises:
         ImportError: datasets, diffusers or transformers is not installed.

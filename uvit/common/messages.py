@@ -1,4 +1,4 @@
-"""Lines on standard error, above a progress bar that may be there."""
+"""Prints lines on standard error without breaking a progress bar."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def warn(text: str) -> None:
 
 @contextmanager
 def warn_on_failure(what: str, errors: tuple[type[Exception], ...] = (OSError, InputError)) -> Iterator[None]:
-    """Turns a failed write, such as on a full disk, into a warning: training can go on without it.
+    """Turns a failed write, for example on a full disk, into a warning, so that training continues.
 
     Args:
         what: what is written.
-        errors: what counts as such a failure.
+        errors: exceptions that count as a failed write.
     """
     try:
         yield
     except errors as error:
-        warn(f"cannot write {what}, training goes on: {one_line(error)}")
+        warn(f"cannot write {what}, training continues: {one_line(error)}")

@@ -1,4 +1,4 @@
-"""Signals that ask a long loop to end in good order."""
+"""Signals that ask a long loop to stop cleanly."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Which signal asked to stop.
+    """The signal that asked to stop.
 
     Attributes:
-        signum: the signal, or 0 for none.
+        signum: its number, or 0 for none yet.
     """
 
     signum: int = 0
@@ -23,9 +23,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields what SIGTERM and SIGINT write to, instead of ending the process; a second Ctrl-C ends it at once.
+    """Yields a request that SIGTERM and SIGINT set instead of ending the process; a second Ctrl-C ends it at once.
 
-    A signal that is ignored, as SIGINT is in a shell's background jobs, stays so.
+    A signal that is already ignored, as SIGINT is in a shell's background jobs, stays ignored.
     """
     request = StopRequest()
 
@@ -46,17 +46,17 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def ignore_stop_signals(*_: object) -> None:
-    """Makes a loader's worker ignore them: terminals and clusters signal it too, while its parent has a step to finish.
+    """Makes a loader worker ignore them: terminals and clusters signal workers too, while the parent finishes its step.
 
-    It ends with its parent all the same: by PyTorch's watch on it, or by `kill_workers`.
+    The worker still ends with its parent: by PyTorch's watchdog, or by `kill_workers`.
     """
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 def kill_workers() -> None:
-    """Ends the workers at exit: after an error, multiprocessing would wait forever for SIGTERM to end them."""
+    """Kills the workers at exit: after an error, multiprocessing would wait forever for SIGTERM to end them."""
     if workers := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes a worker's end for an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler treats a worker's exit as an error
         for worker in workers:
             worker.kill()

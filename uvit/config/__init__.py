@@ -1,6 +1,6 @@
-"""A run as values and as a folder: the one door to this room, for config files and for the rest of the package.
+"""A run's config and the layout of its folder: config files and the rest of the package import only from here.
 
-InputError is what every section raises of a value that it refuses.
+InputError is what a section raises for an invalid value.
 """
 
 from uvit.common.errors import InputError

@@ -1,6 +1,6 @@
-"""A run as a folder: the names of what is in it, and its config.
+"""The layout of a run folder: its file names, and reading its config.
 
-A folder of weights alone has a config.json too, that of its network: `config_kind` tells the two apart.
+A folder of weights has a config.json too, which describes only the network: `config_kind` distinguishes the two.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from uvit.config.run import Config
 from uvit.config.section import from_dict, read_json
 
 CONFIG_FILE = "config.json"
-"""Every option of the run, or of the network."""
+"""All options of the run, or of the network."""
 WEIGHTS_FILE = "model.safetensors"
 """The averaged weights."""
 METRICS_FILE = "metrics.jsonl"
-"""A line for each log line of training."""
+"""The metrics of training, one JSON object per line."""
 EVALUATION_FILE = "evaluation.json"
 """Figures and their protocol, as evaluate.py saves them."""
 INCEPTION = "inception"
-"""The features of the FID, as EVALUATION_FILE names them."""
+"""The name of the FID's features in EVALUATION_FILE."""
 CHECKPOINT_FOLDER = "checkpoints"
-"""What a run goes on with."""
+"""What a run resumes from."""
 GRID_FOLDER = "samples"
 STEP_PREFIX = "step_"
-"""Of a checkpoint's folder, `step_00000100`, and of a grid's file, `step_00000100.png`."""
+"""For a checkpoint's folder, `step_00000100`, and a grid's file, `step_00000100.png`."""
 GRID_PATTERN = f"{STEP_PREFIX}*.png"
 
 
 def step_name(step: int) -> str:
-    """Names what belongs to a step."""
+    """Returns the name of a step's checkpoint or grid."""
     return f"{STEP_PREFIX}{step:08d}"
 
 
 def step_of(name: str) -> int | None:
-    """Returns the step that a name belongs to, or None."""
+    """Returns the step in the name of a checkpoint or grid, or None."""
     digits = name.removeprefix(STEP_PREFIX).removesuffix(".png")
     return int(digits) if name.startswith(STEP_PREFIX) and digits.isdecimal() else None
 
@@ -62,15 +62,15 @@ def grid_files(run_dir: Path) -> list[Path]:
 
 
 def grid_path(run_dir: Path, step: int) -> Path:
-    """Returns where the grid of a step goes."""
+    """Returns the path of a step's grid of samples."""
     return run_dir / GRID_FOLDER / f"{step_name(step)}.png"
 
 
 def config_kind(raw: Any) -> Literal["run", "network", "unknown"]:
-    """Tells what a config.json describes: a whole run, or a network alone.
+    """Returns what a config.json describes: a whole run, or only a network.
 
     Args:
-        raw: what the file holds.
+        raw: the file's content.
     """
     if not isinstance(raw, dict):
         return "unknown"
@@ -78,10 +78,10 @@ def config_kind(raw: Any) -> Literal["run", "network", "unknown"]:
 
 
 def read_network_config(folder: Path) -> NetworkConfig:
-    """Reads the network's config of a folder of weights, or of a run.
+    """Reads the network's config from a folder of weights, or from a run folder.
 
     Raises:
-        InputError: no config there, or not one of a network.
+        InputError: no config there, or an invalid one.
     """
     raw = read_json(folder / CONFIG_FILE)
     return from_dict(NetworkConfig, raw["model"] if config_kind(raw) == "run" and "model" in raw else raw)
@@ -91,7 +91,7 @@ def load_config(path: str | Path) -> Config:
     """Loads a run's config from a Python file that defines `config`, or from a run's config.json.
 
     Raises:
-        InputError: no such file, a file without a Config named `config`, or values that a section refuses.
+        InputError: no such file, a file without a Config named `config`, or invalid values.
     """
     path = Path(path)
     if not isfile(path):

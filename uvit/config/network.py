@@ -1,4 +1,4 @@
-"""The networks, as values: every size and option, with its default and what it may be."""
+"""The configs of the networks: every size and option, with its default and valid range."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from uvit.config.section import Section
 
 Backend = Literal["auto", "xformers", "sdpa", "math"]
 
-# What a config may ask for, checked before memory is taken; each is far beyond what anyone has trained.
+# Limits that are checked before memory is allocated; each is far beyond what anyone has trained.
 MAX_PARAMETERS = 10**11
 MAX_DEPTH = 1_000
 MAX_TOKENS = 2**19
 MAX_SIDE = 2**14
 BLOCK_WIDTHS = 16
-"""What a block works on, in widths of its tokens: queries, keys, values, the MLP's hidden layer and their products."""
+"""Memory that a block works in, in units of its input: queries, keys, values, the MLP's hidden layer, products."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UViTConfig(Section):
-    """The backbone. Defaults are the paper's choices, at its size S/2 for 32x32 images (arXiv 2209.12152, table 1)."""
+    """A U-ViT. Defaults are the paper's choices, for its size S/2 on 32x32 images (arXiv 2209.12152, table 1)."""
 
     img_size: int | tuple[int, int] = 32
     """Side of the image (or latent) in pixels, or (height, width)."""
@@ -33,39 +33,39 @@ class UViTConfig(Section):
     embed_dim: int = 512
     """Width D of a token."""
     depth: int = 12
-    """Even: depth / 2 shallow blocks, one in the middle, depth / 2 deep blocks."""
+    """Blocks besides the middle one, even: depth / 2 shallow ones before it, depth / 2 deep ones after."""
     num_heads: int = 8
     """Attention heads."""
     mlp_ratio: float = 4.0
-    """Width of the MLP's hidden layer over embed_dim."""
+    """Width of the MLP's hidden layer, as a multiple of embed_dim."""
     qkv_bias: bool = False
     """Bias of the query, key and value projection."""
     qk_norm: bool = False
-    """RMS norm of queries and keys before attention; steadier at high learning rates."""
+    """RMS norm of queries and keys before attention; more stable at high learning rates."""
     mlp_time_embed: bool = False
     """An MLP on the sinusoidal time embedding."""
     num_classes: int = 0
-    """Real labels; 0 is a model without labels."""
+    """Number of classes, not counting the null class; 0 is a model without labels."""
     null_class: bool = False
-    """One more label, at index num_classes, for "no label": what guidance needs."""
+    """One more label, at index num_classes, for "no label"; guidance needs it."""
     context_dim: int = 0
     """Width of the context tokens (such as CLIP's 768); 0 is a model without context."""
     num_context_tokens: int = 0
     """Length of the context (such as CLIP's 77)."""
     skip: Literal["concat", "add", "linear_add", "add_linear", "none"] = "concat"
-    """How a long skip is merged: Linear(Concat(m, s)), m + s, m + Linear(s), Linear(m + s), or not at all."""
+    """How a long skip s joins the main branch m: Linear(Concat(m, s)), m + s, m + Linear(s), Linear(m + s), or none."""
     time_conditioning: Literal["token", "adaln"] = "token"
-    """Time as a token, or as scale and shift of every block's layer norms."""
+    """Time as a token, or as scale and shift in every block's layer norms."""
     conv: Literal["image", "tokens", "none"] = "image"
-    """The last 3x3 convolution: on the image, on the grid of tokens before the linear projection, or none."""
+    """Final 3x3 convolution: on the image, on the grid of tokens before the linear projection, or none."""
     patch_embed: Literal["linear", "conv"] = "linear"
-    """One linear projection of each patch, or a stack of 3x3 convolutions and a 1x1."""
+    """One linear projection per patch, or a stack of 3x3 convolutions and a 1x1."""
     pos_embed: Literal["learned", "sincos2d"] = "learned"
     """Learned for every token, or fixed two-dimensional sinusoids for the patches."""
     gradient_checkpointing: bool = False
-    """Recompute every block in the backward pass: less memory, about a third more time."""
+    """Recompute each block in the backward pass: less memory, about a third more time."""
     attention: Backend = "auto"
-    """Attention backend; `auto` is xformers on CUDA where it can run, otherwise PyTorch's SDPA."""
+    """Attention backend; `auto` is xformers where it can run (CUDA only), otherwise PyTorch's SDPA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +131,7 @@ class UViTConfig(Section):
 
     @property
     def most_parameters(self) -> float:
-        """A bound of the number of parameters, at any choice of options."""
+        """An upper bound on the number of parameters, whatever the options."""
         dim, pixels = self.embed_dim, self.patch_size**2 * self.in_chans
         per_block = dim * (10 * dim + 2 * dim * self.mlp_ratio)  # attention, adaptive norms, skip; MLP
         per_token = pixels * 2 + self.num_tokens + self.num_classes + self.context_dim
@@ -154,22 +154,22 @@ class UViTConfig(Section):
 
     @property
     def reusable_pairs(self) -> int:
-        """Pairs of shallow and deep blocks, the most that reuse of deep features can leave outside; 0 is no reuse."""
+        """The most pairs of blocks that can be outer ones when deep features are reused; 0 where they cannot be."""
         return self.depth // 2
 
     @property
     def activation_size(self) -> int:
-        """Values that a block hands on for one image."""
+        """Number of values that a block outputs per image."""
         return self.num_tokens * self.embed_dim
 
     @property
     def live_activations(self) -> int:
-        """Of these, how many are in memory at once in sampling: the long skips, and what a block works on."""
+        """How many times that is in memory at once while sampling: the long skips, and what a block works in."""
         return self.depth // 2 + BLOCK_WIDTHS
 
     @property
     def description(self) -> str:
-        """The sizes, in words."""
+        """The sizes in words."""
         return (
             f"{self.depth + 1} blocks of width {self.embed_dim}, {self.num_heads} heads, "
             f"{math.prod(self.grid_shape)} patches of {self.patch_size}x{self.patch_size}"
@@ -177,7 +177,7 @@ class UViTConfig(Section):
 
 
 NetworkConfig = UViTConfig
-"""The config of a network that a run can have; a second kind makes this a union.
+"""The config of any network that a run can have; with a second kind this becomes a union.
 
 Every kind has `img_size`, `image_shape`, `in_chans`, `num_classes`, `null_class`, `null_label`, `context_dim`,
 `num_context_tokens`, `gradient_checkpointing`, `attention`, and the properties from `head_dim` on.

@@ -1,7 +1,7 @@
-"""Everything that describes a run, as frozen dataclasses: each default stands here once.
+"""The config of a run, as frozen dataclasses: each default is defined once, here.
 
-A config file holds one value, `config = Config(...)`; the command line overrides single fields of it; `config.json` in
-a run folder is the same value written out. Every section checks its own types and values when it is made.
+A config file defines one value, `config = Config(...)`; the command line overrides single fields; `config.json` in a
+run folder is the same value written out. Each section checks its types and values on construction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Spacing = Literal["uniform", "log_snr"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Compile = Literal["no", "blocks", "model", "graphs"]
 
-# What a config may ask for, checked before memory is taken; each is far beyond what anyone has trained or drawn.
+# Limits that are checked before memory is allocated; each is far beyond what anyone has trained or drawn.
 MAX_WORKERS = MAX_THREADS = 1_024
 MAX_BATCH = MAX_IMAGES = 10**7
 MAX_SAMPLER_STEPS = 100_000
@@ -29,14 +29,15 @@ MAX_SAMPLER_STEPS = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessConfig(Section):
-    """The diffusion process, and how a loss is drawn from it."""
+    """The diffusion process, and the loss on it."""
 
     schedule: ScheduleName = "flow"
-    """Signal and noise over time: the paper's pixels (vp), the paper's latents (ldm), cosine, or rectified flow."""
+    """Signal and noise over time: the paper's for pixels (vp), the paper's for latents (ldm), cosine, or rectified
+    flow."""
     prediction: Kind = "flow"
-    """What the network's output is."""
+    """What the network predicts."""
     loss_space: Kind | None = None
-    """Space in which the squared error is taken; None is the prediction's own."""
+    """Space of the squared error; None is that of the prediction."""
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of training times."""
     logit_mean: float = 0.0
@@ -44,9 +45,9 @@ class ProcessConfig(Section):
     logit_std: float = 1.0
     """Standard deviation of logit(t) for `logit_normal`."""
     time_shift: float = 1.0
-    """s in t -> s t / (1 + (s - 1) t): above 1 moves training, and sampling on a grid uniform in t, towards noise."""
+    """s in t -> s t / (1 + (s - 1) t): above 1 shifts training times, and uniform sampling grids, towards noise."""
     weighting: Literal["none", "min_snr"] = "none"
-    """Weight of a training time: none, or min(SNR, gamma) on the error of x_0."""
+    """Loss weight over time: none, or min(SNR, gamma) on the error of x_0."""
     min_snr_gamma: float = 5.0
     """gamma of `min_snr`."""
 
@@ -61,32 +62,32 @@ class DataConfig(Section):
     """The images."""
 
     name: str = "digits"
-    """`digits` or `photos` (embedded), a folder on disk (images, in a folder a class where they have labels, or a saved
-    data set), or a hub name."""
+    """`digits` or `photos` (built in), a folder on disk (of images, one subfolder per class where they have labels, or
+    a saved data set), or a hub name."""
     train_split: str = "train"
-    """Split to train on; the embedded data sets have their own."""
+    """Split to train on; the built-in data sets have their own."""
     test_split: str = "test"
     """Split held out for evaluation."""
     flip: bool = False
     """Mirror every image with probability 1/2."""
     crop: Literal["center", "random"] = "center"
-    """What images are cut to the model's shape: their centre, or any part of at least 0.8 of their shorter side."""
+    """How images are cropped to the model's shape: at the centre, or at random, at least 0.8 of their shorter side."""
     on_error: Literal["stop", "skip"] = "stop"
-    """At an image that cannot be read: stop, or take another one and list it in the run's skipped.txt."""
+    """When an image cannot be read: stop, or use another one and list it in the run's skipped.txt."""
     num_workers: int = 0
     """Loader processes; 0 loads in the training process."""
     class_names: tuple[str, ...] = ()
     """Names of the labels; read from the data where empty."""
     caption_column: str | None = None
-    """Column of captions for a text model, of texts or lists of texts; None is the only one, or that named `text`,
-    `caption`, `captions` or `prompt`."""
+    """Column of captions for a text model, each a text or a list of texts; None is the only text column, or the one
+    named `text`, `caption`, `captions` or `prompt`."""
     text_encoder: str = "openai/clip-vit-large-patch14"
-    """Frozen CLIP text encoder between captions and the context of a model that takes one: a folder or a hub name."""
+    """Frozen CLIP text encoder from captions to the context, for a model that takes one: a folder or a hub name."""
     autoencoder: str | None = None
-    """Frozen AutoencoderKL between images and the latents that the model sees: a folder or a hub name, which may go
-    on to a folder inside (`user/model/vae`); None is a model of pixels."""
+    """Frozen AutoencoderKL between images and the model's latents: a folder or a hub name, optionally with a folder
+    inside it (`user/model/vae`); None is a model of pixels."""
     scale_factor: float = 0.18215
-    """The model sees the autoencoder's latents times this."""
+    """Factor from the autoencoder's latents to the model's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,13 +112,13 @@ class OptimConfig(Section):
     weight_decay: float = 0.03
     """Decoupled weight decay, on every parameter as in the paper."""
     fallback_lr_scale: float = 1.0
-    """With Muon, the learning rate of its AdamW part over lr."""
+    """With Muon, the learning rate of its AdamW part as a multiple of lr."""
     warmup_steps: int = 0
     """Linear warm-up from 0; the first update has learning rate 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up; `linear` and `cosine` reach 0 at the last step."""
     grad_clip: float = 0.0
-    """Largest norm of the gradient; 0 is no clipping."""
+    """Maximum gradient norm; 0 is no clipping."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,27 +132,27 @@ class OptimConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Section):
-    """How images are drawn: for the grids of training, and the default of sample.py and evaluate.py."""
+    """How images are drawn in the grids of training, and by default in sample.py and evaluate.py."""
 
     sampler: SolverName = "dpmpp_2m"
     """Solver."""
     num_steps: int = 20
-    """Steps of the solver, each one evaluation of the network; `heun` alone takes two."""
+    """Steps of the solver, with one evaluation of the network each, two for `heun`."""
     spacing: Literal["auto", Spacing] = "auto"
-    """Grid of times: uniform in t, or in log-SNR; `auto` is the solver's own."""
+    """Grid of times: uniform in t or in log-SNR; `auto` is the solver's default."""
     t_end: float = 0.0
-    """Last time; solvers that end in log-SNR, which is infinite at 0, take 0.001 for 0."""
+    """Last time; solvers that end in log-SNR, which is infinite at 0, use 0.001 instead of 0."""
     guidance: float = 1.0
     """w in w * cond + (1 - w) * uncond; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times between which guidance acts; outside, only cond is computed."""
+    """Times between which guidance is applied; outside, only cond is computed."""
     mixed_precision: Precision = "no"
     """Precision of matrix products; `auto` is bf16 where the device multiplies it faster. Images change a little."""
     reuse: str = "none"
-    """`K:EVERY` computes the blocks inside the K outermost in/out pairs at every EVERY-th evaluation only, and
-    extrapolates what comes out of them between: faster, with other images than `none`."""
+    """`K:EVERY` computes the blocks inside the K outermost pairs of shallow and deep blocks only at every EVERY-th
+    evaluation, and extrapolates their output in between: faster, but the images differ from those of `none`."""
     prompts: tuple[str, ...] = ()
-    """Captions to draw from a text model where none are given; the data's first where empty."""
+    """Default prompts of a text model; the first captions of the data where empty."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,39 +166,39 @@ class SampleConfig(Section):
 
     @property
     def reused(self) -> tuple[int, int] | None:
-        """(K, EVERY) of `reuse`; None for none."""
+        """(K, EVERY) of `reuse`; None for `none`."""
         outer, _, every = self.reuse.partition(":")
         return (int(outer), int(every)) if every else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     run_dir: str | None = None
     """Folder of the run; None is runs/NAME for configs/NAME.py."""
     num_steps: int = 100_000
     """Optimizer steps."""
     batch_size: int = 128
-    """Images of one optimizer step, over all processes and accumulated parts."""
+    """Images per optimizer step, over all processes and accumulation steps."""
     accumulation_steps: int = 1
-    """Parts that a batch is split into, to fit in memory."""
+    """Parts that a batch is split into, to fit in memory; their gradients are accumulated."""
     num_threads: int = 0
-    """CPU threads; 0 is PyTorch's choice. A tiny network is as fast on one, and other programs do not slow it."""
+    """CPU threads; 0 is PyTorch's choice. A tiny network is as fast on one, which other programs slow down less."""
     mixed_precision: Precision = "auto"
-    """Precision of matrix products; weights, loss and EMA stay in fp32. `auto` is bf16 where the device multiplies it
-    faster: on CUDA, and for models of some width on a CPU with instructions for it."""
+    """Precision of matrix products; weights, loss and EMA stay in fp32. `auto` is bf16 where the device is faster in
+    it: on CUDA, and on a CPU with bf16 instructions for all but narrow models."""
     compile: Compile = "no"
-    """Compile the model: block by block (the shortest start), whole, or whole in CUDA graphs."""
+    """Compile the model: block by block (the fastest to start), whole, or whole in CUDA graphs."""
     shard: bool = False
-    """Share weights, gradients, moments and average out between the processes (FSDP2), to fit a model in their memory;
-    what is trained and saved is the same."""
+    """Shard weights, gradients, optimizer state and EMA across processes (FSDP2), to fit a model in memory; training
+    and saved files stay the same."""
     label_dropout: float = 0.0
-    """Share of labels (or captions) replaced by the null class (or the empty caption), for guidance."""
+    """Fraction of labels (or captions) replaced by the null class (or the empty caption), for guidance."""
     ema_decay: float = 0.9999
-    """Decay of the averaged weights; the average starts as a copy."""
+    """Decay of the averaged weights; the average starts as a copy of the weights."""
     seed: int = 0
-    """Seed of weights, order of data, times, noise and dropout."""
+    """Seed of the weights, data order, times, noise and dropout."""
     log_every: int = 50
     """Steps between log lines."""
     sample_every: int = 5_000
@@ -205,14 +206,14 @@ class TrainConfig(Section):
     save_every: int = 5_000
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
-    """Newest checkpoints kept for resuming."""
+    """Number of newest checkpoints to keep."""
     resume_anyway: bool = False
-    """Go on with a run whose config differs in what makes it another run, with this config's values; the weights and
-    the optimizer's state must still fit."""
+    """Resume a run with this config even where it changes the result of training; weights and optimizer state must
+    still fit."""
     max_bad_steps: int = 20
-    """Steps in a row with a loss or gradient that is not finite, each left out, after which the run stops."""
+    """Stop after this many steps in a row with a loss or gradient that is not finite; each of them is skipped."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Where metrics and grids go, besides metrics.jsonl and samples/."""
+    """Where metrics and grids go, in addition to metrics.jsonl and samples/."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,7 +235,7 @@ class TrainConfig(Section):
         if self.shard:
             self._require("compile", self.compile != "graphs", "another with shard True")
             self._require("mixed_precision", self.mixed_precision != "fp16", "another with shard True")
-        if self.accumulation_steps > 1:  # graphs write the second part's gradients over the first's: pytorch#169545
+        if self.accumulation_steps > 1:  # graphs overwrite the first part's gradients with the second's: pytorch#169545
             self._require("compile", self.compile != "graphs", "another with accumulation_steps above 1")
         if self.batch_size % self.accumulation_steps:
             raise InputError(
@@ -244,7 +245,7 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Section):
-    """One run."""
+    """The config of one run."""
 
     model: NetworkConfig = field(default_factory=UViTConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)

@@ -1,4 +1,4 @@
-"""A dataclass whose values are checked when it is made, and that JSON holds."""
+"""A base class for config dataclasses: values are checked on construction, and saved as JSON."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ INT_LIMIT = 2**63
 MAX_JSON_BYTES = 2**26
 
 NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
-"""What no file system, tokenizer or font takes."""
+"""Characters that no file system, tokenizer or font accepts."""
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tells whether `value` is of the annotated type; an int is a float, a bool is not a number."""
+    """Returns whether `value` is of the annotated type; an int counts as a float, a bool not as a number."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in args and isinstance(value, str)
@@ -43,14 +43,14 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _choices(hint: Any) -> list[str]:
-    """Lists the words that a type takes."""
+    """Returns the string values that a type allows."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
     return [word for arg in get_args(hint) for word in _choices(arg)]
 
 
 def _expected(hint: Any) -> str:
-    """Names a type for a person: `one of 'a', 'b'` or `int`."""
+    """Describes a type in an error: `one of 'a', 'b'` or `int`."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
@@ -58,10 +58,10 @@ def _expected(hint: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a config whose fields are checked against their annotations when it is made.
+    """A part of a config, whose fields are checked against their annotations on construction.
 
     Raises:
-        InputError: a field of the wrong type, or outside its choices.
+        InputError: a field of the wrong type, or with an invalid value.
     """
 
     def __post_init__(self) -> None:
@@ -70,10 +70,14 @@ class Section:
             if not _fits(value, hint):
                 near = did_you_mean(value, _choices(hint)) if isinstance(value, str) else ""
                 raise InputError(f"{name} must be {_expected(hint)}, got {short_repr(value)}{near}")
-            # Names are printed and may become paths; captions and names of classes come from data as they are.
+            # A string may be printed or become a path; those in tuples (captions, class names) come from data as is.
             self._require(name, not isinstance(value, str) or not UNPRINTABLE.search(value), "plain text in one line")
             for item in value if isinstance(value, tuple) else (value,):
-                self._require(name, not isinstance(item, str) or not NO_TEXT.search(item), "text in whole characters")
+                self._require(
+                    name,
+                    not isinstance(item, str) or not NO_TEXT.search(item),
+                    "text without null characters or lone surrogates",
+                )
                 self._require(name, not isinstance(item, int) or abs(item) < INT_LIMIT, f"below {INT_LIMIT} in size")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
@@ -89,10 +93,10 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def from_dict(cls: type[SectionT], raw: Any) -> SectionT:
-    """Builds a section from what JSON holds: nested sections are dicts, tuples are lists.
+    """Builds a section from JSON: nested sections are dicts, tuples are lists.
 
     Raises:
-        InputError: not a dict, an unknown field, one that is missing, or a value that the section refuses.
+        InputError: not a dict, an unknown or missing field, or an invalid value.
     """
     if not isinstance(raw, dict):
         raise InputError(f"{cls.__name__} must be a JSON object, got {short_repr(raw)}")
@@ -111,10 +115,10 @@ def from_dict(cls: type[SectionT], raw: Any) -> SectionT:
 
 
 def replace_fields(section: SectionT, fields: Mapping[str, Any]) -> SectionT:
-    """Returns the section with other values of some fields.
+    """Returns the section with some fields replaced.
 
     Raises:
-        InputError: an unknown field, or a value that the section refuses.
+        InputError: an unknown field, or an invalid value.
     """
     known = {field.name for field in dataclasses.fields(section)}
     for name in fields:
@@ -124,7 +128,7 @@ def replace_fields(section: SectionT, fields: Mapping[str, Any]) -> SectionT:
 
 
 def to_json(section: Section) -> str:
-    """Returns the section as JSON, every default written out."""
+    """Returns the section as JSON, defaults included."""
     return json.dumps(dataclasses.asdict(section), indent=2) + "\n"
 
 
@@ -132,7 +136,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        InputError: no such file, a huge one, or not JSON.
+        InputError: no such file, a file larger than MAX_JSON_BYTES, or invalid JSON.
     """
     try:
         with open(path, "rb") as file:
@@ -142,18 +146,18 @@ def read_json(path: Path) -> Any:
     if len(text) > MAX_JSON_BYTES:
         raise InputError(f"{path} must have at most {MAX_JSON_BYTES:,} bytes, got more")
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{short_repr(name)} is there twice")
-    return made
+        raise ValueError(f"{short_repr(name)} appears twice")
+    return fields
 
 
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number")
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not allowed")

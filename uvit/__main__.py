@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from uvit.common.cli import run
+from uvit.common.cli import PROGRAM, run
 from uvit.common.errors import InputError, did_you_mean
 
 COMMANDS = {
@@ -21,7 +21,6 @@ COMMANDS = {
     "card": "write what push would publish",
 }
 """The modules of `uvit.commands`, and what each does."""
-PROGRAM = "python -m uvit"
 
 
 def main(arguments: Sequence[str]) -> None:

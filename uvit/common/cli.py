@@ -19,6 +19,9 @@ from uvit.common.errors import InputError, Interrupted, TrainingError, one_line,
 
 T = TypeVar("T")
 
+PROGRAM = "python -m uvit"
+"""What the commands of an installed package are called by."""
+
 
 def parse(
     cls: type[T], arguments: Sequence[str], description: str | None = None, operands: str = "", default: T | None = None
@@ -63,6 +66,11 @@ def _flatten_box(box: str) -> str:
     _, _, suggestions = box.partition("Perhaps you meant")
     near = re.findall(r"(--[\w.-]+)", suggestions.partition("full helptext")[0])
     return message + (f", did you mean {near[0]}?" if near else "")
+
+
+def command_line(name: str) -> str:
+    """Returns how to call another command: `python -m uvit sample` if this one was called so, else `python sample.py`."""
+    return f"{PROGRAM} {name}" if sys.argv[0].startswith(PROGRAM) else f"python {name}.py"
 
 
 def process_state() -> PartialState:

@@ -6,6 +6,7 @@ run folder is the same value written out. Each section checks its types and valu
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -275,3 +276,8 @@ class Config(Section):
                 raise InputError(f"train.label_dropout {self.train.label_dropout} needs model.null_class, got False")
             if self.sample.guidance != 1:
                 raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
+
+    def flattened(self) -> dict[str, str]:
+        """Returns every value under `section.field`, as trackers take them."""
+        sections = dataclasses.asdict(self).items()
+        return {f"{section}.{field}": str(value) for section, fields in sections for field, value in fields.items()}

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from uvit.common.cli import command_line
 from uvit.common.errors import UNPRINTABLE, InputError, did_you_mean, short_repr
 from uvit.config import CONFIG_FILE, WEIGHTS_FILE, Config, Section, SolverName, config_kind, read_json
 from uvit.diffusion.samplers import num_evaluations
@@ -130,7 +131,7 @@ def find_run(folder: Path, name: Any) -> Path:
     if name in runs:
         return folder / name
     if not runs:
-        raise InputError(f"no run in {folder} yet: python train.py configs/digits.py makes one")
+        raise InputError(f"no run in {folder} yet: {command_line('train')} configs/digits.py makes one")
     near = did_you_mean(name, runs) if isinstance(name, str) else ""
     raise InputError(f"run not found in {folder}: {short_repr(name)}{near}")
 
@@ -215,7 +216,7 @@ def _to_webp(pictures: list[Image.Image]) -> bytes:
 
 def describe_command(run: Path, drawing: Drawing) -> str:
     """Returns the command line of sample.py that draws the same grid."""
-    words = ["python", "sample.py", "--checkpoint", str(run)]
+    words = [*command_line("sample").split(), "--checkpoint", str(run)]
     if drawing.classes:
         words += ["--classes", *drawing.classes]
     if drawing.prompts:

@@ -14,13 +14,6 @@ from typing import Any
 
 from uvit.common.errors import InputError
 from uvit.common.files import append_lines, sync, write_text
-from uvit.config import Config
-
-
-def flatten_config(config: Config) -> dict[str, str]:
-    """Names every value of a config `section.field`, as trackers want them."""
-    sections = dataclasses.asdict(config).items()
-    return {f"{section}.{field}": str(value) for section, fields in sections for field, value in fields.items()}
 
 
 @dataclass

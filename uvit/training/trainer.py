@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
-from uvit.common.cli import process_state
+from uvit.common.cli import command_line, process_state
 from uvit.common.errors import InputError, Interrupted, TrainingError
 from uvit.common.files import atomic_write, remove_leftovers, write_text
 from uvit.common.messages import warn, warn_on_failure
@@ -33,7 +33,7 @@ from uvit.sampling.generate import generate
 from uvit.sampling.grid import image_grid
 from uvit.training.checkpoint import save_checkpoint
 from uvit.training.optim import build_optimizer, build_schedule
-from uvit.training.progress import MetricsFile, Progress, Stopwatch, flatten_config
+from uvit.training.progress import MetricsFile, Progress, Stopwatch
 from uvit.training.resume import last_checkpoint, load_state, open_checkpoint
 from uvit.training.sharding import shard, unshard, unshard_network
 from uvit.training.step import Loss, batches_on_device, compute_gradients, mean_over_processes, training_loss
@@ -187,7 +187,7 @@ class Trainer:
             self.metrics = MetricsFile(self.run_dir / METRICS_FILE, self.done)
         if settings.tracker != "none":
             with warn_on_failure(f"to {settings.tracker}", (Exception,)):
-                self.accelerator.init_trackers("uvit", config=flatten_config(self.config))
+                self.accelerator.init_trackers("uvit", config=self.config.flattened())
         self.stopwatch = Stopwatch(self.done)
         self.bar = tqdm(
             total=settings.num_steps, initial=self.done, unit="step", disable=not self.is_main, dynamic_ncols=True
@@ -261,10 +261,8 @@ class Trainer:
         num_images = GRID_COLUMNS * (GRID_COLUMNS if rows == [None] else len(rows))
         conditions = [row for row in rows for _ in range(num_images // len(rows))]
         images = generate(network, self.config, conditions, self.config.train.seed, encoders=self.encoders)
-        picture, path = (
-            image_grid(images, GRID_COLUMNS, condition_names(rows, self.config)),
-            grid_path(self.run_dir, self.done),
-        )
+        picture = image_grid(images, GRID_COLUMNS, condition_names(rows, self.config))
+        path = grid_path(self.run_dir, self.done)
         with warn_on_failure(str(path)), atomic_write(path) as temporary:
             picture.save(temporary)
         for tracker in self.accelerator.trackers:
@@ -344,7 +342,6 @@ class Trainer:
             self.accelerator.end_training()
         if ending is not None:
             raise ending
-        done = f"{self.config.train.num_steps} steps done"
-        self.accelerator.print(
-            f"{done}; sample with: python sample.py --checkpoint {self.run_dir}{describe_skipped(self.run_dir)}"
-        )
+        sample = f"{command_line('sample')} --checkpoint {self.run_dir}"
+        skipped = describe_skipped(self.run_dir)
+        self.accelerator.print(f"{self.config.train.num_steps} steps done; sample with: {sample}{skipped}")

@@ -226,7 +226,7 @@ def test_a_config_cannot_take_memory_that_its_weights_do_not_need(fields, messag
         ("clip", {"hidden_size": 10**9}, "cannot be loaded"),
         ("clip", {"vocab_size": 10**10}, "cannot be loaded"),
         ("clip", {"num_hidden_layers": 10**9}, "must have num_hidden_layers of at most 1,000"),
-        ("clip", {"vocab_size": 5}, "knows 5 words, got a tokenizer with word 137"),
+        ("clip", {"vocab_size": 5}, "has a vocabulary of 5, got a tokenizer with token 137"),
     ],
 )
 @pytest.mark.usefixtures("little_memory")

@@ -1,1 +1,1 @@
-"""Models in motion: tensors in, tensors out. No file, no hub, no loop."""
+"""The networks: U-ViT, the contract of a network, and the frozen encoders. Nothing here saves, samples or trains."""

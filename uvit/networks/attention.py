@@ -13,7 +13,7 @@ from torch import Tensor
 from uvit.common.errors import InputError, one_line
 from uvit.common.libraries import quiet
 
-# Up to here the formula itself beats PyTorch's bf16 kernel on a CPU: benchmarks/attention.py.
+# Up to this length the plain formula is faster than PyTorch's bf16 kernel on a CPU: benchmarks/attention.py.
 CPU_BF16_MATH_TOKENS = 512
 
 
@@ -26,9 +26,9 @@ def _ask_xformers(head_dim: int, dtype: torch.dtype | None) -> str:
     try:
         with quiet("xformers"):
             from xformers.ops import fmha
-    except ImportError as error:  # such as a FlashAttention beside it of a version that it does not know
+    except ImportError as error:  # for example because of an installed FlashAttention of an unsupported version
         return f"cannot be imported ({one_line(error, 200)})"
-    # Its CUTLASS kernel, for fp32, is PyTorch's own, and cannot be compiled: xformers means FlashAttention here.
+    # xformers means FlashAttention here: its CUTLASS kernel, for fp32, is in PyTorch too, and cannot be compiled.
     query = torch.empty(1, 1, 1, head_dim, dtype=dtype, device="cuda")
     inputs = fmha.Inputs(query, query, query)
     reasons = [reason for op in (fmha.flash.FwOp, fmha.flash.BwOp) for reason in op.not_supported_reasons(inputs)]
@@ -37,11 +37,11 @@ def _ask_xformers(head_dim: int, dtype: torch.dtype | None) -> str:
 
 @torch.compiler.assume_constant_result  # Dynamo would trace into imports
 def xformers_obstacle(head_dim: int = 0, dtype: torch.dtype | None = None) -> str:
-    """Returns why xformers does not run, or nothing: it may be there without a kernel that fits GPU and PyTorch.
+    """Returns why xformers cannot run, or "": it may be installed without a kernel for this GPU and PyTorch.
 
     Args:
         head_dim: width of one attention head.
-        dtype: of queries, keys and values; only with one is xformers imported, and the GPU asked.
+        dtype: of queries, keys and values; with None, xformers is not imported and the GPU not used.
     """
     return _ask_xformers(head_dim, dtype)
 
@@ -49,17 +49,17 @@ def xformers_obstacle(head_dim: int = 0, dtype: torch.dtype | None = None) -> st
 def resolve_backend(
     backend: str, device_type: str, head_dim: int, num_tokens: int = 0, dtype: torch.dtype | None = None
 ) -> str:
-    """Returns the backend that will run, for `auto` as for an explicit name.
+    """Returns the backend that will run: resolves `auto`, and checks an explicit name.
 
     Args:
         backend: `auto`, `xformers`, `sdpa` or `math`.
         device_type: `cuda`, `cpu`, `mps` ….
         head_dim: width of one attention head.
         num_tokens: length of the sequence.
-        dtype: of queries, keys and values; where it is not known yet, no device is asked.
+        dtype: of queries, keys and values; None where it is not known yet: then no device is used.
 
     Raises:
-        InputError: an explicit backend that cannot run there; says why and what to use.
+        InputError: an explicit backend that cannot run there; says why, and what to use instead.
     """
     if backend not in ("auto", "xformers", "sdpa", "math"):
         raise InputError(f"attention must be one of 'auto', 'xformers', 'sdpa', 'math', got {backend!r}")
@@ -84,8 +84,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         q: queries, (B, L, H, D).
         k: keys, of the same shape and dtype.
         v: values, of the same shape and dtype.
-        backend: `auto`, `xformers`, `sdpa` or `math`; `math` is the formula itself and needs O(L²) memory, so
-            that `auto` takes it for short sequences alone, and only where it was measured to be the fastest.
+        backend: `auto`, `xformers`, `sdpa` or `math`; `math` is the plain formula and needs O(L²) memory, so `auto`
+            uses it only for short sequences, where it was measured to be the fastest.
 
     Returns:
         (B, L, H, D).

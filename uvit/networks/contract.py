@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a network."""
+"""The interface of a network: all that the rest of the package relies on."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ if TYPE_CHECKING:
 
 
 class Network(Protocol):
-    """A `torch.nn.Module` that training, sampling, sharding and exports can work with.
+    """A `torch.nn.Module` that can be trained, sampled, sharded and exported.
 
-    A second network is a file in `uvit.networks`, a config in `uvit.config.network`, and an entry in
-    `uvit.weights.build`. What is listed last are the methods of `torch.nn.Module` that the package calls.
+    To add a network, write a file in `uvit.networks`, a config in `uvit.config.network`, and an entry in
+    `uvit.weights.build`. The last members below are the methods of `torch.nn.Module` that the package calls.
     """
 
     config: NetworkConfig
-    """Its own sizes and options. `config.reusable_pairs` says whether deep features can be reused: where it is above
-    0, there is `forward_reusing`."""
+    """Its sizes and options. Deep features can be reused, by `forward_reusing`, where `config.reusable_pairs` is above
+    0."""
 
     @property
     def config_class(self) -> type[NetworkConfig]:
-        """The dataclass of its sizes and options, from which alone its class builds it."""
+        """The dataclass of its sizes and options; its class is constructed from one of these and nothing else."""
         ...
 
     @property
     def muon_fallback(self) -> Sequence[str]:
-        """Patterns of the parameters that Muon leaves to AdamW: what is no matrix inside a block."""
+        """Name patterns of the parameters that Muon leaves to AdamW: all but the matrices inside the blocks."""
         ...
 
     @property
     def num_parameters(self) -> int:
-        """Parameters in all."""
+        """Number of parameters."""
         ...
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """Its blocks in the order in which they run: what is compiled, sharded and recomputed one by one."""
+        """Its blocks in the order in which they run; they are compiled, sharded and recomputed one by one."""
         ...
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """Predicts noise, data, v or flow, whichever it was trained for.
+        """Predicts noise, data, v or flow, whichever it was trained to.
 
         Args:
             x: (B, in_chans, *image_shape) noisy images, of about unit variance.
-            timesteps: (B,) times in the network's units (Schedule.network_scale times t), or one time for all.
-            y: (B,) integer labels; `config.null_label` means none.
+            timesteps: (B,) times in the network's units (t times Schedule.network_scale), or one time for all.
+            y: (B,) integer labels; `config.null_label` means no label.
             context: (B, num_context_tokens, context_dim).
 
         Returns:
             The prediction, of the shape of x.
 
         Raises:
-            InputError: (a ValueError) shapes that it was not built for, or a condition that is missing or not taken.
+            InputError: (a ValueError) shapes that do not fit its config, or a missing or unexpected condition.
         """
         ...
 
@@ -71,38 +71,38 @@ class Network(Protocol):
         outer: int = 0,
         deep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predicts as `forward`, in parts; only where `config.reusable_pairs` is above 0.
+        """Predicts as `forward`, optionally reusing deep features; only where `config.reusable_pairs` is above 0.
 
         Args:
             x: as for `forward`, like the next three.
             timesteps: (B,).
             y: (B,).
             context: (B, num_context_tokens, context_dim).
-            outer: the outermost pairs of blocks, which always run.
-            deep: what the blocks inside returned in an earlier call; None computes it.
+            outer: number of outermost pairs of blocks, which always run.
+            deep: the output of the blocks inside them from an earlier call; None computes it.
 
         Returns:
-            The prediction, and what the blocks inside returned.
+            The prediction, and the output of the blocks inside the outer ones.
         """
         ...
 
     def reset_buffers(self) -> None:
-        """Computes the buffers that its state dict does not hold, as after loading weights into one on `meta`."""
+        """Computes the buffers that are not in its state dict, such as after loading weights into a `meta` model."""
         ...
 
     def resize(self, img_size: int | tuple[int, int]) -> Network:
-        """Changes the side, or (height, width), of the images in place, and returns itself.
+        """Changes the side, or (height, width), of the images in place; returns itself.
 
         Raises:
-            InputError: (a ValueError) a size that it cannot have.
+            InputError: (a ValueError) a size that it does not support.
         """
         ...
 
     def require_whole(self) -> None:
-        """Checks that it is all there.
+        """Checks that no block was removed.
 
         Raises:
-            InputError: (a ValueError) blocks were removed, so that it can neither predict nor be saved.
+            InputError: (a ValueError) some were, so that it can neither predict nor be saved.
         """
         ...
 

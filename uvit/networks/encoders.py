@@ -1,6 +1,6 @@
-"""The frozen networks around a backbone: captions to context, and latents to images.
+"""The frozen encoders of a run: CLIP from captions to context, and an autoencoder between images and latents.
 
-Both come from a folder or the hub, as safetensors only. The packages they need are the extra `latent`.
+Both are loaded from a folder or the hub, from safetensors only. They need the packages of the extra `latent`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGE_CHANNELS = (1, 3)
 
 @contextlib.contextmanager
 def loading(what: str, library: Literal["diffusers", "transformers"]) -> Iterator[ModuleType]:
-    """Hands out a library and keeps it from drawing bars and reports; what goes wrong is one line."""
+    """Imports and yields a library, without its progress bars and reports; any failure becomes an error in one line."""
     try:
         module = importlib.import_module(library)
     except ImportError:
@@ -44,7 +44,7 @@ def loading(what: str, library: Literal["diffusers", "transformers"]) -> Iterato
             yield module
     except InputError:
         raise
-    except Exception as error:  # the libraries raise a different kind for each way that a folder can be wrong
+    except Exception as error:  # the libraries raise many types, depending on what is wrong with a folder
         raise InputError(f"{what} cannot be loaded: {one_line(error, 200)}") from None
 
 
@@ -55,36 +55,36 @@ def _check_depth(what: str, **counts: int) -> None:
 
 
 def _count_values(path: Path) -> int:
-    """Returns how many values a safetensors file holds, by its header."""
+    """Returns the number of values in a safetensors file, from its header."""
     with safe_open(path, framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
 
 
 def encode_captions(network: Any, tokenizer: Any, captions: Sequence[str], length: int, device: torch.device) -> Tensor:
-    """Encodes captions, cut or padded to a length.
+    """Encodes captions, truncated or padded to a length.
 
     Args:
         network: a CLIP text model.
         tokenizer: its tokenizer.
         captions: B texts.
         length: tokens of the context.
-        device: on which the network runs.
+        device: of the network.
 
     Returns:
         (B, length, D) last hidden states, on that device.
     """
     tokens = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    # Without the mask of padding, as the published models were trained: the padding is part of the context.
+    # Without a padding mask, as the published models were trained: the padding is part of the context.
     return network(tokens.input_ids.to(device)).last_hidden_state
 
 
 def decode_latents(network: Any, latents: Tensor, scale_factor: float) -> Tensor:
-    """Decodes latents, a few at a time: an image needs far more memory than its latents.
+    """Decodes latents, a few at a time, since an image needs far more memory than its latents.
 
     Args:
-        network: an AutoencoderKL, in whose precision it is done.
-        latents: (B, C, h, w) as the model draws them.
-        scale_factor: the model's latents are the autoencoder's times this.
+        network: an AutoencoderKL; its dtype is used.
+        latents: (B, C, h, w) as the model generates them.
+        scale_factor: factor from the autoencoder's latents to the model's.
 
     Returns:
         (B, 3, H, W) images in about [-1, 1], in float32.
@@ -94,15 +94,15 @@ def decode_latents(network: Any, latents: Tensor, scale_factor: float) -> Tensor
 
 
 def check_encoder_sizes(model: NetworkConfig, text: Any = None, image: Any = None) -> None:
-    """Checks that the networks around a backbone are of its sizes.
+    """Checks that encoders fit the sizes of a network.
 
     Args:
-        model: of the backbone.
+        model: the network's config.
         text: a CLIP text model.
         image: an AutoencoderKL.
 
     Raises:
-        InputError: they are not; says what both are.
+        InputError: they do not fit, with both sizes.
     """
     if text is not None:
         sizes = text.config.max_position_embeddings, text.config.hidden_size
@@ -117,10 +117,10 @@ def check_encoder_sizes(model: NetworkConfig, text: Any = None, image: Any = Non
 
 
 class TextEncoder(nn.Module):
-    """A frozen CLIP text encoder: captions to the last hidden states of all tokens, as the published text models take.
+    """A frozen CLIP text encoder: captions to the last hidden states of all tokens, as for the published text models.
 
     Args:
-        name: folder or hub name of a CLIP, or of its text model alone, with its tokenizer.
+        name: folder or hub name of a CLIP, or only its text model, with its tokenizer.
 
     Raises:
         InputError: nothing there, or not a CLIP.
@@ -133,7 +133,7 @@ class TextEncoder(nn.Module):
 
         folder = find_folder(name, "text encoder", ("*.json", "*.txt", "model.safetensors"))
         config_file = folder / CONFIG_FILE
-        if not isfile(config_file):  # without one, the library takes a CLIP of its own sizes
+        if not isfile(config_file):  # without one, the library assumes a CLIP of its default sizes
             raise InputError(f"{what} has no {CONFIG_FILE}")
         raw = read_json(config_file)
         kind = raw.get("model_type") if isinstance(raw, dict) else None
@@ -146,7 +146,7 @@ class TextEncoder(nn.Module):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             last = max(self.tokenizer.get_vocab().values())
             if last >= config.vocab_size:
-                raise InputError(f"{what} knows {config.vocab_size} words, got a tokenizer with word {last}")
+                raise InputError(f"{what} has a vocabulary of {config.vocab_size}, got a tokenizer with token {last}")
             network, report = transformers.CLIPTextModel.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True
             )
@@ -157,7 +157,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Tensor:
-        """Encodes captions, cut or padded to the model's length.
+        """Encodes captions, truncated or padded to the model's length.
 
         Args:
             captions: B texts.
@@ -180,7 +180,7 @@ class Autoencoder(nn.Module):
 
     Args:
         name: folder or hub name.
-        scale_factor: the model's latents are the autoencoder's times this.
+        scale_factor: factor from its latents to those of the model.
 
     Raises:
         InputError: nothing there, or not an AutoencoderKL.
@@ -195,11 +195,12 @@ class Autoencoder(nn.Module):
         with loading(what, "diffusers") as diffusers:
             config = read_json(folder / CONFIG_FILE)
             _check_depth(what, layers_per_block=config["layers_per_block"], blocks=len(config["block_out_channels"]))
-            with torch.device("meta"):  # sizes that the weights do not have are found before memory is taken for them
-                asked = sum(each.numel() for each in diffusers.AutoencoderKL.from_config(config).parameters())
-            held = _count_values(folder / AUTOENCODER_FILE)
-            if asked > held:
-                raise InputError(f"{what} has weights of {held:,} values, expected {asked:,} by its {CONFIG_FILE}")
+            with torch.device("meta"):  # so that a config with wrong sizes is found before memory is allocated
+                network = diffusers.AutoencoderKL.from_config(config)
+            expected = sum(parameter.numel() for parameter in network.parameters())
+            found = _count_values(folder / AUTOENCODER_FILE)
+            if expected > found:
+                raise InputError(f"{what} has weights of {found:,} values, expected {expected:,} by its {CONFIG_FILE}")
             network, report = diffusers.AutoencoderKL.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True
             )
@@ -207,7 +208,9 @@ class Autoencoder(nn.Module):
                 raise InputError(f"{what} is not an AutoencoderKL: it has no {min(report['missing_keys'])}")
         self.scale_factor = scale_factor
         self.latent_channels: int = network.config.latent_channels
-        self.factor = 2 ** (len(network.config.block_out_channels) - 1)  # sides of an image over those of its latents
+        self.factor = 2 ** (
+            len(network.config.block_out_channels) - 1
+        )  # side of an image, as a multiple of its latents'
         self.network: Any = network.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -218,7 +221,7 @@ class Autoencoder(nn.Module):
             images: (B, 3, H, W) in [-1, 1].
 
         Returns:
-            (B, 2C, h, w) moments of the latents, mean and log-variance, not scaled.
+            (B, 2C, h, w) moments of the latents, mean and log-variance, unscaled.
         """
         return self.network.encode(images).latent_dist.parameters
 
@@ -228,7 +231,7 @@ class Autoencoder(nn.Module):
         return decode_latents(self.network, latents, self.scale_factor)
 
     def encoder_state_dict(self) -> dict[str, Tensor]:
-        """Returns the weights of the encoder: autoencoders that differ in their decoder only have the same."""
+        """Returns the weights of the encoder only, which autoencoders with different decoders may share."""
         return {
             name: tensor
             for name, tensor in self.network.state_dict().items()
@@ -241,7 +244,7 @@ def sample_latents(moments: Tensor, scale_factor: float, generator: torch.Genera
 
     Args:
         moments: (B, 2C, h, w) mean and log-variance, which is clamped to [-30, 20].
-        scale_factor: what the latents are multiplied by.
+        scale_factor: factor that the latents are multiplied by.
         generator: on the device of the moments.
 
     Returns:
@@ -255,7 +258,7 @@ def sample_latents(moments: Tensor, scale_factor: float, generator: torch.Genera
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen networks of a run; None where it has none."""
+    """The frozen encoders of a run; None where it has none."""
 
     text: TextEncoder | None = None
     image: Autoencoder | None = None
@@ -269,10 +272,10 @@ NO_ENCODERS = Encoders()
 
 
 def load_encoders(data: DataConfig, model: NetworkConfig) -> Encoders:
-    """Loads the frozen networks that a run needs, on the CPU.
+    """Loads the frozen encoders that a run needs, on the CPU.
 
     Raises:
-        InputError: as TextEncoder and Autoencoder, encoders that do not fit the model, or latents that nothing decodes.
+        InputError: as TextEncoder and Autoencoder; encoders that do not fit the model; latents without an autoencoder.
     """
     if data.autoencoder is None and model.in_chans not in IMAGE_CHANNELS:
         raise InputError(f"a model with in_chans {model.in_chans} needs data.autoencoder to make images, got None")

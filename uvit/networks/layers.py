@@ -24,7 +24,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
         dim: even width.
 
     Returns:
-        (B, dim) in float32, whatever the precision of the model: half precision blurs neighbouring times.
+        (B, dim) in float32, whatever the model's precision: half precision would merge neighbouring times.
     """
     half = dim // 2
     frequencies = torch.exp(
@@ -35,14 +35,14 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm of queries or keys in their own precision, which under autocast is not that of the weight."""
+    """RMS norm of queries or keys in their own precision, which autocast makes different from the weight's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens, with RMS norm of queries and keys where `qk_norm` asks for it."""
+    """Multi-head self-attention over tokens, with optional RMS norm of queries and keys (`qk_norm`)."""
 
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm that ignores the time embedding, so that a block calls either norm alike."""
+    """LayerNorm with the signature of AdaLayerNorm; it ignores the time embedding."""
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         return super().forward(x)
@@ -81,15 +81,15 @@ class AdaLayerNorm(nn.Module):
 
 
 class ConcatLinear(nn.Linear):
-    """Linear(Concat(x, skip)) as two products over its one weight: nothing is copied or kept."""
+    """Linear(Concat(x, skip)) as two products with halves of its weight, so that the concatenation is never stored."""
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
-        of_x, of_skip = self.weight.chunk(2, dim=1)  # (D, D) each; einops on a parameter would break a compiled graph
-        return F.linear(x, of_x, self.bias) + F.linear(skip, of_skip)
+        x_weight, skip_weight = self.weight.chunk(2, dim=1)  # (D, D) each; einops on parameters breaks compiled graphs
+        return F.linear(x, x_weight, self.bias) + F.linear(skip, skip_weight)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; a deep one merges its long skip first."""
+    """Pre-norm transformer block; a deep one first merges its long skip."""
 
     def __init__(self, config: UViTConfig, deep: bool = False) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Block(nn.Module):
 
 
 class ConvPatchEmbed(nn.Module):
-    """A stack of 3x3 convolutions that halves the image down to one pixel a patch, then a 1x1 (paper, figure 2d)."""
+    """A stack of 3x3 convolutions that downsamples to one pixel per patch, then a 1x1 (paper, figure 2d)."""
 
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()

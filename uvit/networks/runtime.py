@@ -1,4 +1,4 @@
-"""How a network runs: precision, compilation, threads. They change speed, and results to rounding only."""
+"""How a network runs: precision, compilation, threads. They change the speed, and results only by rounding."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from uvit.config import Compile, Precision
 from uvit.networks.contract import Network
 
 MIN_BF16_WIDTH = 128
-"""Narrower models stay in fp32 on a CPU: casts cost most of what products save."""
+"""Narrower models stay in fp32 on a CPU: casts cost most of the time that products save."""
 
 
 def cpu_has_bf16() -> bool:
-    """Tells whether the processor multiplies bf16 by instructions of its own, not by emulation."""
+    """Returns whether the processor has instructions for bf16 products, rather than emulating them."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def resolve_precision(precision: Precision, device_type: str, width: int) -> str:
-    """Returns the precision of matrix products, for `auto` as for an explicit name.
+    """Returns the precision of matrix products: resolves `auto`, and checks an explicit name.
 
     Args:
         precision: `auto`, `no` (fp32), `bf16` or `fp16`.
@@ -33,7 +33,7 @@ def resolve_precision(precision: Precision, device_type: str, width: int) -> str
         width: of the matrix products, as NetworkConfig.width.
 
     Raises:
-        InputError: one that cannot run there.
+        InputError: an explicit precision that cannot run there.
     """
     if precision == "fp16" and device_type != "cuda":
         raise InputError(f"mixed_precision 'fp16' needs a CUDA device, got {device_type!r}: use 'bf16' or 'no'")
@@ -46,7 +46,7 @@ def resolve_precision(precision: Precision, device_type: str, width: int) -> str
 
 @contextlib.contextmanager
 def tf32() -> Iterator[None]:
-    """Lets a GPU round the factors of fp32 products to TF32."""
+    """Lets a GPU compute fp32 products in TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -56,7 +56,7 @@ def tf32() -> Iterator[None]:
 
 
 def check_compile(how: Compile, device_type: str) -> None:
-    """Checks that a model can be compiled there, before the long work.
+    """Checks early that a model can be compiled there.
 
     Raises:
         InputError: CUDA graphs without CUDA, or no compiler.
@@ -68,11 +68,11 @@ def check_compile(how: Compile, device_type: str) -> None:
 
 
 def compile_model(network: Network, how: Compile) -> None:
-    """Compiles a network in place, so that its parameters keep their names; the first calls take long.
+    """Compiles a network in place, so that its parameters keep their names; the first calls are slow.
 
     Args:
-        network: its blocks share one compiled code.
-        how: `no`, `blocks` (the shortest start), `model`, or `graphs` (the model, in CUDA graphs).
+        network: the network; its blocks share their compiled code.
+        how: `no`, `blocks` (the fastest to start), `model`, or `graphs` (the model, in CUDA graphs).
     """
     if how == "blocks":
         for block in network.blocks:
@@ -82,6 +82,6 @@ def compile_model(network: Network, how: Compile) -> None:
 
 
 def set_threads(num_threads: int) -> None:
-    """Gives PyTorch a number of CPU threads; 0 leaves it its own choice."""
+    """Sets PyTorch's number of CPU threads; 0 keeps its default."""
     if num_threads:
         torch.set_num_threads(num_threads)

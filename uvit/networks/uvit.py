@@ -1,8 +1,8 @@
-"""U-ViT: a vision transformer that takes time, condition and patches all as tokens, with long skip connections.
+"""U-ViT: a vision transformer that treats time, condition and patches all as tokens, with long skip connections.
 
-"All are Worth Words: A ViT Backbone for Diffusion Models" (Bao et al., CVPR 2023, arXiv 2209.12152). The order of
-tokens and the names of parameters are those of the published checkpoints. Here are tensors alone; the class that users
-import, which also loads and saves, is made of this one in `uvit.weights.build`.
+"All are Worth Words: A ViT Backbone for Diffusion Models" (Bao et al., CVPR 2023, arXiv 2209.12152). Token order and
+parameter names are those of the published checkpoints. This file knows only tensors; `uvit.weights.build` adds loading
+and saving to make the class that users import.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class UViT(nn.Module):
     """
 
     config_class: ClassVar[type[UViTConfig]] = UViTConfig
-    # Muon orthogonalises the matrices inside the blocks; what maps to or from tokens is left to AdamW.
+    # Muon orthogonalises the matrices inside the blocks; the maps to and from tokens are left to AdamW.
     muon_fallback: ClassVar[tuple[str, ...]] = (
         "patch_embed.*",
         "time_embed.*",
@@ -90,16 +90,16 @@ class UViT(nn.Module):
         else:
             chans = in_chans if config.conv == "image" else dim
             self.final_layer = nn.Conv2d(chans, chans, 3, padding=1)
-        self.is_whole = True  # until blocks are pruned
+        self.is_whole = True  # until prune_intermediate_layers removes blocks
         self._init_weights()
 
     @property
     def num_parameters(self) -> int:
-        """Parameters in all."""
+        """Number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def reset_buffers(self) -> None:
-        """Computes what the state dict does not hold: fixed positions of the patches, zeros for the extra tokens."""
+        """Computes the buffer that is not in the state dict: fixed positions of patches, zeros for extra tokens."""
         if self.config.pos_embed == "sincos2d":
             patches = build_sincos2d_pos_embed(
                 list(self.config.grid_shape), self.config.embed_dim
@@ -108,7 +108,7 @@ class UViT(nn.Module):
             self.register_buffer("pos_embed", torch.cat([extras, patches])[None], persistent=False)  # (1, L, D)
 
     def _init_weights(self) -> None:
-        """Truncated normal 0.02 for linear weights and positions; embeddings and convolutions keep PyTorch's own."""
+        """Truncated normal 0.02 for linear weights and positions; PyTorch's defaults for embeddings, convolutions."""
         if self.config.pos_embed == "learned":
             trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -118,14 +118,16 @@ class UViT(nn.Module):
                     nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, AdaLayerNorm):
-                nn.init.ones_(module.proj.bias[: self.config.embed_dim])  # scale starts at a plain LayerNorm's 1
+                nn.init.ones_(
+                    module.proj.bias[: self.config.embed_dim]
+                )  # the scale starts at 1, as in a plain LayerNorm
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> None:
         config = self.config
         expected = (config.in_chans, *config.image_shape)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise InputError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
-        batch = x.shape[0]  # len(x) would be a constant to an exporter
+        batch = x.shape[0]  # an exporter would take len(x) for a constant
         if tuple(timesteps.shape) not in ((batch,), (1,), ()):
             raise InputError(f"timesteps must be ({batch},), got {tuple(timesteps.shape)}")
         if (y is None) != (config.num_classes == 0):
@@ -145,7 +147,7 @@ class UViT(nn.Module):
                 raise InputError(f"context must be {expected}, got {tuple(context.shape)}")
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """Predicts what the model was trained for (noise, data, v or flow) from a noisy image.
+        """Predicts what the model was trained to (noise, data, v or flow) from noisy images.
 
         Args:
             x: (B, C, H, W) noisy images, of about unit variance.
@@ -157,7 +159,7 @@ class UViT(nn.Module):
             (B, C, H, W).
 
         Raises:
-            InputError: (a ValueError) shapes that the model was not built for.
+            InputError: (a ValueError) shapes that do not fit the config, or a missing or unexpected condition.
         """
         return self.forward_reusing(x, timesteps, y, context)[0]
 
@@ -170,24 +172,24 @@ class UViT(nn.Module):
         outer: int = 0,
         deep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predicts as `forward` does; given deep features of an earlier call, it runs the outer blocks alone.
+        """Predicts as `forward` does; given deep features from an earlier call, it runs only the outer blocks.
 
-        The long skips nest, so the blocks inside the outermost ones see the image only through what comes out of
-        these; between neighbouring steps of a solver it hardly changes (as in DeepCache, arXiv 2312.00858).
+        The long skips are nested, so the blocks inside the outer pairs act on the prediction only through their output,
+        which changes little between neighbouring steps of a solver (as in DeepCache, arXiv 2312.00858).
 
         Args:
             x: as for `forward`, like the next three.
             timesteps: (B,).
             y: (B,).
             context: (B, num_context_tokens, context_dim).
-            outer: pairs of in and out blocks that are run always, the outermost, 0 to depth / 2.
-            deep: (B, L, D) features of an earlier call with as many outer blocks; None computes them.
+            outer: number of outermost pairs of in and out blocks, which always run: 0 to depth / 2.
+            deep: (B, L, D) deep features from an earlier call with the same `outer`; None computes them.
 
         Returns:
-            (B, C, H, W), and the deep features: what came out of the blocks inside the outer ones.
+            (B, C, H, W), and the deep features (B, L, D): the output of the blocks inside the outer ones.
 
         Raises:
-            InputError: (a ValueError) shapes that the model was not built for, or more outer blocks than it has.
+            InputError: (a ValueError) as forward, or more outer blocks than it has.
         """
         self.require_whole()
         if not 0 <= outer <= len(self.in_blocks):
@@ -208,10 +210,10 @@ class UViT(nn.Module):
             InputError: (a ValueError) some were, by `prune_intermediate_layers`.
         """
         if not self.is_whole:
-            raise InputError("a pruned model gives intermediates alone: load the whole one to make images or save it")
+            raise InputError("a pruned model only gives intermediates: load the whole one to make images or save it")
 
     def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """All tokens, and the embedded time."""
+        """Returns all tokens, (B, L, D), and the embedded time, (B, D)."""
         config = self.config
         time = timestep_embedding(timesteps.expand(x.shape[0]), config.embed_dim)  # (B, D)
         time = self.time_embed(time.to(self.pos_embed.dtype))  # (B, D)
@@ -225,10 +227,10 @@ class UViT(nn.Module):
         return torch.cat(tokens, dim=1) + self.pos_embed, time  # (B, L, D), where L = extras + N
 
     def _run(self, numbers: range, h: Tensor, time: Tensor, skips: list[Tensor]) -> Tensor:
-        """Runs blocks by number; a shallow one leaves its output in `skips`, the deep one across from it takes it."""
+        """Runs blocks by number; a shallow one pushes its output to `skips`, from which its deep partner pops it."""
         blocks, middle = self.blocks, self.config.depth // 2
         for number in numbers:
-            inputs = (h, time, skips.pop()) if number > middle else (h, time)  # the last one in is the first one out
+            inputs = (h, time, skips.pop()) if number > middle else (h, time)
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(blocks[number], *inputs, use_reentrant=False)
             else:
@@ -238,7 +240,7 @@ class UViT(nn.Module):
         return h
 
     def _to_image(self, h: Tensor) -> Tensor:
-        """Tokens to what they predict."""
+        """Maps the tokens to the prediction, (B, C, H, W)."""
         config = self.config
         h = self.norm(h)[:, config.num_extra_tokens :]  # (B, N, D)
         rows, columns = config.grid_shape
@@ -270,23 +272,23 @@ class UViT(nn.Module):
         y: Tensor | None = None,
         context: Tensor | None = None,
     ) -> Any:
-        """Returns what comes out of chosen blocks, for representation work.
+        """Returns the outputs of chosen blocks, for use as features.
 
-        The arguments are those of timm's ViT, save for its masks of attention (`attn_mask`, `is_causal`).
+        The arguments are those of timm's ViT, except for its attention masks (`attn_mask`, `is_causal`).
 
-        Blocks count from 0 in the order in which they run: depth / 2 shallow ones, the middle one at depth / 2, depth /
-        2 deep ones. Left to themselves, the conditions say what is true of a clean image of unknown content: time 0
-        and the null class. Features of a noisy image need its own time.
+        Blocks are numbered from 0 in the order in which they run: depth / 2 shallow ones, the middle one at depth / 2,
+        depth / 2 deep ones. The default conditions are those of a clean image of unknown content: time 0 and the null
+        class. Features of a noisy image need its time.
 
         Args:
             x: (B, C, H, W) images in [-1, 1] or latents, as the model was trained on.
-            indices: numbers of blocks, negative ones from the end; or how many of the last; None is all.
+            indices: numbers of blocks, negative ones counted from the end; or how many of the last blocks; None is all.
             return_prefix_tokens: whether each intermediate is a pair, the second the tokens before the patches,
                 (B, num_extra_tokens, D): context, if there is one, after label and time.
-            norm: whether the last layer norm is applied to intermediates.
-            stop_early: whether blocks after the last chosen one are left out.
+            norm: whether the final layer norm is applied to intermediates.
+            stop_early: whether to skip the blocks after the last chosen one.
             output_fmt: `NCHW` gives (B, D, H / patch_size, W / patch_size), `NLC` gives (B, patches, D).
-            intermediates_only: whether to leave the tokens at the end out.
+            intermediates_only: whether to return the intermediates without the final tokens.
             output_dict: whether to return a dict: `image_intermediates`, with `return_prefix_tokens` also
                 `image_intermediates_prefix`, and unless `intermediates_only` the tokens as `image_features`.
             timesteps: (B,) times in the network's units, or one time for all; None is 0.
@@ -295,11 +297,10 @@ class UViT(nn.Module):
 
         Returns:
             The list of intermediates, in the order of the blocks; unless `intermediates_only`, a pair of the normed
-            tokens (B, L, D) after the last block that was run, and this list; or a dict, see `output_dict`.
+            tokens (B, L, D) after the last block that ran, and this list; or a dict, see `output_dict`.
 
         Raises:
-            InputError: (a ValueError) shapes that the model was not built for, labels that are needed, or blocks that
-                it does not have.
+            InputError: (a ValueError) shapes that do not fit the config, missing labels, or blocks that do not exist.
         """
         config = self.config
         if output_fmt not in ("NCHW", "NLC"):
@@ -333,19 +334,19 @@ class UViT(nn.Module):
     ) -> list[int]:
         """Removes the deep blocks after the last chosen one, as timm does for `features_only`.
 
-        What is left serves `forward_intermediates` alone, with the numbers that are returned; to make images or to be
-        saved, it is refused.
+        The rest is only for `forward_intermediates`, with the returned numbers; it can neither make images nor be
+        saved.
 
         Args:
             indices: as for forward_intermediates.
-            prune_norm: whether the last layer norm goes too.
-            prune_head: whether what makes an image of tokens goes too.
+            prune_norm: whether to remove the final layer norm too.
+            prune_head: whether to remove the layers from tokens to the image too.
 
         Returns:
             The chosen blocks, counted from 0.
 
         Raises:
-            InputError: (a ValueError) blocks that it does not have.
+            InputError: (a ValueError) blocks that do not exist.
         """
         taken, middle = self._take_blocks(indices), self.config.depth // 2
         self.out_blocks = self.out_blocks[: max([middle, *taken]) - middle]
@@ -357,7 +358,7 @@ class UViT(nn.Module):
         return taken
 
     def _take_blocks(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Counts chosen blocks from 0."""
+        """Returns the numbers of the chosen blocks, counted from 0."""
         count = len(self.blocks)
         try:
             chosen: Any = [index(each) for each in indices] if isinstance(indices, Iterable) else indices
@@ -375,7 +376,7 @@ class UViT(nn.Module):
             raise InputError(f"indices must be {-count} to {count - 1}, got {outside[0]}") from None
 
     def resize(self, img_size: int | tuple[int, int]) -> UViT:
-        """Changes the image size in place, interpolating the patch part of the position embedding (bicubic).
+        """Changes the image size in place, interpolating the position embedding of the patches (bicubic).
 
         Args:
             img_size: new side in pixels, or (height, width), divisible by the patch size.
@@ -384,7 +385,7 @@ class UViT(nn.Module):
             The model itself.
 
         Raises:
-            InputError: (a ValueError) a size that patches do not divide.
+            InputError: (a ValueError) a size that the patch size does not divide.
         """
         old_grid = self.config.grid_shape
         self.config = dataclasses.replace(self.config, img_size=img_size)

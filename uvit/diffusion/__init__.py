@@ -1,1 +1,1 @@
-"""The mathematics, on callables: processes, objectives, solvers and samplers."""
+"""The mathematics of diffusion: processes, objectives, solvers and samplers, for any network that is a callable."""

@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""The training loss."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def diffusion_loss(
     """Weighted mean squared error of a prediction at random times.
 
     Args:
-        network: (noisy images (B, C, H, W), network times (B,)) to the prediction, (B, C, H, W).
+        network: network(x, timesteps), from noisy images (B, C, H, W) and network times (B,) to (B, C, H, W).
         x0: (B, C, H, W) clean images in [-1, 1], or latents of about unit variance.
-        process: schedule, prediction, space and weight of the loss, distribution of times.
+        process: schedule, prediction, space and weighting of the loss, distribution of times.
         generator: source of times and noise, on the device of x0.
-        times: (B,) times in [0, 1] instead of drawn ones.
-        noise: noise of the shape of x0 instead of drawn one.
+        times: (B,) times in [0, 1] to use instead of random ones.
+        noise: noise of the shape of x0 to use instead of random noise.
 
     Returns:
         The loss, a float32 scalar.

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from uvit.config import Kind, ProcessConfig, ScheduleName
 
-# Where a formula divides by an α or σ that vanishes at an end of [0, 1], times keep this far away from it.
+# Where a formula divides by an α or σ that vanishes at an end of [0, 1], times keep this distance from that end.
 TIME_MARGIN = 1e-3
 
 Number = TypeVar("Number", float, Tensor)
 
 
 class Schedule:
-    """Amplitudes of signal and noise over time, and how time is told to the network."""
+    """Amplitudes of signal and noise over time, and the network's unit of time."""
 
     network_scale = 1000.0
-    """Network time is this times t."""
+    """The network's time is t times this."""
     singular_start = False
     """Whether α(1) = 0."""
     first_time = 0.0
@@ -39,7 +39,7 @@ class Schedule:
         raise NotImplementedError
 
     def snap(self, t: Tensor) -> Tensor:
-        """Returns the nearest times that the process is trained at; continuous ones return t."""
+        """Rounds times up to those of a discrete process; a continuous one returns t."""
         return t
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class VP(Schedule):
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
     def time_at(self, log_snr: Tensor) -> Tensor:
-        # -log α = softplus(-2 λ) / 2 is a quadratic in t; this form of its root does not cancel for small t.
+        # -log α = softplus(-2 λ) / 2 is quadratic in t; this form of its root has no cancellation for small t.
         twice = torch.nn.functional.softplus(-2 * log_snr)
         slope = self.beta_max - self.beta_min
         return 2 * twice / (self.beta_min + (self.beta_min**2 + 2 * slope * twice).sqrt())
@@ -92,7 +92,7 @@ class LDM(Schedule):
         """Log α at n = 0 … 1000, where n = 0 is clean data: (1001,)."""
         roots = torch.linspace(LDM.beta_first**0.5, LDM.beta_last**0.5, LDM.num_steps, dtype=torch.float64)
         table = torch.cat([roots.new_zeros(1), 0.5 * torch.log1p(-(roots**2)).cumsum(0)])
-        return table.to(dtype).to(device)  # in this order: not every device has float64
+        return table.to(dtype).to(device)  # cast before the move: not every device has float64
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         table = self._log_alphas(t.device, t.dtype)
@@ -102,7 +102,7 @@ class LDM(Schedule):
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
     def time_at(self, log_snr: Tensor) -> Tensor:
-        # t is linear in λ between two steps, as in the published sampler; λ is infinite at n = 0, so that is left out.
+        # t is linear in λ between two steps, as in the published sampler; n = 0 is excluded, where λ is infinite.
         log_alpha = self._log_alphas(log_snr.device, log_snr.dtype)[1:]
         table = (log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha))).flip(0)  # (1000,), increasing
         right = torch.searchsorted(table, log_snr.contiguous()).clamp(1, self.num_steps - 1)
@@ -119,7 +119,7 @@ class Cosine(Schedule):
     singular_start = True
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        # sin(π (1 - t) / 2) is cos(π t / 2) and exactly 0 at t = 1
+        # sin(π (1 - t) / 2) equals cos(π t / 2), and is exactly 0 at t = 1
         return torch.sin(0.5 * math.pi * (1 - t)), torch.sin(0.5 * math.pi * t)
 
     def time_at(self, log_snr: Tensor) -> Tensor:
@@ -147,13 +147,13 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def combine(kind: Kind, x0: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> Tensor:
-    """Returns the quantity `kind`, a x_0 + b ε."""
+    """Returns a x_0 + b ε, the prediction of this kind."""
     a, b = prediction_coefficients(kind, alpha, sigma)
     return a * x0 + b * eps
 
 
 def prediction_coefficients(kind: Kind, alpha: Number, sigma: Number) -> tuple[Number | float, Number | float]:
-    """(a, b) of a prediction a x_0 + b ε: noise (0, 1), data (1, 0), v (-σ, α), flow (-1, 1)."""
+    """Returns (a, b) of the prediction a x_0 + b ε: noise (0, 1), data (1, 0), v (-σ, α), flow (-1, 1)."""
     match kind:
         case "noise":
             return 0.0, 1.0
@@ -173,7 +173,7 @@ def separate(kind: Kind, output: Tensor, x_t: Tensor, alpha: Number, sigma: Numb
         kind: what `output` is.
         output: the network's output, (B, C, H, W).
         x_t: the noisy images it was computed from, (B, C, H, W).
-        alpha: α, a number or a tensor that broadcasts; not 0 for `noise`.
+        alpha: α, a number or a broadcastable tensor; not 0 for `noise`.
         sigma: σ, likewise; not 0 for `data`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Faster sampling: the deep features of a U-ViT change slowly between steps, so not every step computes them."""
+"""Faster sampling: deep features change slowly from step to step, so they are computed only at some steps."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ NetworkInParts = Callable[..., tuple[Tensor, Tensor]]
 
 
 def reuse_deep_features(network: NetworkInParts, outer: int, every: int) -> Callable[..., Tensor]:
-    """Makes a network that computes its deep features at every N-th call only, and extrapolates them in between.
+    """Returns a network that computes its deep features only at every N-th call, and extrapolates them in between.
 
-    The outer blocks are run at each call. What comes out of the blocks inside them is taken from the line through the
-    last two that were computed, linear in time: as it is reused in DeepCache (arXiv 2312.00858), without that line,
-    images lose variety. The first two calls compute it, and so does a call with another batch size, as where an
-    interval of guidance begins or ends.
+    The outer blocks run at every call. The output of the blocks inside them is extrapolated linearly in time from the
+    last two that were computed; reused unchanged, as in DeepCache (arXiv 2312.00858), images lose variety. The first
+    two calls compute it, and so does a call with a different batch size, as where an interval of guidance begins or
+    ends.
 
     Args:
-        network: the network in parts.
-        outer: pairs of in and out blocks, the outermost, that are run at each call.
-        every: calls from one computation to the next, at least 2.
+        network: the network, which returns and accepts deep features.
+        outer: number of outermost pairs of blocks, which run at every call.
+        every: compute at every N-th call; at least 2.
 
     Returns:
         network(x, timesteps, **condition) for one batch and one run of a solver.
     """
-    computed: list[tuple[Tensor, Tensor]] = []  # time and features of the last two
+    computed: list[tuple[Tensor, Tensor]] = []  # time and features of the last two computations
     since = 0
 
     def call(x: Tensor, timesteps: Tensor, **condition: Any) -> Tensor:

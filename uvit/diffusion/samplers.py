@@ -1,4 +1,4 @@
-"""Sampling: grids of times, guidance, and all together from noise to images."""
+"""Sampling: grids of times, guidance, and the whole way from noise to images."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def time_grid(
     Args:
         schedule: needed for `log_snr`.
         num_steps: steps between the times.
-        spacing: `uniform` in t, or uniform in log-SNR; the log-SNR is infinite at the ends of some schedules, so
-            there the grid keeps TIME_MARGIN away from them and its last step goes to t_end.
+        spacing: uniform in t (`uniform`) or in log-SNR (`log_snr`). Where the log-SNR is infinite at an end, the grid
+            keeps TIME_MARGIN away from it, and its last step goes to t_end.
         t_start: first time, at most 1.
         t_end: last time, at least 0 and below t_start.
         shift: s in t -> s t / (1 + (s - 1) t), for `uniform`.
@@ -49,7 +49,7 @@ def time_grid(
     if shift <= 0:
         raise InputError(f"shift must be above 0, got {shift}")
     if spacing == "uniform":
-        # Unshifted ends, so that the shifted ones are t_start and t_end; set, so that rounding does not move them.
+        # Ends are chosen so that the shifted ones are t_start and t_end, which are then set exactly.
         first, last = (shift_time(torch.tensor(t, dtype=torch.float64), 1 / shift).item() for t in (t_start, t_end))
         t = shift_time(torch.linspace(first, last, num_steps + 1, dtype=torch.float64), shift)
         return [t_start, *t[1:-1].tolist(), t_end]
@@ -73,18 +73,18 @@ def guide(
     scale: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Callable[[Tensor, float], Tensor]:
-    """Closes a network over its condition: w · cond + (1 - w) · uncond, on every channel (arXiv 2207.12598).
+    """Binds a network to its condition, with guidance w · cond + (1 - w) · uncond on all channels (arXiv 2207.12598).
 
     Args:
         network: network(x, timesteps, **cond).
-        schedule: gives the network's time.
+        schedule: defines the network's time.
         cond: keyword arguments of the network, batches of B.
-        uncond: the same for the empty condition; needed where scale is not 1.
-        scale: w; 1 is no guidance and never computes uncond.
-        interval: (low, high) times between which guidance acts (arXiv 2404.07724); outside, uncond is not computed.
+        uncond: the same for the empty condition; required unless scale is 1.
+        scale: w; 1 is no guidance, and uncond is never computed.
+        interval: (low, high) times of guidance (arXiv 2404.07724); outside, uncond is not computed.
 
     Returns:
-        output(x, t) -> the network's (guided) prediction; cond and uncond run as one batch of 2B.
+        output(x, t) -> the guided prediction; cond and uncond run as one batch of 2B.
 
     Raises:
         InputError: a scale other than 1 without uncond.
@@ -114,10 +114,10 @@ def denoiser(output: Callable[[Tensor, float], Tensor], schedule: Schedule, pred
 
 
 class ImageNoise:
-    """Standard normal noise, each image from its own generator: the same image at any batch size, on any device.
+    """Standard normal noise, from one generator per image: the same for any batch size and on any device.
 
     Args:
-        keys: for each image, the numbers that seed it.
+        keys: for each image, the numbers that seed its generator.
         shape: (C, H, W).
         device: where the noise goes.
     """
@@ -130,16 +130,16 @@ class ImageNoise:
         """Returns the next (B, C, H, W) of noise."""
         noise = np.stack([generator.standard_normal(self.shape, dtype=np.float32) for generator in self.generators])
         tensor = torch.from_numpy(noise)
-        if self.device.type == "cuda":  # from pinned memory the copy does not wait for what the device has to do
+        if self.device.type == "cuda":  # from pinned memory, the copy does not wait for work queued on the device
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
 
 def sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
-    """Returns the time grid of a process and a sampler's settings, clear of ends where a formula is singular.
+    """Returns the time grid for a process and sampling settings, away from ends where a formula is singular.
 
     Raises:
-        InputError: as time_grid, a solver that is not stable on the grid, or a grid finer than a discrete schedule.
+        InputError: as time_grid; a solver that is unstable on the grid; a grid finer than a discrete schedule.
     """
     times = _sampling_times(process, config)
     smallest, first = min(t for t in times if t > 0), SCHEDULES[process.schedule].first_time
@@ -153,15 +153,15 @@ FAST_SOLVERS: tuple[SolverName, ...] = ("dpm_solver_fast", "dpmpp_fast")
 
 
 def _is_stiff(process: ProcessConfig, sampler: SolverName) -> bool:
-    """Where α(1) = 0 the drift of the reverse SDE and the steps in ε divide by α: only a grid in log-SNR keeps up."""
+    """Returns whether a solver needs a log-SNR grid: where α(1) = 0, the SDE's drift and steps in ε divide by α."""
     return SCHEDULES[process.schedule].singular_start and sampler in (*FAST_SOLVERS, "euler_maruyama")
 
 
 def resolve_spacing(process: ProcessConfig, config: SampleConfig) -> Spacing:
-    """Returns the spacing of times that a sampler's settings mean; `auto` is the solver's own.
+    """Returns the spacing of times, with `auto` resolved to the solver's default.
 
     Raises:
-        InputError: a solver that is not stable on the spacing.
+        InputError: a solver that is unstable with this spacing.
     """
     stiff = _is_stiff(process, config.sampler)
     if stiff and config.spacing == "uniform":
@@ -179,15 +179,15 @@ def _sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]
 
     if sampler in FAST_SOLVERS:
         t_end = config.t_end or TIME_MARGIN
-        if sampler == "dpmpp_fast":  # its steps go from one time of the grid to the third after it
+        if sampler == "dpmpp_fast":  # each step uses the next times of the grid as its inner times
             return time_grid(schedule, config.num_steps, spacing, t_start, t_end, shift)
-        # The grid is that of whole steps; each has its inner times at equal distances in log-SNR.
+        # The grid has one time per step; the inner times of a step are uniform in log-SNR.
         orders = fast_orders(config.num_steps)
         outer = time_grid(schedule, len(orders), spacing, t_start, t_end, shift)
         parts = [time_grid(schedule, k, "log_snr", t, s) for k, t, s in zip(orders, outer, outer[1:])]
         return outer[:1] + [t for part in parts for t in part[1:]]
     if sampler in ("euler", "euler_maruyama") and spacing == "uniform" and not config.t_end and config.num_steps > 1:
-        # σ'(t) grows without bound towards 0 for vp: the last slope is taken at TIME_MARGIN, as in the paper's runs.
+        # For vp, σ'(t) is unbounded near 0: the last slope is taken at TIME_MARGIN, as in the paper's runs.
         return [*time_grid(schedule, config.num_steps - 1, spacing, t_start, TIME_MARGIN, shift), 0.0]
     return time_grid(schedule, config.num_steps, spacing, t_start, config.t_end, shift)
 
@@ -210,31 +210,31 @@ def sample(
         config: solver, steps, spacing and guidance.
         noise: source of (B, C, H, W) standard normal noise.
         cond: the network's condition, batches of B, such as {"y": labels}; {} for none.
-        uncond: the same for the empty condition; needed with guidance.
-        on_evaluation: called with the x_t, (B, C, H, W), of each evaluation of the network after it: for a progress
-            bar, or to watch the denoising.
+        uncond: the same for the empty condition; required for guidance.
+        on_evaluation: called after each evaluation of the network with its x_t, (B, C, H, W): for a progress bar, or to
+            watch the denoising.
 
     Returns:
         (B, C, H, W) in float32, images in about [-1, 1].
 
     Raises:
-        InputError: guidance without uncond, or a grid that cannot be made.
+        InputError: guidance without uncond, or as sampling_times.
     """
     schedule = SCHEDULES[process.schedule]
     output = guide(network, schedule, cond, uncond, config.guidance, config.guidance_interval)
     denoise = denoiser(output, schedule, process.prediction)
 
-    def counted(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def observed_denoise(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         estimates = denoise(x, t)
         if on_evaluation is not None:
             on_evaluation(x)
         return estimates
 
-    return SOLVERS[config.sampler](counted, noise(), schedule, sampling_times(process, config), noise)
+    return SOLVERS[config.sampler](observed_denoise, noise(), schedule, sampling_times(process, config), noise)
 
 
 def num_evaluations(process: ProcessConfig, config: SampleConfig) -> int:
-    """Returns how often a solver asks the denoiser.
+    """Returns how many times a solver calls the denoiser.
 
     Raises:
         InputError: as sampling_times.

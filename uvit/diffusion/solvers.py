@@ -1,7 +1,7 @@
-"""Solvers as pure functions of one signature.
+"""Solvers, as pure functions with one signature.
 
-A solver is `solver(denoise, x, schedule, times, noise)`: it carries x from times[0] to times[-1], asking
-`denoise(x, t)` for the estimates (x_0, ε). Times are Python floats, so that no step waits for the device.
+A solver is `solver(denoise, x, schedule, times, noise)`: it takes x from times[0] to times[-1], calling `denoise(x, t)`
+for the estimates (x_0, ε). Times are Python floats, so that no step waits for the device.
 
 The probability-flow ODE is dx = x_0 dα + ε dσ for every schedule (differentiate x = α x_0 + σ ε at fixed x_0, ε), which
 needs no derivative of the schedule and has no singular end.
@@ -26,10 +26,10 @@ Solver = Callable[..., Tensor]
 
 
 def check_times(times: Sequence[float]) -> None:
-    """Checks that times are a solver's: two or more, decreasing, within [0, 1].
+    """Checks that there are two or more times, decreasing within [0, 1].
 
     Raises:
-        InputError: they are not, with the two that do not fit.
+        InputError: fewer times, or the first two that do not decrease.
     """
     if len(times) < 2:
         raise InputError(f"a grid must have 2 times or more, got {len(times)}")
@@ -39,7 +39,7 @@ def check_times(times: Sequence[float]) -> None:
 
 
 def _solver(function: Solver) -> Solver:
-    """Lets a solver check its times before it begins."""
+    """Makes a solver check its times first."""
 
     @functools.wraps(function)
     def checked(
@@ -65,7 +65,7 @@ def ddim(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float]
 def heun(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None) -> Tensor:
     """The trapezoidal rule on dx = x_0 dα + ε dσ after a DDIM step: order 2, two evaluations a step.
 
-    As in EDM (arXiv 2206.00364, algorithm 1), a last step to σ = 0 is left at order 1: there is no ε to average.
+    As in EDM (arXiv 2206.00364, algorithm 1), a last step to σ = 0 stays at order 1: there is no ε to average.
     """
     for t, s in zip(times, times[1:]):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
@@ -92,7 +92,7 @@ def euler(
 
 
 def fast_orders(num_evaluations: int) -> list[int]:
-    """Returns the orders of DPM-Solver-fast's steps, 3 as often as the evaluations allow (arXiv 2206.00927, 3.4)."""
+    """Returns the orders of DPM-Solver-fast's steps, as many of order 3 as possible (arXiv 2206.00927, section 3.4)."""
     threes, rest = divmod(num_evaluations, 3)
     if rest == 0:
         return [3] * (threes - 1) + [2, 1]
@@ -100,11 +100,11 @@ def fast_orders(num_evaluations: int) -> list[int]:
 
 
 class _Point(NamedTuple):
-    """A time of an exponential step: what it carries on, what it adds, and h, the way from the step's start."""
+    """A time in an exponential step, with the factors of x and of the estimate, and h, the distance from its start."""
 
     t: float
-    carried: float
-    added: float
+    x_factor: float
+    estimate_factor: float
     h: float
 
 
@@ -114,7 +114,8 @@ def _exponential_step(estimate: Callable[[Tensor, float], Tensor], x: Tensor, po
     first = estimate(x, start.t)
 
     def reach(point: _Point, correction: Tensor | float = 0.0) -> Tensor:
-        return (point.carried / start.carried) * x - point.added * (math.expm1(point.h) * first + correction)
+        decay = point.x_factor / start.x_factor
+        return decay * x - point.estimate_factor * (math.expm1(point.h) * first + correction)
 
     if not inner:
         return reach(end)
@@ -129,10 +130,10 @@ def _exponential_step(estimate: Callable[[Tensor, float], Tensor], x: Tensor, po
 
 
 def _dpm_solver_fast(denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], of_noise: bool) -> Tensor:
-    """Singlesteps whose evaluations are the grid's own times: one of order k goes from times[i] to times[i + k].
+    """Singlesteps that evaluate at the times of the grid: one of order k goes from times[i] to times[i + k].
 
-    In log-SNR λ the solution is α (x / α) plus an integral of e^{-λ} ε, or σ (x / σ) plus one of e^λ x_0: the same form
-    with α and σ exchanged and the sign of h turned.
+    In log-SNR λ, the solution is α (x / α) plus an integral of e^{-λ} ε, or σ (x / σ) plus one of e^λ x_0: the same
+    form with α and σ swapped and the sign of h flipped.
     """
     amplitudes = [schedule.at(t) for t in times]
     log_snr = [math.log(alpha / sigma) for alpha, sigma in amplitudes]
@@ -172,7 +173,7 @@ def dpmpp_2m(
     denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
 ) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): multistep, order 2, one evaluation a step."""
-    previous: tuple[Tensor, float] | None = None  # x_0 and length in log-SNR of the step before
+    previous: tuple[Tensor, float] | None = None  # x_0 and step size in log-SNR of the previous step
     for t, s in zip(times, times[1:]):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
         x0, _ = denoise(x, t)
@@ -180,9 +181,9 @@ def dpmpp_2m(
         step = math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t) if regular else math.inf
         estimate = x0
         if previous is not None and regular:
-            before, step_before = previous
-            estimate = x0 + (x0 - before) * (step / (2 * step_before))  # an infinite step before counts for nothing
-        # α_s (1 - e^{-step}), written so that it holds for an infinite step too
+            x0_before, step_before = previous
+            estimate = x0 + (x0 - x0_before) * (step / (2 * step_before))  # a previous infinite step has no effect
+        # α_s (1 - e^{-step}), in a form that also holds for an infinite step
         x = (sigma_s / sigma_t) * x + (alpha_s - alpha_t * sigma_s / sigma_t) * estimate
         previous = x0, step
     return x
@@ -194,8 +195,8 @@ def unipc(
 ) -> Tensor:
     """UniPC in x_0 with B(h) = e^h - 1 (arXiv 2302.04867, algorithms 1 and 2): multistep, one evaluation a step.
 
-    It predicts as DPM-Solver++(2M) does, and corrects each step by the evaluation that the next one begins with: order
-    3. A step that is infinite in log-SNR, from α = 0 or to σ = 0, is of order 1 and not corrected.
+    It predicts like DPM-Solver++(2M), and corrects each step with the evaluation that starts the next one: order 3. A
+    step that is infinite in log-SNR, from α = 0 or to σ = 0, is of order 1 and not corrected.
     """
     amplitudes = [schedule.at(t) for t in times]
     log_snr = [
@@ -206,18 +207,18 @@ def unipc(
 
     def advance(x: Tensor, i: int, correction: Tensor | float) -> Tensor:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = amplitudes[i], amplitudes[i + 1]
-        carried = sigma_s / sigma_t
-        return carried * x + (alpha_s - alpha_t * carried) * (estimates[i] + correction)
+        decay = sigma_s / sigma_t
+        return decay * x + (alpha_s - alpha_t * decay) * (estimates[i] + correction)
 
     def has_past(i: int) -> bool:
         return i > 0 and math.isfinite(steps[i - 1]) and math.isfinite(steps[i])
 
     def past_change(i: int) -> Tensor:
-        """The change of x_0 over step i if it goes on as in the step before."""
+        """The change of x_0 over step i, extrapolated from the step before."""
         return (estimates[i] - estimates[i - 1]) * (steps[i] / steps[i - 1])
 
     def correction(i: int) -> Tensor:
-        """What step i should have added to its estimate of x_0, now that the one at its end is known."""
+        """The correction to step i's estimate of x_0, given the estimate at its end."""
         change, h = estimates[i + 1] - estimates[i], steps[i]
         if not has_past(i):
             return change / 2

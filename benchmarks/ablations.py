@@ -23,13 +23,14 @@ from uvit import Config, UViT
 from uvit.common.cli import parse, run
 from uvit.common.errors import InputError
 from uvit.common.files import make_directory
-from uvit.config import CONFIG_FILE, load_config
+from uvit.config import CONFIG_FILE, METRICS_FILE, checkpoint_dirs, load_config
 from uvit.data.batch import read_all
 from uvit.data.images import to_unit_range
 from uvit.data.loader import load_data
-from uvit.evaluation.metrics import Moments, frechet_distance
+from uvit.evaluation.metrics import Gaussian, Moments, frechet_distance
+from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate
-from uvit.training.checkpoint import STATE_FILE, checkpoint_dirs
+from uvit.training.checkpoint import read_state
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -68,25 +69,25 @@ def data_name(given: Arguments) -> str:
     return Path(given.config).stem
 
 
-def pixel_moments(images: torch.Tensor) -> Moments:
-    """Returns the moments of (N, C, H, W) uint8 images as vectors in [-1, 1]."""
+def pixel_gaussian(images: torch.Tensor) -> Gaussian:
+    """Fits (N, C, H, W) uint8 images as vectors in [-1, 1]."""
     vectors = to_unit_range(images).flatten(1)
-    return Moments(vectors.shape[1]).update(vectors)
+    return Moments(vectors.shape[1]).update(vectors).gaussian
 
 
 def distances(run_dir: Path, config: Config) -> dict[int, float]:
     """Returns the Fréchet distance of every checkpoint's averaged weights, over that of the real training part."""
     train_part, held_out = (
-        pixel_moments(read_all(load_data(config.data, config.model, train=part)).images) for part in (True, False)
+        pixel_gaussian(read_all(load_data(config.data, config.model, train=part)).images) for part in (True, False)
     )
-    conditions = find_conditions(config)
+    conditions = resolve_conditions(config)
     wanted = [each for each in conditions for _ in range(NUM_IMAGES // len(conditions))]
     found = {}
     for folder in checkpoint_dirs(run_dir):
-        state = torch.load(folder / STATE_FILE, weights_only=True)
+        state = read_state(folder)
         model = UViT(config.model).eval()
         model.load_state_dict(state["ema"])
-        drawn = pixel_moments(generate(model, config, wanted, seed=0, batch_size=200))
+        drawn = pixel_gaussian(generate(model, config, wanted, seed=0, batch_size=200))
         found[state["step"]] = frechet_distance(drawn, held_out) / frechet_distance(train_part, held_out)
     return found
 
@@ -110,7 +111,7 @@ def train_and_measure(given: Arguments, choice: str, seed: int) -> dict:
         done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise InputError(f"{option} {choice}, seed {seed}: {done.stderr.splitlines()[-1].removeprefix('error: ')}")
-        lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in Path(folder, METRICS_FILE).read_text().splitlines()]
         found = distances(Path(folder), load_config(Path(folder, CONFIG_FILE)))
     print(f"{choice}, seed {seed}: {found}", flush=True)
     return {
@@ -144,7 +145,7 @@ def draw(given: Arguments, runs: list[dict], path: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the study and writes its table and picture."""
-    given = parse(Arguments, arguments, "benchmarks/ablations.py", __doc__ or "")
+    given = parse(Arguments, arguments, __doc__)
     torch.set_num_threads(1)
     wanted = [(choice, seed) for seed in given.seeds for choice in STUDIES[given.study][1]]
     with ThreadPoolExecutor(given.jobs) as pool:

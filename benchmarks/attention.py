@@ -1,7 +1,7 @@
 """Time of every attention backend at the shapes of the published models: `python benchmarks/attention.py`.
 
 Each shape is timed forward, and forward and backward together, with the backends in turn. Writes
-benchmarks/results/attention.json and prints the table. `auto` in uvit/attention.py follows it.
+benchmarks/results/attention.json and prints the table. `auto` in uvit/networks/attention.py follows it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def can_run(backend: str, device: torch.device, head_dim: int, dtype: torch.dtyp
 
 def main(arguments: list[str]) -> None:
     """Times all shapes and writes the figures."""
-    given = parse(Arguments, arguments, "benchmarks/attention.py", __doc__ or "")
+    given = parse(Arguments, arguments, __doc__)
     device = best_device()
     rows = []
     for (name, (tokens, heads, head_dim)), dtype in tqdm(

@@ -61,7 +61,7 @@ def spread(values: list[float], form: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Runs the arms and writes the results."""
-    given = parse(Arguments, arguments, "benchmarks/digits.py", __doc__ or "")
+    given = parse(Arguments, arguments, __doc__)
     results = {}
     for arm in given.arms:
         runs = []

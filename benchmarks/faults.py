@@ -24,27 +24,22 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import describe_machine
 
+from uvit.commands import train
+from uvit.common.cli import parse, run
+from uvit.common.errors import TrainingError
+from uvit.config import CHECKPOINT_FOLDER, METRICS_FILE, STEP_PREFIX, WEIGHTS_FILE
+from uvit.training.checkpoint import load_checkpoint
+from uvit.training.trainer import StepResult, Trainer
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train  # noqa: E402
-from uvit.common.cli import parse, run  # noqa: E402
-from uvit.common.errors import TrainingError  # noqa: E402
-from uvit.config import (
-    METRICS_FILE,
-    WEIGHTS_FILE,
-)
-from uvit.training.checkpoint import PREFIX, load_checkpoint  # noqa: E402
-
 RESULT = Path(__file__).parent / "results" / "faults.json"
 CONFIG = str(ROOT / "configs" / "digits.py")
 SAVE_EVERY = 20
@@ -82,7 +77,7 @@ class Arguments:
 
 
 class Counter:
-    """Numbers that a life writes and this script reads: steps begun, and when the first one ended."""
+    """Numbers that a life writes and this script reads: steps taken, and when the first one ended."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 16)  # shared with every fork
@@ -98,18 +93,47 @@ class Counter:
     def reset(self) -> None:
         self.memory[:] = bytes(16)
 
-    def watch(self) -> None:
-        """Counts the steps of this process by the call that every step makes once."""
-        original = train.agree
+    def add_step(self) -> None:
+        """Counts a step of this process."""
+        struct.pack_into("q", self.memory, 0, self.steps + 1)
+        if self.steps == 1:
+            struct.pack_into("d", self.memory, 8, time.monotonic())
 
-        def mean_over_processes(*arguments: Any) -> Any:
-            told = original(*arguments)
-            struct.pack_into("q", self.memory, 0, self.steps + 1)
-            if self.steps == 1:
-                struct.pack_into("d", self.memory, 8, time.monotonic())
-            return told
 
-        train.agree = agree
+class CountedTrainer(Trainer):
+    """Counts its steps.
+
+    Args:
+        counter: counts them.
+        *arguments: as for `Trainer`.
+    """
+
+    def __init__(self, counter: Counter, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.counter = counter
+
+    def step(self, signum: int) -> StepResult:
+        result = super().step(signum)
+        self.counter.add_step()
+        return result
+
+
+class TimedTrainer(Trainer):
+    """Times what it writes when it saves.
+
+    Args:
+        seconds: takes the time of each save.
+        *arguments: as for `Trainer`.
+    """
+
+    def __init__(self, seconds: list[float], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.seconds = seconds
+
+    def write(self, state: dict[str, Any], keep: int | None) -> None:
+        started = time.perf_counter()
+        super().write(state, keep)
+        self.seconds.append(time.perf_counter() - started)
 
 
 def start_life(run_dir: Path, counter: Counter, overrides: dict[str, Any]) -> int:
@@ -125,8 +149,7 @@ def start_life(run_dir: Path, counter: Counter, overrides: dict[str, Any]) -> in
         os.dup2(log, 2)
         flags = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
         sys.argv = ["train.py", CONFIG, "--train.run_dir", str(run_dir), *flags]
-        counter.watch()
-        run(train.main)
+        run(partial(train.main, make_trainer=partial(CountedTrainer, counter)))
         status = 0
     except SystemExit as exit:
         status = int(exit.code or 0)
@@ -152,8 +175,8 @@ def has_ended(pid: int) -> bool:
 
 def half_written(run_dir: Path) -> set[str]:
     """Returns the checkpoints that are half-written, with those that an earlier life left so."""
-    folder = run_dir / "checkpoints"
-    return {name for name in os.listdir(folder) if name.startswith(f".{PREFIX}")} if folder.is_dir() else set()
+    folder = run_dir / CHECKPOINT_FOLDER
+    return {name for name in os.listdir(folder) if name.startswith(f".{STEP_PREFIX}")} if folder.is_dir() else set()
 
 
 def newest_step(run_dir: Path) -> int:
@@ -284,25 +307,6 @@ def timed_start(run_dir: Path, overrides: dict[str, Any]) -> tuple[float, float]
     return counter.first_step_at - started, time.monotonic() - counter.first_step_at
 
 
-@contextmanager
-def timed(name: str, found: list[float]) -> Iterator[None]:
-    """Adds up the seconds that a function of train.py takes."""
-    original = getattr(train, name)
-
-    def timing(*arguments: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return original(*arguments)
-        finally:
-            found.append(time.perf_counter() - started)
-
-    setattr(train, name, timing)
-    try:
-        yield
-    finally:
-        setattr(train, name, original)
-
-
 def costs(folder: Path) -> dict[str, float]:
     """Measures configs/digits.py: a save against the 500 steps before it, and a fresh start against a resumed one."""
     steps = 500
@@ -312,9 +316,9 @@ def costs(folder: Path) -> dict[str, float]:
     # In this process, so that the time of each save is seen; no life is forked from here on.
     saves: list[float] = []
     flags = [text for name, value in shared.items() for text in (f"--{name}", str(value))]
-    with timed("save", saves):
-        for number in range(10, 20):
-            train.main([CONFIG, "--train.run_dir", str(folder / "saves"), *flags, "--train.num_steps", str(number)])
+    for number in range(10, 20):
+        words = [CONFIG, "--train.run_dir", str(folder / "saves"), *flags, "--train.num_steps", str(number)]
+        train.main(words, partial(TimedTrainer, saves))
     save = statistics.median(saves)
     return {
         "seconds_of_500_steps": taken,
@@ -331,7 +335,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         TrainingError: the runs are not equal, or a kill cost more than the steps since a checkpoint.
     """
-    given = parse(Arguments, arguments, "faults.py", __doc__ or "", default=Arguments())
+    given = parse(Arguments, arguments, __doc__)
     folder = Path(tempfile.mkdtemp())  # a TemporaryDirectory would be removed at the end of every fork
     try:
         whole, parts = folder / "whole", folder / "parts"

@@ -27,7 +27,7 @@ from uvit import UViT
 from uvit.common.cli import parse, run
 from uvit.config import Config, DataConfig, TrainConfig, UViTConfig
 from uvit.data.loader import build_loader, load_data
-from uvit.data.manifest import Manifest, write_shard
+from uvit.data.manifest import Manifest, start_encoding, write_shard
 from uvit.diffusion.objective import diffusion_loss
 from uvit.weights.published import SIZES
 
@@ -133,7 +133,7 @@ def resident() -> float:
 
 def main(arguments: list[str]) -> None:
     """Measures and writes the figures."""
-    given = parse(Arguments, arguments, "benchmarks/loader.py", __doc__ or "")
+    given = parse(Arguments, arguments, __doc__)
     torch.set_num_threads(1)
     small = UViTConfig(**SIZES["small"], img_size=32, patch_size=2)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:

@@ -113,7 +113,7 @@ class InTwoCalls(nn.Module):
 def network_of(arm: Arm, model: UViT) -> Any:
     """Prepares an arm's own copy of the network."""
     network = copy.deepcopy(model).eval()
-    compile_model(network, network.blocks, arm.compile)
+    compile_model(network, arm.compile)
     return InTwoCalls(network) if arm.apart else network
 
 
@@ -142,7 +142,7 @@ def time_digits(given: Arguments, device: torch.device) -> dict[str, list[dict[s
     """Returns images/s of a digits run and what they are like, by each arm and seed."""
     config, model = load_run(given.checkpoint, "auto", device)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=given.guidance))
-    set_threads(config)
+    set_threads(config.train.num_threads)
     judge = Judge(config, given.num_images)
 
     runs: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in ARMS}
@@ -163,7 +163,7 @@ def time_digits(given: Arguments, device: torch.device) -> dict[str, list[dict[s
 
 def main(arguments: list[str]) -> None:
     """Draws with all arms and writes the figures."""
-    given = parse(Arguments, arguments, "benchmarks/sample.py", __doc__ or "")
+    given = parse(Arguments, arguments, __doc__)
     device = best_device()
     if given.threads:
         torch.set_num_threads(given.threads)

@@ -110,7 +110,7 @@ def exponent(sizes: list[float], values: list[float]) -> float:
 
 def main(arguments: list[str]) -> None:
     """Measures all sizes and writes the figures."""
-    given = parse(Arguments, arguments, "benchmarks/scaling.py", __doc__ or "")
+    given = parse(Arguments, arguments, __doc__)
     device = best_device()
     torch.manual_seed(0)
     plan: dict[str, list[tuple[int, Callable[[], dict[str, float] | None]]]] = {

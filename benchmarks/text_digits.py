@@ -79,7 +79,7 @@ def train_and_measure(folder: Path, seed: int) -> dict[str, float]:
 
 def main(arguments: list[str]) -> None:
     """Makes the encoder, trains and writes the figures."""
-    given = parse(Arguments, arguments, "benchmarks/text_digits.py", __doc__ or "")
+    given = parse(Arguments, arguments, __doc__)
     folder = Path(given.folder).absolute()
     make_directory(folder)
     make_text_encoder(folder / "text_encoder")

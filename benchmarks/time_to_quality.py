@@ -27,9 +27,9 @@ from quality import Judge
 
 from uvit import UViT
 from uvit.common.cli import parse, run
-from uvit.config import load_config
+from uvit.config import CONFIG_FILE, METRICS_FILE, checkpoint_dirs, load_config
 from uvit.sampling.generate import generate
-from uvit.training.checkpoint import checkpoint_dirs, read_state
+from uvit.training.checkpoint import read_state
 
 TARGETS = {
     **{
@@ -64,8 +64,8 @@ class Arguments:
 def seconds_by_step(run_dir: Path) -> dict[int, float]:
     """Returns the time of the steps up to each log line."""
     seconds, before, found = 0.0, 0, {}
-    batch_size = load_config(run_dir / "config.json").train.batch_size
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+    batch_size = load_config(run_dir / CONFIG_FILE).train.batch_size
+    for line in (run_dir / METRICS_FILE).read_text().splitlines():
         entry = json.loads(line)
         if "images_per_second" in entry:
             seconds += (entry["step"] - before) * batch_size / entry["images_per_second"]
@@ -83,7 +83,7 @@ def train_and_judge(arm: str, seed: int, num_steps: int, num_points: int, num_im
         words = [word for name, value in options.items() for word in (f"--train.{name}", str(value))]
         command = [sys.executable, "train.py", "configs/digits.py", *ARMS[arm], *words]
         subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
-        seconds, config = seconds_by_step(Path(folder)), load_config(Path(folder) / "config.json")
+        seconds, config = seconds_by_step(Path(folder)), load_config(Path(folder) / CONFIG_FILE)
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=1.0))
         judge, model, points = Judge(config, num_images), UViT(config.model).eval(), []
         for checkpoint in checkpoint_dirs(Path(folder)):
@@ -128,7 +128,7 @@ def draw_picture(runs: dict[str, list[list[dict[str, float]]]], path: Path) -> N
 
 def main(arguments: list[str]) -> None:
     """Trains all arms and writes the figures."""
-    given = parse(Arguments, arguments, "benchmarks/time_to_quality.py", __doc__ or "")
+    given = parse(Arguments, arguments, __doc__)
     torch.set_num_threads(1)
     num_steps = load_config(ROOT / "configs" / "digits.py").train.num_steps
     arms = {"ours": (num_steps, given.points), "paper": (given.paper_steps, given.paper_points)}

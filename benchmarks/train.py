@@ -15,37 +15,34 @@ import copy
 import dataclasses
 import gc
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, UNet2DModel
+from einops import rearrange
 from measure import best_device, load_result, median_times, save_result, seconds_of
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from uvit import Config, UViT, UViTConfig
+from uvit.common.cli import parse, run
+from uvit.config import OptimConfig, load_config
+from uvit.data.batch import Batch
+from uvit.networks.attention import attention
+from uvit.networks.encoders import NO_ENCODERS
+from uvit.networks.layers import Attention
+from uvit.networks.runtime import compile_model, resolve_precision
+from uvit.training.optim import build_optimizer
+from uvit.training.step import compute_gradients, mean_over_processes, step_seed, training_loss
+from uvit.weights.published import ADAMW
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train  # noqa: E402
-from uvit import Config, UViT, UViTConfig  # noqa: E402
-from uvit.common.cli import parse, run  # noqa: E402
-from uvit.config import OptimConfig, load_config  # noqa: E402
-from uvit.data.batch import Batch  # noqa: E402
-from uvit.networks.attention import attention  # noqa: E402
-from uvit.networks.encoders import NO_ENCODERS  # noqa: E402
-from uvit.networks.runtime import compile_model, resolve_precision  # noqa: E402
-from uvit.training.optim import build_optimizer  # noqa: E402
-from uvit.weights.published import ADAMW  # noqa: E402
-
 Model = Literal["digits", "photos", "S/2", "L/2", "H/2"]
 CONFIGS: dict[Model, str] = {
     "digits": "digits",
@@ -81,6 +78,8 @@ class Arguments:
 
 class Peer(nn.Module):
     """A network of diffusers behind our arguments."""
+
+    blocks = ()  # none is compiled
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -155,20 +154,41 @@ def make_batches(config: Config, batch_size: int, device: torch.device) -> Itera
     return itertools.cycle(batches)
 
 
-def fp32_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
+class PaperAttention(Attention):
     """Attention as the reference code casts it."""
-    with torch.autocast(q.device.type, enabled=False):
-        return attention(q.float(), k.float(), v.float(), "sdpa")
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B L H D", K=3, H=self.num_heads)
+        with torch.autocast(x.device.type, enabled=False):
+            x = attention(self.q_norm(q).float(), self.k_norm(k).float(), v.float(), "sdpa")
+        return self.proj(rearrange(x, "B L H D -> B L (H D)"))
 
 
-def concatenate(block: Any, x: Tensor, skip: Tensor) -> Tensor:
+class PaperMerge(nn.Linear):
     """Merges a long skip through a copy of both."""
-    return F.linear(torch.cat([x, skip], dim=-1), block.skip_linear.weight, block.skip_linear.bias)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.cat([x, skip], dim=-1))
+
+
+def swap_in_paper_parts(model: UViT) -> None:
+    """Puts the reference code's attention and merges in the places of ours, with the same weights."""
+    dim = model.config.embed_dim
+    with torch.device("meta"):  # their own weights are never used
+        parts = {
+            name: PaperAttention(model.config) if name.endswith("attn") else PaperMerge(2 * dim, dim)
+            for name, _ in model.named_modules()
+            if name.endswith(("attn", "skip_linear"))
+        }
+    for name, part in parts.items():
+        part.load_state_dict(model.get_submodule(name).state_dict(), assign=True)
+        model.set_submodule(name, part)
 
 
 def paper_step(model: UViT, config: Config, batches: Iterator[Batch], device: torch.device) -> Step:
     """Makes the reference code's step."""
     on_gpu = device.type == "cuda"
+    swap_in_paper_parts(model)
     model.config = dataclasses.replace(model.config, gradient_checkpointing=on_gpu)
     average = copy.deepcopy(model)
     optim = config.optim
@@ -178,15 +198,11 @@ def paper_step(model: UViT, config: Config, batches: Iterator[Batch], device: to
     generator, numbers = torch.Generator(device), itertools.count()
 
     def step() -> float:
-        generator.manual_seed(train.step_seed(config.train.seed, next(numbers), 0, 0))
+        generator.manual_seed(step_seed(config.train.seed, next(numbers), 0, 0))
         optimizer.zero_grad()
-        with (
-            patch("uvit.backbone.attention", fp32_attention),
-            patch("uvit.backbone.Block.merge", concatenate),
-        ):
-            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = train.training_loss(model, config, NO_ENCODERS, next(batches), generator)
-            loss.backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            loss = training_loss(model, config, NO_ENCODERS, next(batches), generator)
+        loss.backward()
         optimizer.step()
         with torch.no_grad():
             for mean, parameter in zip(average.parameters(), model.parameters()):
@@ -199,15 +215,13 @@ def paper_step(model: UViT, config: Config, batches: Iterator[Batch], device: to
 def our_step(model: nn.Module, config: Config, batches: Iterator[Batch], accelerator: Accelerator) -> Step:
     """Makes the step of train.py."""
     ema = ModelEmaV3(model, decay=config.train.ema_decay)
-    compile_model(model, getattr(model, "blocks", []), config.train.compile)
+    compile_model(model, config.train.compile)
     network, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
     generator, numbers = torch.Generator(accelerator.device), itertools.count()
 
     def step() -> float:
-        gradients = train.compute_gradients(
-            accelerator, network, config, NO_ENCODERS, batches, generator, next(numbers)
-        )
-        loss, *_ = train.agree(accelerator, *gradients, 0)
+        gradients = compute_gradients(accelerator, network, config, NO_ENCODERS, batches, generator, next(numbers))
+        loss, *_ = mean_over_processes(accelerator, *gradients, 0)
         optimizer.step()
         ema.update(model)
         optimizer.zero_grad()
@@ -268,7 +282,7 @@ def time_model(
         train=dataclasses.replace(config.train, batch_size=batch_size, compile="no"),
         model=dataclasses.replace(config.model, gradient_checkpointing=False),
     )
-    precision = resolve_precision("auto", device.type, config.model.embed_dim)
+    precision = resolve_precision("auto", device.type, config.model.width)
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
 
     def build(model: UViTConfig = config.model) -> UViT:
@@ -357,7 +371,7 @@ def time_model(
 
 def main(arguments: list[str]) -> None:
     """Times all models and writes the figures."""
-    given = parse(Arguments, arguments, "benchmarks/train.py", __doc__ or "")
+    given = parse(Arguments, arguments, __doc__)
     if given.threads:
         torch.set_num_threads(given.threads)
     torch.set_float32_matmul_precision("high")

@@ -241,7 +241,7 @@ def test_a_run_is_not_overwritten(tiny, tmp_path):
         UViT(tiny).save_pretrained(tmp_path)
     for content in ("5", '{"architectures": ["Other"]}'):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(InputError, match=r"holds something else, whose config.json would go"):
+        with pytest.raises(InputError, match=r"holds something else, whose config.json would be overwritten"):
             UViT(tiny).save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 

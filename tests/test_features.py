@@ -33,7 +33,7 @@ def test_inceptions_weights_that_cannot_be_had(inception, tmp_path, monkeypatch,
     with pytest.raises(InputError, match="no weights at nowhere"):
         InceptionFeatures("nowhere")
     (tmp_path / "bad.pth").write_bytes(PICKLE)
-    with pytest.raises(InputError, match=r"bad.pth is not a whole file of weights alone"):
+    with pytest.raises(InputError, match=r"bad.pth is not a valid weights-only file"):
         InceptionFeatures(str(tmp_path / "bad.pth"))
     assert WORDS not in capsys.readouterr().out
     torch.save({"conv": torch.zeros(2)}, tmp_path / "other.pth")
@@ -44,7 +44,7 @@ def test_inceptions_weights_that_cannot_be_had(inception, tmp_path, monkeypatch,
     with pytest.raises(InputError, match=r"cannot be downloaded; give a file with --feature_weights: .*no network"):
         InceptionFeatures(None)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(InputError, match="need the package torch-fidelity, which is not installed"):
+    with pytest.raises(InputError, match="needs the package torch-fidelity, which is not installed"):
         InceptionFeatures(None)
 
 

@@ -42,7 +42,7 @@ def test_a_hub_name_that_cannot_be_had(monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"garbage", PICKLE])
 def test_broken_weights(saved, content, capsys):
     (saved / "model.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match="is not a whole safetensors file"):
+    with pytest.raises(InputError, match="is not a valid safetensors file"):
         UViT.from_pretrained(saved)
     assert WORDS not in capsys.readouterr().out
 
@@ -50,7 +50,7 @@ def test_broken_weights(saved, content, capsys):
 def test_truncated_weights(saved):
     content = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(content[:-100])
-    with pytest.raises(InputError, match="is not a whole safetensors file"):
+    with pytest.raises(InputError, match="is not a valid safetensors file"):
         UViT.from_pretrained(saved)
 
 
@@ -155,10 +155,10 @@ def bad_published(kind, whole):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("garbage", "is not a whole file of weights alone"),
-        ("truncated", "is not a whole file of weights alone"),
-        ("plain", "is not a whole file of weights alone"),
-        ("malicious", "is not a whole file of weights alone"),
+        ("garbage", "is not a valid weights-only file"),
+        ("truncated", "is not a valid weights-only file"),
+        ("plain", "is not a valid weights-only file"),
+        ("malicious", "is not a valid weights-only file"),
         ("nested", "must hold tensors by name, got OrderedDict by 'state'"),
         ("numbered", "must hold tensors by name, got Tensor by 3"),
         ("list", "must hold tensors by name, got list"),

@@ -1,1 +1,1 @@
-"""Errors, files, the hub, command lines and signals: general helpers, independent of diffusion models."""
+"""General helpers, independent of diffusion models: errors, files, the hub, command lines, signals."""

@@ -1,1 +1,1 @@
-"""The networks: U-ViT, the contract of a network, and the frozen encoders. Nothing here saves, samples or trains."""
+"""Networks and how they run: tensors in, tensors out."""

@@ -1,1 +1,1 @@
-"""Models at rest: files of weights, published models, loading and saving."""
+"""Networks on disk: weight files, published models, loading and saving, model cards."""

@@ -1,4 +1,4 @@
-"""The networks as users import them, which also load and save; and the network of a config."""
+"""The networks that users import, which can load and save, and the choice of a network by its config."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class UViT(PretrainedMixin, uvit.UViT):
 
 
 NETWORKS = {network.config_class: network for network in (UViT,)}
-"""The class of each kind of config."""
+"""The network class for each config class."""
 
 
 def build_network(config: NetworkConfig) -> Network:
-    """Builds the network of a config, with initial weights."""
+    """Builds the network for a config, with initial weights."""
     return NETWORKS[type(config)](config)
 
 
 def load_network(path: Path, fields: Mapping[str, Any]) -> Network:
-    """Loads whatever network a folder or a published file holds, in eval mode.
+    """Loads the network in a folder or a published file, of whatever class, in eval mode.
 
     Args:
-        path: as `find_pretrained` returns it.
+        path: as returned by `find_pretrained`.
         fields: fields of its config to replace.
 
     Raises:

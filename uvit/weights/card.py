@@ -1,4 +1,4 @@
-"""A model card: what a published model is, how it was trained and measured, and how to load it."""
+"""Model cards: what a published model is, how it was trained and evaluated, and how to load it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TASKS = {
     "none": "unconditional-image-generation",
 }
 HUB_TASKS = (TASKS["text"], TASKS["none"])
-"""Those that the hub lists; it has none for labels."""
+"""The tasks that the hub knows; it has none for class labels."""
 
 
 def _frechet_name(protocol: Mapping[str, str]) -> str:
@@ -25,7 +25,7 @@ def _frechet_name(protocol: Mapping[str, str]) -> str:
 
 
 def describe_figures(results: Mapping[str, Any], protocol: Mapping[str, str]) -> list[str]:
-    """Says in a line each what was measured.
+    """Describes figures, one per line.
 
     Args:
         results: figures by name, as evaluate.py saves them.
@@ -56,7 +56,7 @@ def _task(model: NetworkConfig) -> str:
 def _metadata(
     model: NetworkConfig, name: str, config: Config | None, results: Mapping[str, Any], protocol: Mapping[str, str]
 ) -> ModelCardData:
-    """What the hub reads: tags, the task, and figures as a model index."""
+    """Returns the hub's metadata: tags, the task, and figures as a model index."""
     from huggingface_hub import EvalResult, ModelCardData
 
     task = _task(model)
@@ -83,13 +83,13 @@ def _metadata(
 
 
 def _table(rows: Mapping[str, str]) -> list[str]:
-    """A Markdown table of two columns."""
+    """Returns the lines of a Markdown table with two columns."""
     cells = [(key, value.replace("|", r"\|")) for key, value in rows.items()]
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells), ""]
 
 
 def _recipe(config: Config) -> dict[str, str]:
-    """What matters of a run, for people; its config.json holds the rest."""
+    """Returns the main settings of a run, as text; its config.json has the rest."""
     process, data, optim, train, sampling = config.process, config.data, config.optim, config.train, config.sample
     rows = {
         "process": f"{process.schedule} schedule, predicts {process.prediction}, "
@@ -120,12 +120,12 @@ def model_card(
     """Writes a model card.
 
     Args:
-        model: the backbone.
+        model: the network's config.
         num_parameters: how many it has.
         name: of the model on the hub.
-        config: the run that trained it, where it is known.
-        evaluation: figures of these very weights and their protocol, as evaluate.py saves them.
-        grid: name of a picture of samples beside the card, and the step of the training that drew it.
+        config: the run that trained it, if known.
+        evaluation: figures of exactly these weights and their protocol, as evaluate.py saves them.
+        grid: file name of a picture of samples beside the card, and the training step at which it was drawn.
 
     Returns:
         Markdown, with the hub's metadata at its top.
@@ -174,5 +174,5 @@ def model_card(
     lines += [f"`{CONFIG_FILE}` holds every option.\n"]
     if evaluation is not None:
         lines += ["## Figures\n", *(f"- {line}" for line in describe_figures(results, protocol))]
-        lines += ["\nMeasured so:\n", *_table(protocol)]
+        lines += ["\nHow they were measured:\n", *_table(protocol)]
     return "\n".join(lines).rstrip() + "\n"

@@ -1,7 +1,7 @@
-"""Loading, saving and publishing a network.
+"""Loads, saves and publishes a network.
 
-A folder of weights holds `config.json` and `model.safetensors`. A run folder is one, too (its config.json holds the
-whole run, the network's under "model"), so it loads like any other. Published `.pth` files load as they are.
+A folder of weights has `config.json` and `model.safetensors`. A run folder has both too (its config.json describes the
+whole run, with the network under "model"), so it loads like any other. Published `.pth` files load unchanged.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from uvit.common.hub import HubOptions
 
     class PretrainedOptions(HubOptions, total=False):
-        """What `from_pretrained` takes besides a name: how to fetch, and fields of the network's config.
+        """Keyword arguments of `from_pretrained`: how to fetch, and fields of the network's config.
 
-        The fields are those that change no weight, and for a published file those that its tensors do not tell. Any
-        other field is taken, too, if the weights still fit.
+        The fields listed are those that change no weights, and those that cannot be inferred from the tensors of a
+        published file. Any other field is accepted too, if the weights still fit.
         """
 
         attention: Backend
@@ -56,20 +56,20 @@ if TYPE_CHECKING:
 
 
 REFERENCE_FILE = "nnet_ema.pth"
-"""Name of the averaged weights in a checkpoint folder of the reference code."""
+"""Name of the averaged weights in a checkpoint folder of the paper's code."""
 
 
 def find_pretrained(name_or_path: str | Path, **options: Unpack[HubOptions]) -> Path:
-    """Returns what holds the weights: a published `.pth` file, or a folder with config.json and model.safetensors.
+    """Returns the path of the weights: a published `.pth` file, or a folder with config.json and model.safetensors.
 
     What is not on disk is fetched from the hub.
 
     Args:
-        name_or_path: which.
+        name_or_path: file, folder or hub name.
         **options: HubOptions.
 
     Raises:
-        InputError: nothing on disk by that name, and no hub model that can be had, or a revision of what is on disk.
+        InputError: nothing found by that name on disk or the hub, or a revision given for something on disk.
     """
     from uvit.common.hub import find_folder
 
@@ -85,11 +85,11 @@ def read_pretrained(path: Path, fields: Mapping[str, Any]) -> tuple[NetworkConfi
     """Reads a network's config and weights.
 
     Args:
-        path: what find_pretrained found.
-        fields: fields of the config to replace; of a published file those that its tensors do not tell.
+        path: as returned by find_pretrained.
+        fields: fields of the config to replace; for a published file, those that its tensors do not determine.
 
     Raises:
-        InputError: files that are not there, or not what they should be.
+        InputError: missing or invalid files.
     """
     if path.is_file():
         weights = read_pth(path)
@@ -101,11 +101,11 @@ def read_pretrained(path: Path, fields: Mapping[str, Any]) -> tuple[NetworkConfi
 
 
 def find_mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """Says where a state dict first differs in names or shapes from that of a network, or returns None where it fits.
+    """Describes the first difference in names or shapes between two state dicts; None where there is none.
 
     Args:
         expected: the network's own.
-        given: the weights.
+        given: the one to load.
     """
     for name, tensor in expected.items():
         if name not in given:
@@ -119,38 +119,38 @@ def find_mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
 def restore(
     network_class: Callable[..., Any], config: NetworkConfig, weights: Mapping[str, Tensor], source: str
 ) -> Any:
-    """Builds a network of weights, in eval mode, on the default device and in the default dtype.
+    """Builds a network with given weights, in eval mode, on the default device and in the default dtype.
 
     Args:
-        network_class: the class, as `uvit.networks.contract` describes it.
+        network_class: a class that follows `uvit.networks.contract`.
         config: its sizes and options.
         weights: its state dict.
-        source: where they are from, for the error.
+        source: where the weights are from, for the error.
 
     Raises:
         InputError: weights that do not fit the config.
     """
-    with torch.device("meta"):  # spends no time, memory or random numbers on weights that are replaced
+    with torch.device("meta"):  # no time, memory or random numbers for initial weights that are replaced
         network = network_class(config)
     if (mismatch := find_mismatch(network.state_dict(), weights)) is not None:
         raise InputError(f"weights in {source} do not fit their config: {mismatch}")
-    # Copies: what reads a file may give views of it, or of one storage for all.
-    own: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
-    own |= {"copy": True, "memory_format": torch.contiguous_format}
-    network.load_state_dict({name: tensor.detach().to(**own) for name, tensor in weights.items()}, assign=True)
+    # Copies, since tensors read from a file may be views of it, or share one storage.
+    options: dict[str, Any] = {"device": torch.get_default_device(), "dtype": torch.get_default_dtype()}
+    options |= {"copy": True, "memory_format": torch.contiguous_format}
+    network.load_state_dict({name: tensor.detach().to(**options) for name, tensor in weights.items()}, assign=True)
     network.reset_buffers()
     return network.eval()
 
 
 def save_pretrained(network: Network, directory: str | Path) -> None:
-    """Writes a network's config.json, model.safetensors and, where there is none yet, a model card to a folder.
+    """Writes a network's config.json, model.safetensors and, if there is none yet, a model card to a folder.
 
     Args:
-        network: whole.
-        directory: the folder; made where there is none.
+        network: the network, with all its blocks.
+        directory: the folder; created if it does not exist.
 
     Raises:
-        InputError: a folder that cannot be written to, or that holds a run, whose config would go.
+        InputError: a folder that cannot be written to, or that holds a run, whose config would be overwritten.
     """
     network.require_whole()
     config_file = Path(directory) / CONFIG_FILE
@@ -158,7 +158,7 @@ def save_pretrained(network: Network, directory: str | Path) -> None:
         before = read_json(config_file)
         if (kind := config_kind(before)) != "network":
             what = "a run" if kind == "run" else "something else"
-            raise InputError(f"{directory} holds {what}, whose {CONFIG_FILE} would go: use another folder")
+            raise InputError(f"{directory} holds {what}, whose {CONFIG_FILE} would be overwritten: use another folder")
     write_weights(Path(directory), network.state_dict())
     if not isfile(Path(directory) / CARD_FILE):
         write_text(Path(directory) / CARD_FILE, model_card(network.config, network.num_parameters))
@@ -166,15 +166,15 @@ def save_pretrained(network: Network, directory: str | Path) -> None:
 
 
 class PretrainedMixin:
-    """Loading, saving and publishing, for a network of the contract: mixed in before its class."""
+    """Adds loading, saving and publishing to a network; comes before the network's class in the bases."""
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **options: Unpack[PretrainedOptions]) -> Self:
         """Loads a network in eval mode from a folder, a run, the hub, or a published `.pth` file.
 
         Args:
-            name_or_path: a folder with config.json and model.safetensors, a hub name such as `user/model`, a file
-                of the reference code such as `imagenet256_uvit_huge.pth`, or its checkpoint folder with nnet_ema.pth.
+            name_or_path: a folder with config.json and model.safetensors, a hub name such as `user/model`, a file of
+                the paper's code such as `imagenet256_uvit_huge.pth`, or its checkpoint folder with nnet_ema.pth.
             **options: PretrainedOptions.
 
         Raises:
@@ -190,11 +190,12 @@ class PretrainedMixin:
     def save_pretrained(self: Network, directory: str | Path) -> None:
         """Writes config.json and model.safetensors to a folder that `from_pretrained` loads.
 
-        A model card goes beside them as README.md. One that is there is kept, for it may be yours: remove it where it
-        tells of another model.
+        A model card is written beside them as README.md. An existing one is kept, since it may be yours: remove it if
+        it describes another model.
 
         Raises:
-            InputError: (a ValueError) a folder that cannot be written to, or that holds a run, whose config would go.
+            InputError: (a ValueError) a folder that cannot be written to, or that holds a run, whose config would be
+                overwritten.
         """
         save_pretrained(self, directory)
 
@@ -208,19 +209,19 @@ class PretrainedMixin:
     ) -> str:
         """Pushes config.json, model.safetensors and a model card to the hub.
 
-        `python -m uvit push` pushes a run, with its recipe and figures.
+        To push a run with its recipe and figures, use `python -m uvit push`.
 
         Args:
-            repo_id: `user/model`; the repository is made where there is none.
-            private: as for `push_folder` of uvit.common.hub, like the next two.
+            repo_id: `user/model`; the repository is created if it does not exist.
+            private: as for `uvit.common.hub.push_folder`, like the next two.
             revision: branch.
-            token: of the hub.
+            token: access token.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
-            InputError: (a ValueError) a name that is none, no login, no permission, or no way to the hub.
+            InputError: (a ValueError) an invalid name, no login, no permission, or no connection.
         """
         from uvit.common.hub import push_folder
 

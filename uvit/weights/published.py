@@ -1,6 +1,6 @@
-"""What the published models share: their sizes, the pieces of their recipes, and how to read their weights.
+"""The paper's published models: their sizes, shared parts of their recipes, and inferring a config from their weights.
 
-All are Worth Words, arXiv 2209.12152, tables 1, 8 and 9. One config file for each run is in configs/.
+All are Worth Words, arXiv 2209.12152, tables 1, 8 and 9. configs/ has one config file for each run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RANKS = {
     "label_emb.weight": 2,
     "context_embed.weight": 2,
 }
-"""Dimensions of the tensors that tell a model's sizes."""
+"""Number of dimensions of the tensors that the config is inferred from."""
 CLIP_CONTEXT = {"context_dim": 768, "num_context_tokens": 77}
 IMAGENET_CLASSES = 1000
 IMAGENET256_LATENTS: dict[str, Any] = {
@@ -54,9 +54,9 @@ PUBLISHED: dict[str, UViTConfig] = {
     "mscoco_uvit_small": UViTConfig(**SIZES["small"], **MSCOCO_LATENTS),
     "mscoco_uvit_small_deep": UViTConfig(**SIZES["small_deep"], **MSCOCO_LATENTS),
 }
-"""The backbone of each published run, by the name of its config: the data, then the size."""
+"""The network of each published run, by the name of its config: the data, then the size."""
 
-# Stable Diffusion's autoencoder, and the one whose decoder alone was tuned further: both encode alike.
+# Stable Diffusion's autoencoder, and the one of which only the decoder was fine-tuned: both encode alike.
 SD_AUTOENCODER = "CompVis/stable-diffusion-v1-4/vae"
 SD_AUTOENCODER_EMA = "stabilityai/sd-vae-ft-ema"
 
@@ -66,15 +66,15 @@ ADAMW = OptimConfig(name="adamw", lr=2e-4, betas=(0.99, 0.99), weight_decay=0.03
 
 
 def infer_config(weights: Mapping[str, Tensor], **known: Any) -> UViTConfig:
-    """Reads the sizes of a published model off its tensors.
+    """Infers the config of a published model from its tensors.
 
     Args:
         weights: a state dict with the published names.
-        **known: fields of UViTConfig that the tensors do not tell or that the guesses below get wrong: the heads of a
-            width that was not published, a context that is not CLIP's 77 tokens, an image that is not square.
+        **known: fields of UViTConfig that the tensors do not determine, or that are guessed wrong: the heads of a width
+            that was not published, a context that is not CLIP's 77 tokens, an image that is not square.
 
     Raises:
-        InputError: tensors that are not a U-ViT's, or that leave a size open which is not given.
+        InputError: tensors that are not a U-ViT's, or that do not determine a size which is not given.
     """
     needed = ("pos_embed", "patch_embed.proj.weight", "in_blocks.0.mlp.fc1.weight", "decoder_pred.weight")
     missing = [name for name in needed if name not in weights]

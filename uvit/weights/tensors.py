@@ -1,4 +1,4 @@
-"""Files of tensors by name: safetensors, and the `.pth` files of the reference code, read without running code."""
+"""Files of weights: safetensors, and the `.pth` files of the paper's code, read without running code in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from uvit.config import WEIGHTS_FILE
 
 
 def hash_weights(state_dict: Mapping[str, Tensor]) -> str:
-    """Returns the hash of the weights: the first 16 hexadecimal digits of SHA-256 over tensors by name."""
+    """Returns a hash of the weights: the first 16 hexadecimal digits of SHA-256 over names and float32 values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
@@ -28,7 +28,7 @@ def hash_weights(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
-    """Writes a state dict as DIRECTORY/model.safetensors, whole or not at all.
+    """Writes a state dict to DIRECTORY/model.safetensors, atomically.
 
     Raises:
         InputError: it cannot be written.
@@ -38,7 +38,7 @@ def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
     try:
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:  # how it tells of a full disk
+    except SafetensorError as error:  # raised on a full disk, among others
         raise InputError(f"cannot write to {path}: {error}") from None
 
 
@@ -46,21 +46,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file.
 
     Raises:
-        InputError: no such file, an empty one, or one that is not safetensors.
+        InputError: no such file, or one that is not valid.
     """
     if not isfile(path):
         raise InputError(f"no weights at {path}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+        raise InputError(f"{path} is not a valid safetensors file: {error}") from None
 
 
 def load_tensors_only(path: Path) -> Any:
-    """Reads a file of torch.save on the CPU; a pickle's code is not run, nor warned of before it is refused.
+    """Loads a file of torch.save to the CPU, without running code in its pickle, and without warnings.
 
     Raises:
-        Exception: whatever broken bytes, or a pickle with code, lead to.
+        Exception: of any type, for a broken file or a pickle with code.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -68,24 +68,24 @@ def load_tensors_only(path: Path) -> Any:
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict of the reference code, a `.pth` file, without running what a pickle may hold.
+    """Reads a state dict of the paper's code, a `.pth` file, without running code in its pickle.
 
     Raises:
-        InputError: a file that is not whole, or that holds anything but tensors by name.
+        InputError: a broken file, or one that holds anything but tensors by name.
     """
     try:
         weights = load_tensors_only(path)
     except Exception as error:
-        raise InputError(f"{path} is not a whole file of weights alone ({type(error).__name__})") from None
+        raise InputError(f"{path} is not a valid weights-only file ({type(error).__name__})") from None
     if not isinstance(weights, dict):
         raise InputError(f"{path} must hold tensors by name, got {type(weights).__name__}")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise InputError(f"{path} must hold tensors by name, got {type(value).__name__} by {short_repr(name)}")
-    # A pickle may repeat few values as a tensor of any size, which a model of that size would take memory for.
+    # A small pickle may claim a tensor of any size by repeating values, and a model of that size would fill the memory.
     if any(value.layout is not torch.strided or value.device.type != "cpu" for value in weights.values()):
         raise InputError(f"{path} must hold plain tensors, got other kinds")
-    storages = {(held := value.untyped_storage()).data_ptr(): held.nbytes() for value in weights.values()}
+    storages = {(storage := value.untyped_storage()).data_ptr(): storage.nbytes() for value in weights.values()}
     claimed = sum(value.nbytes for value in weights.values())
     if claimed > sum(storages.values()):
         raise InputError(

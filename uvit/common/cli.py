@@ -69,7 +69,7 @@ def _flatten_box(box: str) -> str:
 
 
 def command_line(name: str) -> str:
-    """Returns how to call another command: `python -m uvit sample` if this one was called so, else `python sample.py`."""
+    """Returns how to call another command, like this one was called: `python -m uvit sample` or `python sample.py`."""
     return f"{PROGRAM} {name}" if sys.argv[0].startswith(PROGRAM) else f"python {name}.py"
 
 

@@ -1,1 +1,1 @@
-"""What goes into training: images, data sets, latents, batches."""
+"""Training data: images, data sets, latents, batches."""

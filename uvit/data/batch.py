@@ -1,4 +1,4 @@
-"""What a data set gives, what is asked of it, and what every data set can do."""
+"""The interface of data sets: what is read of them, their methods, and the batches that they return."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Batch(NamedTuple):
     """Items of a data set."""
 
     images: Tensor
-    """(B, C, H, W) uint8; of a data set of latents, their moments (B, 2C, h, w)."""
+    """(B, C, H, W) uint8; for a data set of latents, their moments (B, 2C, h, w)."""
     labels: Tensor
     """(B,) int64; zeros where the data has none."""
     captions: Sequence[Sequence[str]]
-    """The captions of each item, of which training draws one; an empty list where the data has none."""
+    """The captions of each item, of which training picks one at random; an empty list where the data has none."""
     context: Tensor | None = None
     """(B, num_context_tokens, context_dim) features of the captions, where the data holds them."""
     empty_context: Tensor | None = None
     """(1, num_context_tokens, context_dim) features of the empty caption, where the data holds them."""
     skipped: Sequence[str] = ()
-    """What was wrong with items that were left out."""
+    """What was wrong with items that were skipped, a line for each."""
 
     def to(self, device: torch.device) -> Batch:
-        """Moves the tensors to a device, without waiting for them."""
+        """Moves the tensors to a device, asynchronously where possible."""
 
         def move(part: Any) -> Any:
             return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
         return Batch(*map(move, self))
 
     def __add__(self, other: Any) -> Batch:
-        """Joins two batches of one data set."""
+        """Concatenates two batches of the same data set."""
 
         def join(a: Any, b: Any) -> Any:
             if isinstance(a, Tensor):
@@ -62,12 +62,12 @@ class ImageData(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], rng: np.random.Generator) -> Batch:
-        """Reads items; what is left to chance, such as the place of a crop, is drawn from `rng`.
+        """Reads items; random choices, such as the position of a crop, are drawn from `rng`.
 
-        Broken items are left out and listed where the data's config says so.
+        Broken items are skipped and listed in the batch if the data's config says so.
 
         Raises:
-            InputError: a broken item, where they are not left out.
+            InputError: a broken item, if they are not to be skipped.
         """
         ...
 
@@ -79,11 +79,11 @@ def read_all(data: ImageData) -> Batch:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What is read of a data set."""
+    """What to read of a data set."""
 
     shape: tuple[int, int, int] | None
-    """(C, H, W) that images get; C is 1 for grey, 3 for RGB. None is that of the first image, which all must have."""
+    """(C, H, W) to convert images to; C is 1 for grey, 3 for RGB. None requires all to have the shape of the first."""
     labels: bool | None
-    """Whether labels are read; None is where the data has them."""
+    """Whether to read labels; None reads them if the data has them."""
     captions: bool | None
-    """Whether captions are read; None is where the data has them."""
+    """Whether to read captions; None reads them if the data has them."""

@@ -1,4 +1,4 @@
-"""Data sets: images with labels and captions, read in batches."""
+"""Data sets of images with labels and captions, from the hub, a folder or a file, read in batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from uvit.data.embedded import PHOTO_SHAPE, Arrays, Digits, Photos
 from uvit.data.images import fit_image, open_image
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
-"""Usual names, where a data set has several columns of text."""
+"""Names that are tried where a data set has several text columns."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class HubData:
     """Hash of the content, as `datasets` computes it."""
     shape: tuple[int, int, int]
     cut: bool
-    """Whether images are cut to the shape; otherwise they must have it."""
+    """Whether images are cropped to the shape; otherwise they must have it."""
     config: DataConfig
     image_column: str
     label_column: str | None
@@ -61,7 +61,7 @@ class HubData:
     def _item(
         self, index: int, row: Mapping[str, Any], rng: np.random.Generator
     ) -> tuple[np.ndarray, int, Sequence[str]]:
-        """Pixels, label (0 where there are none) and captions of a row."""
+        """Returns the pixels, the label (0 where there are none) and the captions of a row."""
         label = 0 if self.label_column is None else row[self.label_column]
         if label is None or label < 0:
             raise InputError(f"image {index} of the data must have a label of at least 0, got {label}")
@@ -74,18 +74,18 @@ class HubData:
             image = open_image(file, channels)
             if not self.cut and (image.height, image.width) != (height, width):
                 found = f"it is {image.height}x{image.width}, the first image {height}x{width}"
-                raise InputError(f"{found}: expected one size, or an image_size to which all are cut")
+                raise InputError(f"{found}: expected images of one size, or an image_size to crop them to")
             return fit_image(image, height, width, rng if self.config.crop == "random" else None), label, texts
 
 
 @contextlib.contextmanager
 def _named(index: int, file: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yields a row's image file; whatever is wrong with it becomes an error that names it."""
+    """Yields a row's image file, and turns any failure to read it into an error that names it."""
     try:
         if file is None:
-            raise InputError("there is none")
+            raise InputError("it is missing")
         yield file
-    except Exception as error:  # broken files make a decoder raise anything
+    except Exception as error:  # for a broken file, a decoder may raise any type
         name = f" ({file['path']})" if file and file["path"] else ""
         raise InputError(f"image {index} of the data{name} cannot be read: {error}") from None
 
@@ -94,12 +94,12 @@ def load_images(config: DataConfig, spec: ImageSpec, train: bool = True) -> Imag
     """Loads images.
 
     Args:
-        config: which data, and how images are cropped.
-        spec: what is read of them.
-        train: the training part, or the held-out part.
+        config: which data, and how to crop images.
+        spec: what to read.
+        train: whether to load the training part, rather than the held-out part.
 
     Raises:
-        InputError: data that cannot be found or read, or that lacks what is spec.
+        InputError: data that cannot be found or read, or that lacks what `spec` asks for.
     """
     channels = {"digits": (1,), "photos": (3,)}.get(config.name, (1, 3))
     if spec.shape is not None and spec.shape[0] not in channels:
@@ -123,7 +123,7 @@ def _load_hub(config: DataConfig, spec: ImageSpec, split: str) -> HubData:
     is_folder = isdir(path)
     if is_folder and not any(file.is_file() for file in path.rglob("*")):
         raise InputError(
-            f"data folder {config.name} is empty: expected images, in a folder a class or not, or a saved data set"
+            f"data folder {config.name} is empty: expected images, in a folder per class or not, or a saved data set"
         )
     try:
         if isfile(path / "dataset_dict.json") or isfile(path / "state.json"):
@@ -132,14 +132,14 @@ def _load_hub(config: DataConfig, spec: ImageSpec, split: str) -> HubData:
         else:
             with quiet("huggingface_hub", *(("datasets",) if is_folder else ())):  # a download keeps its bar
                 rows = datasets.load_dataset(config.name, split=split)
-    except Exception as error:  # the library raises a different kind for each way that data can be missing
+    except Exception as error:  # the library raises many types, depending on what is wrong
         reason = one_line(error, 200) or type(error).__name__
         raise InputError(f"cannot load split {split!r} of data {config.name!r}: {reason}") from None
 
     def column(
         what: str, fits: Callable[[Any], bool], needed: bool | None, name: str | None = None, usual: Sequence[str] = ()
     ) -> str | None:
-        """The column of a kind: the one named, or the only one with a usual name, or the first."""
+        """Returns the column of a kind: the one named, else the only one with a usual name, else the first."""
         found = [each for each, kind in rows.features.items() if fits(kind) and name in (None, each)]
         if needed and not found:
             named, columns = "" if name is None else f" {name!r}", ", ".join(rows.features)
@@ -150,7 +150,7 @@ def _load_hub(config: DataConfig, spec: ImageSpec, split: str) -> HubData:
         if usual and len(likely) > 1:
             columns = ", ".join(likely)
             raise InputError(
-                f"data {config.name!r} has several columns of {what}, {columns}: name one by caption_column"
+                f"data {config.name!r} has several columns of {what}, {columns}: choose one by caption_column"
             )
         return likely[0]
 
@@ -162,7 +162,7 @@ def _load_hub(config: DataConfig, spec: ImageSpec, split: str) -> HubData:
     label_column = column("labels", lambda kind: isinstance(kind, datasets.ClassLabel), spec.labels)
     caption_column = column("captions", _is_text, spec.captions, config.caption_column, CAPTION_COLUMNS)
     class_names = () if label_column is None else tuple(rows.features[label_column].names)
-    fingerprint = rows._fingerprint  # before columns are chosen
+    fingerprint = rows._fingerprint  # before columns are selected, which changes it
     read = [name for name in (image_column, label_column, caption_column) if name is not None]
     rows = rows.select_columns(read).cast_column(image_column, datasets.Image(decode=False))  # decoded by open_image
     shape = spec.shape
@@ -184,5 +184,5 @@ def _load_hub(config: DataConfig, spec: ImageSpec, split: str) -> HubData:
 
 
 def _is_text(kind: Any) -> bool:
-    """Tells whether a column of `datasets` holds a string, or a list of strings, for each row."""
+    """Returns whether a column of `datasets` holds a string, or a list of strings, in each row."""
     return getattr(getattr(kind, "feature", kind), "dtype", None) in ("string", "large_string")

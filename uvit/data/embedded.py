@@ -1,4 +1,4 @@
-"""Small data sets that are held in memory: digits, photos, and arrays of an .npz."""
+"""Small data sets that are kept in memory: digits, photos, and the arrays of an .npz."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_CLASSES = 100_000
 
 @dataclass(frozen=True)
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, 8x8, every fifth held out (stratified, fixed by a seed)."""
+    """scikit-learn's 1,797 handwritten digits, 8x8, one in five held out (stratified, with a fixed seed)."""
 
     images: Tensor
     labels: Tensor
@@ -56,15 +56,15 @@ class Digits:
 
 @dataclass(frozen=True)
 class Photos:
-    """Crops of scikit-learn's two sample photographs, the training part from their left, the held-out from the right.
+    """Crops of scikit-learn's two sample photographs: the training part from the left, the held-out from the right.
 
-    As many crops of each, at places fixed by a seed.
+    There are equally many of each photograph, at positions with a fixed seed.
     """
 
     photos: Sequence[np.ndarray]
     """(H, W, 3) uint8 each."""
     corners: np.ndarray
-    """(N, 2) row and column of a crop's upper left."""
+    """(N, 2) row and column of each crop's upper left corner."""
     shape: tuple[int, int, int]
     class_names: tuple[str, ...] = PHOTO_NAMES
 
@@ -76,13 +76,13 @@ class Photos:
         border = round(photos[0].shape[1] * (1 - HELD_OUT_SHARE))
         photos = [photo[:, :border] if train else photo[:, border:] for photo in photos]
         count = round(NUM_PHOTO_CROPS * (1 - HELD_OUT_SHARE if train else HELD_OUT_SHARE))
-        room = [whole - wanted for whole, wanted in zip(photos[0].shape, shape[1:])]
-        if min(room) < 0:
+        max_corner = [side - crop for side, crop in zip(photos[0].shape, shape[1:])]
+        if min(max_corner) < 0:
             part, (height, width) = "training" if train else "held-out", photos[0].shape[:2]
             raise InputError(
                 f"the {part} part of photos is {height}x{width}, got a model for {shape[1]}x{shape[2]} images"
             )
-        corners = np.random.default_rng(HELD_OUT_SEED).integers(room, size=(count, 2), endpoint=True)
+        corners = np.random.default_rng(HELD_OUT_SEED).integers(max_corner, size=(count, 2), endpoint=True)
         return cls(photos, corners, shape)
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class Arrays:
             with np.load(path, allow_pickle=False) as arrays:
                 images = arrays["arr_0"]
                 labels = arrays["arr_1"] if "arr_1" in arrays else np.zeros(0)
-        except Exception as error:  # a broken archive raises anything
+        except Exception as error:  # a broken archive may raise any type
             raise InputError(f"cannot read images (arr_0) of {path}: {one_line(error, 100)}") from None
         if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8 or len(images) < MIN_IMAGES:
             found = f"{images.shape} {images.dtype}"

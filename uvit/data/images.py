@@ -1,4 +1,4 @@
-"""Image files to pixels, and pixels to what a network sees."""
+"""Image files to pixels, and pixels to a network's range and back."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from torch import Tensor
 from uvit.common.errors import InputError
 
 MIN_RANDOM_CROP = 0.8
-"""The smallest share of an image's shorter side that a random crop shows."""
+"""Smallest random crop, as a fraction of the image's shorter side."""
 MAX_CUT_AWAY = 256
-"""How many times larger than its crop a scaled image may be: a strip of pixels would fill the memory."""
+"""How many times larger than its crop a scaled image may be, since scaling a narrow strip could fill the memory."""
 
 
 def open_image(stored: dict[str, Any], channels: int) -> Image.Image:
     """Decodes an image upright, in 8 bits, with transparent parts over white.
 
     Args:
-        stored: `bytes`, or None there and a `path`, as `datasets` keeps images that it does not decode.
+        stored: has `bytes`, or None there and a `path`, as `datasets` stores images that it does not decode.
         channels: 1 for grey, 3 for RGB.
 
     Raises:
-        InputError: a file that is no image, or pixels whose range is not known.
-        Exception: whatever the decoder of a broken file raises.
+        InputError: a file that is not an image, or pixels of unknown range.
+        Exception: of any type, from the decoder of a broken file.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a decoder's, such as of odd metadata: the pixels are right
+        warnings.simplefilter("ignore")  # decoders warn of odd metadata, for example; the pixels are right
         try:
             image: Image.Image = Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
-        except UnidentifiedImageError:  # whose message names an address in memory
+        except UnidentifiedImageError:  # its message shows a memory address
             raise InputError("not an image of a known format") from None
         image = _to_eight_bits(ImageOps.exif_transpose(image))
         if image.has_transparency_data:
@@ -62,23 +62,23 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def fit_image(image: Image.Image, height: int, width: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Scales an image to cover a shape and cuts the shape out, as ADM does (arXiv 2105.05233).
+    """Scales an image to cover a size and crops it, as ADM does (arXiv 2105.05233).
 
-    It is halved by box filters while it is twice too large, then scaled by bicubic interpolation.
+    It is halved by box filters while it is at least twice too large, then scaled by bicubic interpolation.
 
     Args:
         image: grey or RGB.
-        height: rows of the shape.
-        width: columns of the shape.
-        rng: chooses size and place of the crop; None cuts out the centre.
+        height: rows of the crop.
+        width: columns of the crop.
+        rng: chooses size and position of the crop; None takes the centre.
 
     Returns:
         (C, height, width) uint8.
 
     Raises:
-        InputError: a strip, of which almost nothing would be shown.
+        InputError: a narrow strip, of which the crop would show almost nothing.
     """
-    rows, columns = height, width  # what is to be covered: for a random crop, some more than is cut out
+    rows, columns = height, width  # the size to cover, which is larger than the crop where that is random
     if rng is not None:
         largest = math.ceil(min(height, width) / MIN_RANDOM_CROP)
         more = int(rng.integers(min(height, width), largest + 1)) / min(height, width)
@@ -93,13 +93,13 @@ def fit_image(image: Image.Image, height: int, width: int, rng: np.random.Genera
     spare = scaled_height - height, scaled_width - width
     top, left = (each // 2 for each in spare) if rng is None else (int(rng.integers(each + 1)) for each in spare)
     image = _resize_rows(image, scaled_width, Image.Resampling.BICUBIC)
-    image = image.crop((left, 0, left + width, image.height))  # only what is shown goes on
+    image = image.crop((left, 0, left + width, image.height))  # drops what is not shown
     image = _resize_columns(image, scaled_height, Image.Resampling.BICUBIC)
     pixels = np.asarray(image.crop((0, top, width, top + height)))
     return rearrange(pixels, "H W -> 1 H W" if pixels.ndim == 2 else "H W C -> C H W")
 
 
-# Rows first, as Pillow did when ADM's pixels were made: since 13 it may begin with columns, and then rounds otherwise.
+# Width first, as in the Pillow behind ADM's pixels: since version 13 it may scale height first, and rounds otherwise.
 def _resize_rows(image: Image.Image, width: int, kind: Image.Resampling) -> Image.Image:
     return image.resize((width, image.height), kind)
 

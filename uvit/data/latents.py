@@ -1,4 +1,4 @@
-"""Latents as training data: read from the shards that encode.py made."""
+"""Latents as training data, read from the shards that encode.py writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from uvit.weights.tensors import hash_weights
 class _Rows:
     """A column of fixed-size rows over many Arrow files, read by position.
 
-    Rows are read, not mapped: what is read of a data set larger than memory does not stay in the process.
+    Rows are read, not memory-mapped, so that the process does not grow with a data set larger than memory.
     """
 
     files: Sequence[Path]
@@ -52,7 +52,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class LatentData:
-    """Moments of latents with labels, and captions with their features."""
+    """A data set of latents: their moments, labels, and captions with their features."""
 
     manifest: Manifest
     flip: bool
@@ -98,11 +98,11 @@ def load_latents(config: DataConfig, model: NetworkConfig) -> LatentData:
     """Loads latents for a model.
 
     Args:
-        config: the folder, and what its latents should be.
-        model: the shape of latents and context, and whether labels or captions are needed.
+        config: the folder, and how its latents should have been made.
+        model: the shape of latents and context, and whether captions are needed.
 
     Raises:
-        InputError: shards that are missing or broken, or latents that do not fit, with both values.
+        InputError: missing or broken shards, or latents that do not fit, with both values.
     """
     folder, manifest = Path(config.name), read_manifest(config.name)
     _check_fit(config, model, manifest)
@@ -134,7 +134,7 @@ def load_latents(config: DataConfig, model: NetworkConfig) -> LatentData:
                         context.add(number, batch.column("context"), start)
                         captions.append(batch.column("captions"))
         except (pa.ArrowException, KeyError, OSError) as error:
-            raise InputError(f"{file} is not a whole shard of latents ({type(error).__name__})") from None
+            raise InputError(f"{file} is not a complete shard of latents ({type(error).__name__})") from None
         if count > len(manifest.covered(number)):
             raise InputError(f"{file} must have {len(manifest.covered(number))} rows at most, got {count}")
     if sum(map(len, labels)) < MIN_IMAGES:
@@ -151,7 +151,7 @@ def load_latents(config: DataConfig, model: NetworkConfig) -> LatentData:
 
 
 def _check_columns(file: Path, found: pa.Schema, expected: pa.Schema) -> None:
-    """Compares a shard with what its folder's manifest says of it."""
+    """Checks a shard's columns and metadata against the manifest."""
     for name in expected.names:
         kind = found.field(name).type if name in found.names else None
         if kind != expected.field(name).type:
@@ -168,7 +168,7 @@ def _read_empty_context(path: Path, shape: tuple[int, int]) -> Tensor:
     """Returns the (1, tokens, width) features of the empty caption."""
     try:
         context = np.load(path, allow_pickle=False)
-    except Exception as error:  # broken bytes raise anything
+    except Exception as error:  # a broken file may raise any type
         raise InputError(
             f"{path} cannot be read ({type(error).__name__}): run the same encode.py command again"
         ) from None
@@ -179,7 +179,7 @@ def _read_empty_context(path: Path, shape: tuple[int, int]) -> Tensor:
 
 
 class _Chunks:
-    """Collects where the chunks of a column lie."""
+    """Collects the positions of a column's chunks in files."""
 
     def __init__(self) -> None:
         self.files: list[int] = []
@@ -187,7 +187,7 @@ class _Chunks:
         self.offsets: list[int] = []
 
     def add(self, file: int, column: pa.FixedSizeListArray, start: int) -> None:
-        """Adds a chunk of a file that is mapped from the address `start` on."""
+        """Adds a chunk of a file that is memory-mapped at address `start`."""
         self.files.append(file)
         self.lengths.append(len(column))
         self.offsets.append(column.flatten().buffers()[1].address - start)
@@ -198,7 +198,7 @@ class _Chunks:
 
 
 def _check_fit(config: DataConfig, model: NetworkConfig, manifest: Manifest) -> None:
-    """Compares what the config asks for with what the latents are."""
+    """Checks that the latents are what the config asks for."""
     latent_shape = (model.in_chans, *model.image_shape)
     expected: dict[str, tuple[object, object]] = {
         "shape of latents (model.in_chans, model.img_size)": (manifest.latent_shape, latent_shape),
@@ -209,9 +209,9 @@ def _check_fit(config: DataConfig, model: NetworkConfig, manifest: Manifest) -> 
         context_shape = (model.num_context_tokens, model.context_dim)
         name = "shape of context (model.num_context_tokens, model.context_dim)"
         expected[name] = (manifest.context_shape, context_shape)
-    for name, (found, asked) in expected.items():
-        if found != asked:
-            raise InputError(f"data {config.name!r} was encoded with {name} {found}, got {asked}")
+    for name, (found, given) in expected.items():
+        if found != given:
+            raise InputError(f"data {config.name!r} was encoded with {name} {found}, got {given}")
     if config.flip and manifest.flips == 1:
         raise InputError(f"data {config.name!r} was encoded without mirror images, got data.flip True")
     if config.autoencoder is None:
@@ -220,7 +220,7 @@ def _check_fit(config: DataConfig, model: NetworkConfig, manifest: Manifest) -> 
 
 
 def check_encoded_by(data: object, config: DataConfig, encoders: Encoders) -> None:
-    """Checks that latents were made by a run's own encoders; data of another kind passes.
+    """Checks that latents were made by the run's encoders; data of another kind passes.
 
     Raises:
         InputError: another autoencoder or text encoder, with both names and hashes.

@@ -1,7 +1,7 @@
-"""The data of a run, as an endless stream of batches.
+"""A run's data as an endless stream of batches.
 
-Which images form the batch of a step, and what is left to chance in reading them, is a function of (seed, step) alone,
-so a resumed run sees the data that an uninterrupted one would, whatever the number of workers.
+The images in the batch of a step, and the random choices in reading them, depend only on (seed, step), so a resumed run
+sees the same data as an uninterrupted one, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MAX_REPLACEMENTS = 20
 
 
 def load_data(config: DataConfig, model: NetworkConfig, train: bool = True) -> ImageData:
-    """Loads the training part of a data set, or the part held out, as a model takes it.
+    """Loads the training part of a data set, or the held-out part, in the form that a model needs.
 
     Args:
         config: which data.
-        model: the shape that images get, and whether labels or captions are needed.
-        train: the training part, or the held-out part.
+        model: the shape to convert images to, and whether labels or captions are needed.
+        train: whether to load the training part, rather than the held-out part.
 
     Raises:
         InputError: data that cannot be found or read, or that does not fit the model.
@@ -41,7 +41,7 @@ def load_data(config: DataConfig, model: NetworkConfig, train: bool = True) -> I
     elif config.autoencoder is not None:
         name = f"data {config.name!r}"
         raise InputError(
-            f"{name} is no folder of latents, got data.autoencoder {config.autoencoder!r}: make it with encode.py"
+            f"{name} is not a folder of latents, got data.autoencoder {config.autoencoder!r}: make it with encode.py"
         )
     else:
         spec = ImageSpec((model.in_chans, *model.image_shape), model.num_classes > 0, model.context_dim > 0)
@@ -57,18 +57,19 @@ class Draw(NamedTuple):
 
     indices: list[int]
     key: tuple[int, ...]
-    """Seeds what is left to chance."""
+    """Seed of the random choices in reading."""
 
 
 class StepSampler:
-    """Endless draws: epoch after epoch of a shuffled data set, each process its own slice of a batch.
+    """Yields Draws endlessly: epoch after epoch of a shuffled data set, each process with its own slice of a batch.
 
     Args:
         num_items: length of the data set.
         batch_size: items of a batch over all processes.
         seed: seed of the order.
-        start: first batch.
-        rank, world_size: which of how many processes this is.
+        start: number of the first batch.
+        rank: of this process.
+        world_size: number of processes.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class StepSampler:
 
 
 class _Batches(Dataset[Batch]):
-    """Whole batches, by what a process draws."""
+    """The batches of a process, one for each Draw."""
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
@@ -104,7 +105,7 @@ class _Batches(Dataset[Batch]):
     def __getitem__(self, draw: Draw) -> Batch:
         rng = np.random.default_rng(draw.key)
         batch = self.data.read(draw.indices, rng)
-        for _ in range(MAX_REPLACEMENTS):  # other items stand in for those left out
+        for _ in range(MAX_REPLACEMENTS):  # replaces skipped items by others
             missing = len(draw.indices) - len(batch.labels)
             if not missing:
                 captions = [[texts[int(rng.integers(len(texts)))]] for texts in batch.captions]
@@ -114,7 +115,7 @@ class _Batches(Dataset[Batch]):
 
 
 class _Parts(Dataset[Batch]):
-    """Runs of a data set's items, by their indices."""
+    """Parts of a data set, by the indices of their items."""
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
@@ -124,15 +125,15 @@ class _Parts(Dataset[Batch]):
 
 
 def read_in_parts(data: ImageData, parts: Sequence[Sequence[int]], num_workers: int) -> Iterator[Batch]:
-    """Reads parts of a data set once, in their order; nothing stands in for items left out."""
+    """Reads parts of a data set once, in order; skipped items are not replaced."""
     return iter(DataLoader(_Parts(data), sampler=parts, batch_size=None, num_workers=num_workers))
 
 
 def check_batch(config: TrainConfig, world_size: int) -> int:
-    """Returns the images of one part of a batch over all processes.
+    """Returns the number of images in one accumulated part of a batch, over all processes.
 
     Raises:
-        InputError: a part that the processes do not divide.
+        InputError: a part that is not divisible by the number of processes.
     """
     part_size = config.batch_size // config.accumulation_steps
     if part_size % world_size:
@@ -145,10 +146,10 @@ def check_batch(config: TrainConfig, world_size: int) -> int:
 def build_loader(
     data: ImageData, config: Config, start_step: int, rank: int, world_size: int, pin_memory: bool
 ) -> DataLoader[Batch]:
-    """Builds the endless loader of one process, from the first part of optimizer step `start_step` on.
+    """Builds the endless loader of one process, starting at the first part of optimizer step `start_step`.
 
     Raises:
-        InputError: a batch that the processes do not divide.
+        InputError: as check_batch.
     """
     accumulation = config.train.accumulation_steps
     part_size = check_batch(config.train, world_size)

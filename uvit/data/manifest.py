@@ -1,6 +1,6 @@
-"""The folder of latents that encode.py makes: a manifest and its shards.
+"""The folder of latents that encode.py writes: a manifest and shards.
 
-Shards are Arrow files that `datasets.Dataset.from_file` opens. A row has the moments of an image and of its mirror
+Shards are Arrow files that `datasets.Dataset.from_file` can open. A row has the moments of an image and of its mirror
 image, its label, and for text models its captions and their features.
 """
 
@@ -28,57 +28,57 @@ from uvit.config import MAX_SIDE, MAX_TOKENS, Section, from_dict, read_json, to_
 MANIFEST_FILE = "manifest.json"
 EMPTY_CONTEXT_FILE = "empty_context.npy"
 NAMES_ALONE = ("autoencoder", "text_encoder", "versions")
-"""Fields of a manifest that may differ while the hashes agree."""
+"""Fields of a manifest that may differ if the hashes agree."""
 SHARD_FACTS = ("source", "fingerprint", "image_shape", "crop", "encoder_hash", "text_encoder_hash", "caption_column")
-"""Fields of a manifest that its shards repeat: by them a shard of another encoding is known."""
+"""Fields of a manifest that are repeated in its shards, to detect shards of another encoding."""
 FACT_PREFIX = b"uvit."
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-"""Arrow's last bytes: it takes a stream that was cut between two messages for a whole one."""
-MAX_SHARDS = 100_000  # as many as their names have digits for
+"""The last bytes of a complete stream; Arrow itself accepts one that was truncated between two messages."""
+MAX_SHARDS = 100_000  # the five digits in their names
 NUM_FLIPS = 2
 """Versions of an image: as it is, and mirrored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Section):
-    """What the latents of a folder are, and how they were made."""
+    """What a folder of latents contains, and how they were made."""
 
     source: str
     """Data set and split."""
     fingerprint: str | None = None
-    """What `datasets` knows the source's content by; None of data without one."""
+    """Hash of the source's content, as `datasets` computes it; None for data without one."""
     num_images: int
-    """Images of the source, those left out as broken included."""
+    """Images in the source, including broken ones that were skipped."""
     shard_size: int
-    """Images of the source that each shard but the last covers."""
+    """Images of the source in each shard but the last, including skipped ones."""
     image_shape: tuple[int, int]
-    """(height, width) in pixels, to which images were cut."""
+    """(height, width) in pixels that images were cropped to."""
     latent_shape: tuple[int, int, int]
     """(C, h, w)."""
     crop: str = "center"
-    """How images were cut."""
+    """How images were cropped."""
     flips: int = NUM_FLIPS
     """Versions of each image: as it is, and mirrored."""
     autoencoder: str
     """Folder or hub name."""
     encoder_hash: str
-    """SHA-256 of the encoder's weights, its first 16 letters."""
+    """The first 16 hexadecimal digits of the SHA-256 of the encoder's weights."""
     scale_factor: float
-    """What latents are to be multiplied by; the moments are not."""
+    """Factor to multiply latents by; the stored moments are unscaled."""
     class_names: tuple[str, ...] = ()
     """Names of the labels."""
     text_encoder: str | None = None
     """Folder or hub name."""
     text_encoder_hash: str | None = None
-    """SHA-256 of the text encoder's weights, its first 16 letters."""
+    """The first 16 hexadecimal digits of the SHA-256 of the text encoder's weights."""
     caption_column: str | None = None
-    """Column of the data set that the captions were read from, where it has columns."""
+    """Column of the data set that the captions were read from, if it has columns."""
     num_captions: int = 0
-    """Captions of each image."""
+    """Captions per image."""
     context_shape: tuple[int, int] = (0, 0)
     """(tokens, width) of a caption's features."""
     versions: tuple[str, ...] = ()
-    """Packages that made the latents, in the order in which they were first used."""
+    """Versions of the packages that made the latents, in the order of their first use."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,15 +110,15 @@ class Manifest(Section):
         return 2 * channels, height, width
 
     def shard_file(self, shard: int) -> str:
-        """Names a shard."""
+        """Returns a shard's file name."""
         return f"shard-{shard:05d}-of-{self.num_shards:05d}.arrow"
 
     def covered(self, shard: int) -> range:
-        """Says which images of the source a shard covers."""
+        """Returns which images of the source a shard covers."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
     def features(self) -> datasets.Features:
-        """The columns of a shard."""
+        """Returns the columns of a shard."""
         half = datasets.Value("float16")
         columns: dict[str, Any] = {
             "moments": datasets.List(half, length=self.flips * math.prod(self.moments_shape)),
@@ -130,19 +130,19 @@ class Manifest(Section):
         return datasets.Features(columns)
 
     def schema(self) -> pa.Schema:
-        """The columns of a shard as Arrow knows them, with the facts that tie it to its manifest."""
+        """Returns the Arrow schema of a shard; its metadata has the facts that tie it to the manifest."""
         schema = self.features().arrow_schema
         facts = {FACT_PREFIX + name.encode(): json.dumps(getattr(self, name)) for name in SHARD_FACTS}
         return schema.with_metadata({**schema.metadata, **facts})
 
 
 def is_latent_data(name: str | Path) -> bool:
-    """Tells whether a data set's name is a folder of latents."""
+    """Returns whether a data set's name is a folder of latents."""
     return os.path.isfile(Path(name) / MANIFEST_FILE)
 
 
 def is_complete(shard: Path) -> bool:
-    """Tells whether a shard is there and was written to its end."""
+    """Returns whether a shard exists and was written to its end."""
     if not os.path.isfile(shard):
         return False
     with open(shard, "rb") as file:
@@ -152,10 +152,10 @@ def is_complete(shard: Path) -> bool:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads what a folder of latents holds.
+    """Reads the manifest of a folder of latents.
 
     Raises:
-        InputError: a manifest that cannot be read, or that cannot be one.
+        InputError: a missing or invalid manifest.
     """
     path = Path(folder) / MANIFEST_FILE
     raw = read_json(path)
@@ -167,7 +167,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 @contextlib.contextmanager
 def write_shard(folder: Path, manifest: Manifest, shard: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yields a function that adds rows, column by column; the shard is there once the block has ended without an error.
+    """Yields a function that adds rows, given as columns; the shard appears once the block has ended without an error.
 
     Raises:
         InputError: it cannot be written.
@@ -187,41 +187,41 @@ def write_shard(folder: Path, manifest: Manifest, shard: int) -> Iterator[Callab
 
 
 def _to_arrow(values: Any, kind: pa.DataType) -> pa.Array:
-    """One column: an array of numbers, its rows flattened, or a list of Python values."""
+    """Converts a column: an array of numbers, whose rows are flattened, or a list of Python values."""
     if isinstance(values, np.ndarray) and pa.types.is_fixed_size_list(kind):
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
     return pa.array(values, type=kind)
 
 
 def check_same_encoding(folder: Path, manifest: Manifest) -> None:
-    """Checks that a folder of latents which is to be gone on with was begun in the same way.
+    """Checks that a folder of latents to be continued was started with the same settings.
 
     Raises:
-        InputError: it was not, with both values.
+        InputError: different settings, with both values.
     """
     if is_latent_data(folder):
         before = read_manifest(folder)
         for field in dataclasses.fields(Manifest):
             was, now = getattr(before, field.name), getattr(manifest, field.name)
             if was != now and field.name not in NAMES_ALONE:
-                raise InputError(f"{folder} was begun with {field.name} {was!r}, got {now!r}: use another --output")
+                raise InputError(f"{folder} was started with {field.name} {was!r}, got {now!r}: use another --output")
 
 
 def start_encoding(folder: Path, manifest: Manifest, empty_context: Tensor | None) -> None:
-    """Puts away what an interrupted process has left half-written, and writes the manifest.
+    """Removes what an interrupted process left half-written, and writes the manifest.
 
-    Where the folder was begun before, its manifest stays and only learns which packages go on with it.
+    An existing manifest is kept; only the versions of the packages in use now are added.
 
     Args:
         folder: the folder of latents, checked by check_same_encoding.
-        manifest: what it will hold.
+        manifest: what it will contain.
         empty_context: (tokens, width) features of the empty caption, for latents with captions.
 
     Raises:
         InputError: it cannot be written.
     """
-    for half_written in folder.glob(".shard-*"):
-        half_written.unlink(missing_ok=True)
+    for leftover in folder.glob(".shard-*"):
+        leftover.unlink(missing_ok=True)
     if empty_context is not None:
         with atomic_write(folder / EMPTY_CONTEXT_FILE) as temporary:
             np.save(temporary, empty_context.half().cpu().numpy(), allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Images that could not be read and were left out: a list in the folder that they are missing from."""
+"""The list of images that could not be read and were skipped, kept in a run folder or a folder of latents."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SKIPPED_FILE = "skipped.txt"
 
 
 def report_skipped(folder: Path, faults: Iterable[str]) -> None:
-    """Lists what was left out in FOLDER/skipped.txt, and prints what is new there.
+    """Adds skipped images to FOLDER/skipped.txt, and prints those that were not listed yet.
 
     Args:
-        folder: a run, or a folder of latents.
-        faults: a line for each image, as Batch.skipped has them.
+        folder: a run folder, or a folder of latents.
+        faults: a line for each image, as in Batch.skipped.
 
     Raises:
         OSError: the list cannot be written.
@@ -26,6 +26,6 @@ def report_skipped(folder: Path, faults: Iterable[str]) -> None:
 
 
 def describe_skipped(folder: Path) -> str:
-    """Says how many images a folder's list has; nothing where there is none."""
+    """Returns a note on how many images are in a folder's list, or "" where there is none."""
     path = folder / SKIPPED_FILE
     return f"; {len(path.read_text().splitlines())} could not be read, listed in {path}" if path.is_file() else ""

@@ -1,14 +1,13 @@
-"""Draws docs/model.svg and docs/modules.svg: `python docs/diagrams.py`.
+"""Draws docs/model.svg and docs/modules.svg, and lists the files in docs/reading.md: `python docs/diagrams.py`.
 
-The model's blocks, tokens and widths are those of a backbone that is built for it; the modules' arrows are read from
-their imports. So neither can tell what the code does not.
+The model's blocks, tokens and widths are read from a U-ViT that is built for the picture; the rooms, their modules and
+the arrows between them from the files, their docstrings and their imports. So nothing shown here can differ from the
+code.
 """
 
 from __future__ import annotations
 
 import ast
-import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -21,44 +20,17 @@ ROOT = Path(__file__).parent.parent
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', Helvetica, Arial, sans-serif"
 LINE = "#768390"  # lines and free text: legible on white and on black
 INK = "#1f2328"  # text on boxes, which are light on either ground
-WIDTH, GAP = 980, 16
+WIDTH = 980
 SKIP, PALE_SKIP = "#d96c26", "#f5b183"
-COLOURS = {
-    "script": "#f2c14e",
-    "run": "#f6d9a8",
-    "bridge": "#d9c2f0",
-    "model": "#a9cdf5",
-    "process": "#a8e0d1",
-    "data": "#f7bcbc",
-    "ground": "#d5dae0",
-}
-DARKER = {
-    "script": "#c9961a",
-    "run": "#d29a4a",
-    "bridge": "#a17fd0",
-    "model": "#5b9ae0",
-    "process": "#3fae8f",
-    "data": "#e07a7a",
-    "ground": "#768390",
-}
-"""Of the arrows that start there."""
-LABELS = {
-    "script": "scripts",
-    "run": "a run and its figures",
-    "bridge": "bridges",
-    "model": "the model",
-    "process": "diffusion",
-    "data": "images and latents",
-    "ground": "ground",
-}
-GROUPS = {
-    "run": "generate evaluation features metrics checkpoint resume sharding optim card publish loader",
-    "model": "backbone attention weights published precision reuse",
-    "process": "diffusion samplers",
-    "data": "data images latents latent_data",
-    "ground": "errors interrupt files hub grid config cli",
-}
-EVERYWHERE = ("config", "errors")  # imported by nearly all: said in words, for their arrows would hide the others
+COLOURS = {"process": "#a8e0d1", "model": "#a9cdf5", "data": "#f7bcbc", "ground": "#d5dae0"}
+ROOM_COLOURS = ("#d5dae0", "#f3e3ae", "#bfe8dc", "#bcd8f6", "#d9c8ef", "#f7c9c9", "#f8d8b0")
+BEGIN, END = "<!-- made by docs/diagrams.py -->\n\n", "\n<!-- end of what docs/diagrams.py made -->"
+SCRIPTS = "scripts"
+"""The room of what starts a command: the files at the root, and `__main__`."""
+PADDING, GAP = 14, 16
+CHIP_HEIGHT, CHIP_GAP = 26, 8
+ARROW_LENGTH = 30  # between two rows of rooms
+TALL_WIDTH = 220
 
 
 # Pieces of a picture.
@@ -88,7 +60,7 @@ def picture(width: float, height: float, title: str, parts: Iterable[str]) -> st
     shape = 'viewBox="0 0 8 8" refX="7.5" refY="4" markerWidth="5.5" markerHeight="5.5" orient="auto"'
     heads = [
         f'<marker id="{colour[1:]}" {shape}><path d="M0 0 L8 4 L0 8 z" fill="{colour}"/></marker>'
-        for colour in dict.fromkeys([LINE, SKIP, *DARKER.values()])
+        for colour in (LINE, SKIP)
     ]
     size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{FONT}" role="img">'
@@ -190,192 +162,202 @@ def draw_model() -> str:
     return picture(980, 616, title, [*parts, *draw_block(838, 208)])
 
 
-# The modules.
+# The rooms.
 
 
-def imports_of(path: Path) -> set[str]:
-    """Names the modules of ours that a file imports; the package itself gives what the backbone has."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "uvit":
-            found |= {"backbone" for alias in node.names if alias.name == "UViT"}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("uvit."):
-            found.add(node.module.removeprefix("uvit."))
-    return found
-
-
-def read_modules() -> dict[str, set[str]]:
-    """Returns the modules and scripts of the project, and what each imports of ours."""
+def read_rooms() -> dict[str, dict[str, Path]]:
+    """Returns the modules of each room by their names; the scripts at the root, and `__main__`, are one more."""
     package = ROOT / "uvit"
-    files = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
-    files |= {path.name: path for path in ROOT.glob("*.py")}
-    return {name: imports_of(path) for name, path in sorted(files.items()) if not name.endswith("__init__")}
+    rooms: dict[str, dict[str, Path]] = {}
+    for path in sorted(package.glob("*/*.py")):
+        if path.stem != "__init__":
+            rooms.setdefault(path.parent.name, {})[path.stem] = path
+    rooms[SCRIPTS] = {path.name: path for path in sorted(ROOT.glob("*.py"))}
+    rooms[SCRIPTS]["python -m uvit"] = package / "__main__.py"
+    return rooms
 
 
-def group_of(name: str) -> str:
-    """Returns the group of a module.
+def summary(path: Path) -> str:
+    """Returns the first line of a module's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0].removesuffix(".")
 
-    Raises:
-        ValueError: a new module that has none.
-    """
-    if name.endswith(".py"):
-        return "script"
-    if name.startswith("integrations."):
-        return "bridge"
-    for group, members in GROUPS.items():
-        if name in members.split():
-            return group
-    raise ValueError(f"every module must have a group in GROUPS of docs/diagrams.py, got {name}")
+
+def list_files() -> str:
+    """Returns a Markdown table of the rooms, from the top to the bottom, and of what each of their files is for."""
+    rooms, rows = read_rooms(), find_rows(reduce(read_imports()))
+    lines = ["| room or file | what it is for |", "|---|---|"]
+    for room in sorted(rooms.keys() - {SCRIPTS}, key=lambda room: (-rows[room][0], room)):
+        folder = f"uvit/{room}"
+        lines.append(f"| [**{room}**](../{folder}) | **{summary(ROOT / folder / '__init__.py')}** |")
+        lines += [f"| [`{name}`](../{folder}/{name}.py) | {summary(path)} |" for name, path in rooms[room].items()]
+    return "\n".join(lines) + "\n"
+
+
+def rooms_in(path: Path) -> set[str]:
+    """Returns the rooms that a file imports, including imports inside functions and under TYPE_CHECKING."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("uvit.")} & read_rooms().keys()
+
+
+def read_imports() -> dict[str, set[str]]:
+    """Returns the other rooms that each room imports."""
+    return {room: set().union(*map(rooms_in, files.values())) - {room} for room, files in read_rooms().items()}
 
 
 def reduce(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Leaves out every arrow that a longer way implies."""
+    """Leaves out each arrow that a longer path implies."""
 
     def reached(name: str) -> set[str]:
-        return graph[name].union(*(reached(each) for each in graph[name]))
+        return graph[name].union(*map(reached, graph[name]))
 
-    return {
-        name: {to for to in targets if not any(to in reached(each) for each in targets)}
-        for name, targets in graph.items()
-    }
+    return {name: targets - set().union(*map(reached, targets)) for name, targets in graph.items()}
 
 
-def layers_of(graph: dict[str, set[str]]) -> dict[str, int]:
-    """Returns the layer of each module, 0 at the ground: above all that it imports, and as near its users as can be."""
-    height: dict[str, int] = {}
+def find_rows(graph: dict[str, set[str]]) -> dict[str, range]:
+    """Returns the rows of each room, 0 at the bottom: from just above what it imports to just below its users."""
+    rows: dict[str, range] = {}
 
-    def climb(name: str) -> int:
-        if name not in height:
-            height[name] = 1 + max((climb(each) for each in graph[name]), default=-1)
-        return height[name]
+    def height(name: str) -> int:
+        return 1 + max(map(height, graph[name]), default=-1)
 
-    top = max(map(climb, graph))
-    users = defaultdict(set)
-    for name, targets in graph.items():
-        for target in targets:
-            users[target].add(name)
-    for name in sorted(graph, key=lambda name: -height[name]):
-        if name.endswith(".py"):
-            height[name] = top
-        elif users[name] and len(users[name]) >= len(graph[name]):
-            height[name] = min(height[user] for user in users[name]) - 1
-    return height
-
-
-def crossings(rows: Sequence[Sequence[str]], edges: Iterable[tuple[str, str]]) -> int:
-    """Counts pairs of arrows between neighbouring rows that cross."""
-    place = {name: (number, index) for number, row in enumerate(rows) for index, name in enumerate(row)}
-    between = defaultdict(list)
-    for upper, lower in edges:
-        between[place[upper][0]].append((place[upper][1], place[lower][1]))
-    return sum(
-        (a - c) * (b - d) < 0 for pairs in between.values() for (a, b), (c, d) in itertools.combinations(pairs, 2)
-    )
-
-
-def order_rows(rows: list[list[str]], edges: Sequence[tuple[str, str]], sweeps: int = 60) -> list[list[str]]:
-    """Returns the rows in the order with fewest crossings that barycentres lead to, downward and upward by turns."""
-    best, fewest = rows, crossings(rows, edges)
-    for sweep in range(sweeps):
-        upward = sweep % 2 == 1
-        fixed = defaultdict(list)
-        for upper, lower in edges:
-            fixed[lower if upward else upper].append(upper if upward else lower)
-        rows = [list(row) for row in rows]
-        for level in range(len(rows) - 1, -1, -1) if upward else range(len(rows)):
-            place = {name: index / max(1, len(row) - 1) for row in rows for index, name in enumerate(row)}
-            centre = {
-                name: sum(place[each] for each in fixed[name]) / len(fixed[name]) if fixed[name] else place[name]
-                for name in rows[level]
-            }
-            rows[level].sort(key=centre.__getitem__)
-        count = crossings(rows, edges)
-        if count < fewest:
-            best, fewest = rows, count
-    return best
-
-
-def spread(rows: Sequence[Sequence[str]], edges: Sequence[tuple[str, str]], half: dict[str, float]) -> dict[str, float]:
-    """Returns each name's abscissa: drawn towards those it has arrows with, as far as the boxes leave room."""
-    x = {}
-    for row in rows:
-        room = (WIDTH - 2 * sum(half[name] for name in row)) / (len(row) + 1)
-        at = 0.0
-        for name in row:
-            x[name] = at + room + half[name]
-            at += room + 2 * half[name]
-    neighbours = defaultdict(list)
-    for upper, lower in edges:
-        neighbours[upper].append(lower)
-        neighbours[lower].append(upper)
-    for _ in range(300):
-        wish = {name: sum(x[each] for each in near) / len(near) for name, near in neighbours.items()}
-        x = {name: 0.7 * here + 0.3 * wish.get(name, here) for name, here in x.items()}
-        for row, _ in itertools.product(rows, range(8)):  # whatever overlaps is pushed apart, by both sides alike
-            for one, next_one in itertools.pairwise(row):
-                overlap = x[one] + half[one] + GAP + half[next_one] - x[next_one]
-                if overlap > 0:
-                    x[one], x[next_one] = x[one] - overlap / 2, x[next_one] + overlap / 2
-    # The picture is stretched to its width.
-    low = min(here - half[name] for name, here in x.items())
-    high = max(here + half[name] for name, here in x.items())
-    side = max(half.values()) + 8
-    return {name: side + (here - low) * (WIDTH - 2 * side) / (high - low) for name, here in x.items()}
-
-
-def draw_modules() -> str:
-    """Returns the picture of the modules, layer on layer, each arrow from a module to one that it imports."""
-    whole = read_modules()
-    graph = reduce({name: targets - {*EVERYWHERE} for name, targets in whole.items() if name not in EVERYWHERE})
-    height = layers_of(graph)
-
-    # An arrow across several rows becomes a chain of short ones, through points that take part in the ordering.
-    rows: list[list[str]] = [[] for _ in range(max(height.values()) + 1)]
     for name in graph:
-        rows[height[name]].append(name)
-    chains = []
-    for name, target in ((name, target) for name, targets in graph.items() for target in sorted(targets)):
-        levels = range(height[name] - 1, height[target], -1)
-        points = [f"{name}>{target}@{level}" for level in levels]
-        for level, point in zip(levels, points):
-            rows[level].append(point)
-        chains.append([name, *points, target])
-    edges = [edge for chain in chains for edge in itertools.pairwise(chain)]
-    rows = order_rows(rows, edges)
-    shown = {name: name.removeprefix("integrations.") for name in graph}
-    half = {name: 4.0 * len(shown[name]) + 14 if name in graph else 5.0 for row in rows for name in row}
-    x = spread(rows, edges, half)
+        users = [height(user) for user, targets in graph.items() if name in targets]
+        rows[name] = range(height(name), min(users, default=height(name) + 1))
+    return rows
 
-    step, tall = 70, 30
-    y = {name: 30 + step * (len(rows) - 1 - level) for level, row in enumerate(rows) for name in row}
+
+def find_columns(rows: dict[str, range]) -> dict[str, tuple[float, float]]:
+    """Returns the left and right edge of each room: tall rooms are on the right, those of one row share the rest."""
+    columns: dict[str, tuple[float, float]] = {}
+    right = [float(WIDTH)] * (1 + max(row[-1] for row in rows.values()))  # what tall rooms leave of each row
+    for name in rows:
+        if len(rows[name]) > 1:
+            edge = min(right[row] for row in rows[name])
+            columns[name] = (edge - TALL_WIDTH, edge)
+            for row in rows[name]:
+                right[row] = edge - TALL_WIDTH - GAP
+    for row, edge in enumerate(right):
+        here = [name for name in rows if [*rows[name]] == [row]]
+        for number, name in enumerate(here):
+            width = (edge + GAP) / len(here)
+            columns[name] = (number * width, (number + 1) * width - GAP)
+    return columns
+
+
+def chip_width(name: str) -> float:
+    """Returns the width of the box of a module."""
+    return 7.4 * len(name) + 20
+
+
+def line_width(modules: Sequence[str]) -> float:
+    """Returns the width of the boxes of some modules side by side."""
+    return sum(map(chip_width, modules)) + CHIP_GAP * (len(modules) - 1)
+
+
+def split(modules: Sequence[str], width: float) -> list[Sequence[str]]:
+    """Returns modules in as few lines as fit a width, of about equally many; at worst in a line each."""
+    size = len(modules)
+    for count in range(1, size + 1):
+        lines = [modules[size * n // count : size * (n + 1) // count] for n in range(count)]
+        if max(map(line_width, lines)) <= width:
+            break
+    return lines
+
+
+class Room:
+    """A box with the name and purpose of a room, and its modules.
+
+    Args:
+        name: of the room.
+        modules: their names.
+        is_tall: whether it spans several rows, with one module a line.
+        left, right: its edges.
+    """
+
+    def __init__(self, name: str, modules: Sequence[str], is_tall: bool, left: float, right: float) -> None:
+        self.name, self.left, self.right = name, left, right
+        self.top = self.bottom = 0.0
+        self.purpose = "What starts a command"
+        if name != SCRIPTS:
+            self.purpose = summary(ROOT / "uvit" / name / "__init__.py").partition(":")[0].partition(".")[0]
+        # The name is beside the modules of a wide room, and above those of others.
+        self.is_wide = right - left > WIDTH / 2
+        self.header_width = 2 * PADDING + max(9 * len(name), 6 * len(self.purpose)) if self.is_wide else 0.0
+        self.header_height = 0 if self.is_wide else 44
+        self.lines = split(modules, 0 if is_tall else right - left - self.header_width - 2 * PADDING)
+
+    @property
+    def height(self) -> float:
+        """The height that its content needs."""
+        lines = len(self.lines) * (CHIP_HEIGHT + CHIP_GAP) - CHIP_GAP
+        return max(lines + self.header_height, 40) + 2 * PADDING - 4
+
+    def draw(self, colour: str) -> list[str]:
+        """Returns its box, name and modules."""
+        corner = f'x="{self.left:g}" y="{self.top:g}" width="{self.right - self.left:g}"'
+        parts = [f'<rect {corner} height="{self.bottom - self.top:g}" rx="12" fill="{colour}"/>']
+        middle = (self.top + self.bottom) / 2
+        x, anchor = (self.left + PADDING, "start") if self.is_wide else ((self.left + self.right) / 2, "middle")
+        y = middle - 10 if self.is_wide else self.top + PADDING + 4
+        parts.append(text(x, y, self.name, 15, INK, anchor, font_weight="600"))
+        parts.append(text(x, y + 19, self.purpose, 12, INK, anchor))
+        centre = (self.left + self.header_width + self.right) / 2
+        y = middle + self.header_height / 2 - (len(self.lines) - 1) * (CHIP_HEIGHT + CHIP_GAP) / 2
+        for line in self.lines:
+            x = centre - line_width(line) / 2
+            for module in line:
+                parts.append(box(x + chip_width(module) / 2, y, chip_width(module), CHIP_HEIGHT, module, "#ffffff"))
+                x += chip_width(module) + CHIP_GAP
+            y += CHIP_HEIGHT + CHIP_GAP
+        return parts
+
+
+def draw_rooms() -> str:
+    """Returns the picture of the rooms in rows, with an arrow from each to those that it imports."""
+    modules, graph = {name: [*files] for name, files in read_rooms().items()}, reduce(read_imports())
+    rows = find_rows(graph)
+    columns = find_columns(rows)
+    rooms = {name: Room(name, modules[name], len(rows[name]) > 1, *columns[name]) for name in rows}
+
+    # A row is as high as its highest room.
+    tops, y = {}, 8.0
+    for row in reversed(range(1 + max(each[-1] for each in rows.values()))):
+        height = max((room.height for name, room in rooms.items() if [*rows[name]] == [row]), default=0)
+        tops[row] = y, y + height
+        y += height + ARROW_LENGTH
+    for name, room in rooms.items():
+        room.top, room.bottom = tops[rows[name][-1]][0], tops[rows[name][0]][1]
+
     parts = []
-    for chain in chains:
-        path = f"M{x[chain[0]]:.1f} {y[chain[0]] + tall / 2:g}"
-        for upper, lower in itertools.pairwise(chain):
-            start, end = y[upper] + tall / 2, y[lower] - tall / 2
-            end -= 2 if lower in graph else 0
-            bend = 0.5 * (end - start)
-            path += f" C{x[upper]:.1f} {start + bend:g} {x[lower]:.1f} {end - bend:g} {x[lower]:.1f} {end:g}"
-            path += "" if lower in graph else f" v{tall}"
-        parts.append(arrow(path, DARKER[group_of(chain[0])], 1.5))
-    for name in graph:
-        parts.append(box(round(x[name], 1), y[name], 2 * half[name], tall, shown[name], COLOURS[group_of(name)]))
-    bottom = 30 + step * len(rows)
-    for number, name in enumerate(EVERYWHERE):
-        words = f"{name}, which {sum(name in whole[each] for each in graph)} of the above import"
-        parts.append(box(WIDTH * (2 * number + 1) / 4, bottom, WIDTH / 2 - 16, tall, words, COLOURS["ground"]))
-    at = 8.0
-    for group, meaning in LABELS.items():
-        parts.append(f'<rect x="{at:g}" y="{bottom + 33:g}" width="14" height="14" rx="4" fill="{COLOURS[group]}"/>')
-        parts.append(text(at + 20, bottom + 40, meaning, 12, LINE, "start"))
-        at += 44 + 6.6 * len(meaning)
-    words = "An arrow goes from a module to one that it imports, unless a longer way says so already."
-    parts.append(text(WIDTH - 8, bottom + 64, words, 12, LINE, "end"))
-    return picture(WIDTH, bottom + 80, "The modules of uvit and what each imports", parts)
+    for name, targets in graph.items():
+        for target in sorted(targets):
+            upper, lower = rooms[name], rooms[target]
+            x = (max(upper.left, lower.left) + min(upper.right, lower.right)) / 2
+            parts.append(arrow(f"M{x:g} {upper.bottom:g} V{lower.top - 2:g}", LINE, 2))
+    for number, name in enumerate(sorted(rooms, key=lambda name: rows[name][0])):
+        parts += rooms[name].draw(ROOM_COLOURS[number % len(ROOM_COLOURS)])
+    words = "Arrows point from a room to those that it imports; those that a longer path implies are left out."
+    parts.append(text(WIDTH - 8, y - ARROW_LENGTH + 20, words, 12, LINE, "end"))
+    return picture(WIDTH, y - ARROW_LENGTH + 36, "The rooms of uvit, their modules, and what each room imports", parts)
 
 
-PICTURES = {"model.svg": draw_model, "modules.svg": draw_modules}
+PICTURES = {"model.svg": draw_model, "modules.svg": draw_rooms}
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Draws the pictures, and writes the list of files into docs/reading.md."""
     for name, draw in PICTURES.items():
         (ROOT / "docs" / name).write_text(draw())
+    page = ROOT / "docs" / "reading.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}{list_files()}{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

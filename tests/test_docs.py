@@ -1,4 +1,4 @@
-"""What the documentation says: its examples run, its commands parse, its links and pictures are there."""
+"""The documentation: its examples run, its commands parse, and the names, links and pictures in it exist."""
 
 from __future__ import annotations
 
@@ -6,44 +6,46 @@ import contextlib
 import io
 import itertools
 import re
-import runpy
 import shlex
 import shutil
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
-import test_layout
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-import app
-import encode
-import evaluate
-import sample
-import train
-from uvit import checkpoint
+from docs import diagrams
+from uvit import __version__
+from uvit.__main__ import COMMANDS
+from uvit.commands import app, card, convert, encode, evaluate, export, push, sample, train
 from uvit.common.cli import parse
 from uvit.config import Config
-from uvit.integrations.export import ExportArguments
+from uvit.evaluation.measure import MeasureArguments
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
-DIAGRAMS = runpy.run_path(str(ROOT / "docs/diagrams.py"))
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/*.md")]
+}
 REFERENCE = "docs/from_the_reference.md"
-"""Whose tables have the other repository's words in their first column."""
+"""Its tables have the other repository's words in their first column."""
 WITH_EXAMPLES = sorted(page for page, words in PAGES.items() if "```python" in words and page != "README.md")
 SLURM = {"--signal", "--requeue", "--dependency"}
 PARSERS = {
-    "app.py": app.Arguments,
-    "sample.py": sample.Arguments,
-    "evaluate.py": evaluate.Arguments,
-    "evaluate.py stats": evaluate.StatisticsArguments,
-    "encode.py": encode.Arguments,
-    "uvit.checkpoint convert": checkpoint.ConvertArguments,
-    "uvit.checkpoint push": checkpoint.PushArguments,
-    "uvit.checkpoint card": checkpoint.CardArguments,
-    "uvit.checkpoint export": ExportArguments,
+    "app": app.Arguments,
+    "card": card.Arguments,
+    "convert": convert.Arguments,
+    "encode": encode.Arguments,
+    "evaluate": MeasureArguments,
+    "evaluate stats": evaluate.StatisticsArguments,
+    "export": export.Arguments,
+    "push": push.Arguments,
+    "sample": sample.Arguments,
+    "train": Config,
 }
+SCRIPTS = [path.name for path in ROOT.glob("*.py")]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -51,26 +53,33 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def inline_code(page: str) -> list[str]:
-    """Words in code inside of sentences and tables, but for those of the other repository and the benchmarks."""
+    """Code inside sentences and tables, without the other repository's and the benchmarks' commands."""
     words = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     if page == REFERENCE:
         words = re.sub(r"^\|[^|]*\|", "|", words, flags=re.MULTILINE)
     return [code for code in re.findall(r"`([^`\n]+)`", words) if not code.startswith("python benchmarks/")]
 
 
+def read_command(line: str) -> tuple[str, list[str]] | None:
+    """Returns the command of ours that a line of a shell runs, and its arguments; None where it runs none."""
+    words = shlex.split(line, comments=True)
+    if words[1:3] == ["-m", "uvit"]:
+        command, *arguments = words[3:]
+    else:
+        starts = [number for number, word in enumerate(words) if word in SCRIPTS]
+        if not starts or words[0] not in ("python", "accelerate", "srun", "torchrun"):
+            return None
+        script, *arguments = words[starts[0] :]
+        command = script.removesuffix(".py")
+    if arguments and f"{command} {arguments[0]}" in PARSERS:
+        return f"{command} {arguments[0]}", arguments[1:]
+    return command, arguments
+
+
 def commands() -> list[tuple[str, list[str]]]:
-    """Every call of a command of ours in the pages: the command, and its arguments."""
-    found = []
-    for page in PAGES:
-        for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            starts = [n for n, word in enumerate(words) if word in (*PARSERS, "train.py", "uvit.checkpoint")]
-            if starts and words[0] in ("python", "accelerate", "srun", "torchrun"):
-                command, *arguments = words[starts[0] :]
-                if f"{command} {arguments[0]}" in PARSERS:
-                    command, arguments = f"{command} {arguments[0]}", arguments[1:]
-                found.append((command, arguments))
-    return found
+    """Every call of a command of ours in the pages."""
+    lines = [line for page in PAGES for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()]
+    return [found for line in lines if (found := read_command(line))]
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +90,14 @@ def options() -> set[str]:
         known |= set(launcher._option_string_actions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
-        for cls in (Config, *PARSERS.values()):
+        for cls in PARSERS.values():
             known |= help_options(cls)
     return known
 
 
 def help_options(cls: type) -> set[str]:
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
-        parse(cls, ["--help"], "", "")
+        parse(cls, ["--help"])
     return set(re.findall(r"--[a-z][\w.]*", printed.getvalue()))
 
 
@@ -105,27 +114,29 @@ def test_examples_run_as_they_stand(page, tmp_path, monkeypatch):
 def test_there_are_examples_and_commands():
     assert {"docs/import.md", "docs/your_images.md", "docs/imagenet256.md", REFERENCE} <= {*WITH_EXAMPLES}
     assert len(commands()) >= 25
-    assert {command for command, _ in commands()} >= {"train.py", "sample.py", "evaluate.py", "encode.py", "app.py"}
+    assert {command for command, _ in commands()} == PARSERS.keys()
+    assert {command.partition(" ")[0] for command in PARSERS} == COMMANDS.keys()
+    assert {script.removesuffix(".py") for script in SCRIPTS} <= COMMANDS.keys()
 
 
 @pytest.mark.parametrize(("command", "arguments"), commands(), ids=lambda value: " ".join(value)[:60])
 def test_commands_parse(command, arguments, tmp_path, monkeypatch):
-    if command == "train.py":
+    if command == "train":
         shutil.copytree(ROOT / "configs", tmp_path / "configs")
         (tmp_path / "configs/birds.py").write_text(blocks("docs/your_images.md", "python")[0])
         monkeypatch.chdir(tmp_path)
         assert isinstance(train.read_arguments(arguments), Config)
     else:
-        assert isinstance(parse(PARSERS[command], arguments, command, ""), PARSERS[command])
+        assert isinstance(parse(PARSERS[command], arguments), PARSERS[command])
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_options_are_those_of_the_parsers(page, options):
+def test_options_that_are_named_exist(page, options):
     named = {option for code in inline_code(page) for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", code)}
     assert named <= options, sorted(named - options)
 
 
-def test_an_option_that_is_none_would_be_found(options):
+def test_an_unknown_option_would_be_found(options):
     assert "--train.batch_size" in options and "--paper_scale" in options and "--nproc_per_node" in options
     assert "--train.batchsize" not in options and "--nnet_path" not in options
 
@@ -135,7 +146,7 @@ def test_fields_of_configs_exist(page):
     config = Config()
     for code in inline_code(page):
         named = re.fullmatch(r"(model|process|data|optim|train|sample)\.(\w+)", code)
-        if named and named[2] not in ("py", "safetensors", "onnx"):
+        if named and named[2] not in ("py", "json", "safetensors", "onnx"):
             assert hasattr(getattr(config, named[1]), named[2]), code
 
 
@@ -145,6 +156,28 @@ def test_configs_that_are_named_exist(page):
     words = "\n".join(inline_code(page)) if page == REFERENCE else PAGES[page]
     assert set(re.findall(r"configs/(\w+)\.py", words)) <= known
     assert set(re.findall(r"^\w+_uvit_\w+$", "\n".join(inline_code(page)), re.MULTILINE)) <= known
+
+
+def is_defined(name: str) -> bool:
+    try:
+        resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_that_are_named_exist(page):
+    for name in re.findall(r"\buvit(?:\.\w+)+", "\n".join(inline_code(page))):
+        assert is_defined(name), name
+
+
+def test_stations_of_the_walks_exist():
+    """In the page on the code, what is named after a link to a file stands in that file."""
+    stations = re.findall(r"\]\(\.\./(uvit/[\w/]+)\.py\) `([\w.]+)`", PAGES["docs/reading.md"])
+    assert len(stations) >= 15
+    for module, name in stations:
+        assert is_defined(f"{module.replace('/', '.')}.{name}"), f"{module} {name}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -160,33 +193,72 @@ def test_links_lead_somewhere(page):
             assert anchor in [re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings], target
 
 
-@pytest.mark.parametrize("name", DIAGRAMS["PICTURES"])
+def test_the_changelog_and_the_citation_are_of_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## (.*)$", changelog, re.MULTILINE)[0] == __version__
+    moved = re.findall(r"^\| `uvit.*?\| (.*) \|$", changelog, re.MULTILINE)
+    assert len(moved) >= 30
+    for new in moved:
+        for name in re.findall(r"`(uvit(?:\.\w+)+)`", new):
+            assert is_defined(name), name
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert citation["authors"][0]["name"] in (ROOT / "LICENSE").read_text()
+
+
+def test_pre_commit_runs_the_ruff_of_the_tests():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert f"ruff=={repo['rev'].removeprefix('v')}\n" in (ROOT / "constraints.txt").read_text()
+
+
+@pytest.mark.parametrize("name", diagrams.PICTURES)
 def test_pictures_are_what_the_script_draws(name):
-    drawn = DIAGRAMS["PICTURES"][name]()
+    drawn = diagrams.PICTURES[name]()
     assert (ROOT / "docs" / name).read_text() == drawn, "run python docs/diagrams.py"
 
 
-@pytest.mark.parametrize("name", DIAGRAMS["PICTURES"])
-def test_boxes_of_pictures_do_not_overlap(name):
-    corner = r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" rx="7"'
-    boxes = [tuple(map(float, found)) for found in re.findall(corner, (ROOT / "docs" / name).read_text())]
-    assert len(boxes) > 20
-    for (x1, y1, width1, height1), (x2, y2, width2, height2) in itertools.combinations(boxes, 2):
-        assert x1 + width1 <= x2 or x2 + width2 <= x1 or y1 + height1 <= y2 or y2 + height2 <= y1
+def test_the_list_of_files_is_what_the_script_writes():
+    listed = f"{diagrams.BEGIN}{diagrams.list_files()}{diagrams.END}"
+    assert listed in PAGES["docs/reading.md"], "run python docs/diagrams.py"
 
 
-def test_the_picture_of_the_modules_has_every_import():
-    """Its arrows are the imports that the test of the layout reads, but for those that a longer way implies."""
-    graph = DIAGRAMS["read_modules"]()
-    for name in test_layout.ORDER:
-        if not name.endswith("__init__"):
-            assert graph[name] == test_layout.imports_of(name) - {"__init__"}, name
-    reduced = DIAGRAMS["reduce"](graph)
+def rectangles(name: str, radius: int) -> list[tuple[float, ...]]:
+    """Left, top, right and bottom of the boxes of a picture whose corners have a radius."""
+    corner = rf'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" rx="{radius}"'
+    found = [map(float, each) for each in re.findall(corner, (ROOT / "docs" / name).read_text())]
+    return [(x, y, x + width, y + height) for x, y, width, height in found]
+
+
+@pytest.mark.parametrize(("name", "radius"), [("model.svg", 7), ("modules.svg", 7), ("modules.svg", 12)])
+def test_boxes_of_pictures_do_not_overlap(name, radius):
+    boxes = rectangles(name, radius)
+    assert len(boxes) > 10
+    for (left1, top1, right1, bottom1), (left2, top2, right2, bottom2) in itertools.combinations(boxes, 2):
+        assert right1 <= left2 or right2 <= left1 or bottom1 <= top2 or bottom2 <= top1
+
+
+def test_each_module_is_drawn_inside_a_room():
+    rooms, modules = rectangles("modules.svg", 12), rectangles("modules.svg", 7)
+    assert len(rooms) == len(diagrams.read_rooms())
+    assert len(modules) == sum(map(len, diagrams.read_rooms().values()))
+    for left, top, right, bottom in modules:
+        assert any(x1 < left and y1 < top and right < x2 and bottom < y2 for x1, y1, x2, y2 in rooms)
+
+
+def test_the_picture_of_the_rooms_has_every_import():
+    """Its arrows are the imports between rooms, but for those that a longer path implies."""
+    graph = diagrams.read_imports()
+    for room, files in diagrams.read_rooms().items():
+        words = "\n".join(path.read_text() for path in files.values())
+        imported = re.findall(r"^ *(?:from|import) uvit\.(\w+)", words, re.MULTILINE)
+        assert graph[room] == {*imported} - {room}
+    reduced = diagrams.reduce(graph)
 
     def reached(name: str) -> set[str]:
         return reduced[name].union(*map(reached, reduced[name]))
 
     for name, targets in graph.items():
-        assert targets <= reached(name) and reduced[name] <= targets
-    levels = DIAGRAMS["layers_of"](graph)
-    assert all(levels[target] < levels[name] for name, targets in graph.items() for target in targets)
+        assert targets == reached(name) & targets and reduced[name] <= targets
+    assert (ROOT / "docs/modules.svg").read_text().count("marker-end") == sum(map(len, reduced.values()))
+    rows = diagrams.find_rows(reduced)
+    assert all(rows[target][-1] < rows[name][0] for name, targets in reduced.items() for target in targets)

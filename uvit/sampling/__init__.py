@@ -1,1 +1,1 @@
-"""From a trained run to images."""
+"""Drawing images from a trained run."""

@@ -1,4 +1,4 @@
-"""What images are drawn for: labels, prompts, or nothing."""
+"""Conditions of images: labels, prompts, or none."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from uvit.config import Config, NetworkConfig
 from uvit.networks.encoders import EMPTY_CAPTION
 
 Condition = int | str | None
-"""What an image is drawn for: a label, a prompt, or nothing."""
+"""What an image is conditioned on: a label, a prompt, or nothing."""
 
 
 def class_names(config: Config) -> tuple[str, ...]:
-    """Returns the names of a run's labels: those of its data, or their numbers."""
+    """Returns the names of a run's labels: those in its data, or else their numbers."""
     return config.data.class_names or tuple(map(str, range(config.model.num_classes)))
 
 
 def resolve_classes(given: Sequence[int | str], config: Config) -> list[int]:
-    """Returns the labels that a user's numbers or names mean; text is a name first, a number is never one.
+    """Returns the labels for a user's numbers or names; text such as '3' is a name if there is such a name.
 
     Raises:
         InputError: a label that the model does not have.
@@ -43,10 +43,11 @@ def resolve_classes(given: Sequence[int | str], config: Config) -> list[int]:
 def resolve_conditions(
     config: Config, classes: Sequence[int | str] = (), prompts: Sequence[str] = ()
 ) -> list[Condition]:
-    """Returns what to draw: the classes or prompts given, or else all classes, the run's own prompts, or [None].
+    """Returns what to draw: the given classes or prompts, or else all classes, the run's prompts, or [None].
 
     Raises:
-        InputError: classes for a model without labels, prompts for one without context, or no prompt at all.
+        InputError: unknown classes, classes for a model without labels, prompts for one without context, or no prompt
+            for one with context.
     """
     model = config.model
     if classes and not model.num_classes:
@@ -63,7 +64,7 @@ def resolve_conditions(
 
 
 def condition_names(conditions: Sequence[Condition], config: Config) -> list[str]:
-    """Names conditions for people; without labels and prompts there is nothing to name."""
+    """Returns the names of conditions as text, leaving out None."""
     names = class_names(config)
     return [names[each] if isinstance(each, int) else each for each in conditions if each is not None]
 
@@ -75,14 +76,14 @@ def batch_conditions(
     device: torch.device,
     negative: str = EMPTY_CAPTION,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]:
-    """Returns the network's arguments for conditions, and for what guidance leads away from, where the model knows it.
+    """Returns the network's keyword arguments for conditions, and those for the empty condition (None if it has none).
 
     Args:
-        conditions: B labels, B prompts, or None B times, as the model takes.
+        conditions: B labels, B prompts, or None B times, whichever the model takes.
         config: of the model.
         encode: text encoder of a model that takes a context: B texts to (B, num_context_tokens, context_dim).
         device: where labels go.
-        negative: text that guidance leads away from, for a model that takes a context; labels have the null class.
+        negative: text that guidance leads away from, for a model that takes a context; for labels it is the null class.
 
     Raises:
         InputError: no text encoder where the model needs one.

@@ -1,4 +1,4 @@
-"""Conditions to images: what the grids of training, sample.py, evaluate.py and the page share."""
+"""Conditions to images, for the grids of training, sample.py, evaluate.py and the web page alike."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from uvit.networks.runtime import resolve_precision, tf32
 from uvit.sampling.conditions import Condition, batch_conditions, condition_names
 from uvit.sampling.grid import image_grid
 
-CPU_CACHE_BYTES = 2**20  # benchmarks/sample.py: more at a time is slower
-MIN_DEFAULT_BATCH = 4  # fewer read (and in bf16 round) the weights of a large model too often
+CPU_CACHE_BYTES = 2**20  # larger batches are slower: benchmarks/sample.py
+MIN_DEFAULT_BATCH = 4  # smaller batches read (and in bf16 round) the weights of a large model too often
 MAX_DEFAULT_BATCH = 512
 
 UNLABELLED_COLUMNS = 8
-"""Images of a row where rows stand for no condition."""
+"""Images per row where there are no conditions."""
 
 
 def default_batch_size(config: Config, device: torch.device) -> int:
-    """Returns how many images to draw at a time: a processor's cache holds one layer of them, or a GPU all layers."""
+    """Returns how many images to draw at a time: one layer of them fits a CPU's cache, or all layers a GPU's memory."""
     model = config.model
     passes = 1 if config.sample.guidance == 1 else 2
     image_bytes = passes * model.activation_size * torch.float32.itemsize
@@ -39,7 +39,7 @@ def default_batch_size(config: Config, device: torch.device) -> int:
 
 
 def decode_images(x: Tensor, encoders: Encoders) -> Tensor:
-    """Makes images of what a model draws, pixels in [-1, 1] or latents: (B, C, H, W) uint8."""
+    """Converts what a model draws, pixels in [-1, 1] or latents, to images: (B, C, H, W) uint8."""
     return to_uint8(x if encoders.image is None else encoders.image.decode(x))
 
 
@@ -55,19 +55,19 @@ def generate_batches(
 ) -> Iterator[Tensor]:
     """Draws one image for each condition, a batch at a time.
 
-    The k-th image of a condition depends on (seed, condition, k) alone: not on the batch size, the device, the other
+    The k-th image of a condition depends only on (seed, condition, k): not on the batch size, the device, the other
     conditions or the number of processes.
 
     Args:
         model: the network, in eval mode.
         config: what it was trained on, and the solver, steps and guidance to draw with.
-        conditions: a label, a prompt or None for each image, as the model takes.
+        conditions: a label, a prompt or None for each image, whichever the model takes.
         seed: seed of the set.
-        batch_size: images at a time; None is what fits.
-        encoders: the run's text encoder, where the model takes a context, and its autoencoder, where it draws latents.
+        batch_size: images at a time; None is default_batch_size.
+        encoders: the run's text encoder, if the model takes a context, and its autoencoder, if it draws latents.
         on_evaluation: called with a batch's x_t after each evaluation of the network, for a progress bar;
-            `decode_images` makes images of it.
-        share: (process, processes); each draws every N-th image of N processes.
+            `decode_images` converts it to images.
+        share: (process, number of processes); of N processes, each draws every N-th image.
 
     Yields:
         (B, C, H, W) uint8 on the device of the model.
@@ -81,12 +81,12 @@ def generate_batches(
         items.append(((seed, number, drawn.setdefault(condition, 0)), condition))
         drawn[condition] += 1
 
-    mine = items[share[0] :: share[1]]
+    own_items = items[share[0] :: share[1]]
     batch_size = batch_size or default_batch_size(config, device)
     precision = resolve_precision(config.sample.mixed_precision, device.type, config.model.width)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    for start in range(0, len(mine), batch_size):
-        keys, part = zip(*mine[start : start + batch_size])
+    for start in range(0, len(own_items), batch_size):
+        keys, part = zip(*own_items[start : start + batch_size])
         cond, uncond = batch_conditions(part, config.model, encoders.text, device)
         reused = config.sample.reused
         network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
@@ -111,10 +111,10 @@ def generate(
 
 
 def sample_grid(images: Tensor, rows: Sequence[Condition], columns: int, config: Config) -> Image.Image:
-    """Lays images out as one picture: a named row for each condition, or plain rows where there is none."""
+    """Arranges images in one picture: a named row for each condition, or plain rows where there are none."""
     return image_grid(images, UNLABELLED_COLUMNS if rows == [None] else columns, condition_names(rows, config))
 
 
 def describe_guidance(scale: float) -> str:
-    """Names a guidance scale in both conventions, ours and the paper's."""
+    """Describes a guidance scale in both conventions, ours and the paper's."""
     return f"guidance w = {scale:g} (the paper's s = {scale - 1:g})"

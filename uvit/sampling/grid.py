@@ -1,4 +1,4 @@
-"""Many images as one picture."""
+"""Many images in one picture."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from uvit.common.errors import printable
+from uvit.common.errors import one_line, printable
 
 CELL = 64
-"""Small images are enlarged by a whole factor until their shorter side has about this many pixels."""
+"""Small images are enlarged by an integer factor until their shorter side has about this many pixels."""
 GAP = 2
 NAME_WIDTH, NAME_LINES = 28, 3
-"""Letters of a line, and lines, of a row's name; what is longer is cut."""
+"""Characters per line, and lines, of a row's name; longer names are truncated."""
 
 
 def image_grid(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
-    """Lays images out in rows.
+    """Arranges images in rows.
 
     Args:
         images: (N, C, H, W) uint8 with 1 or 3 channels, row by row.
-        columns: images of a row; the last row may be shorter.
-        row_names: a name for each row, drawn at its left.
+        columns: images per row; the last row may be shorter.
+        row_names: a name for each row, drawn to its left.
 
     Returns:
         An RGB picture.
@@ -35,7 +35,7 @@ def image_grid(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> I
     cells = cells.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = cells.shape[1] + GAP, cells.shape[2] + GAP
     wrapped = [
-        textwrap.wrap(printable(" ".join(name.split())), NAME_WIDTH, max_lines=NAME_LINES, placeholder=" …")
+        textwrap.wrap(printable(one_line(name)), NAME_WIDTH, max_lines=NAME_LINES, placeholder=" …")
         for name in row_names
     ]
     most_lines = max(map(len, wrapped), default=1)

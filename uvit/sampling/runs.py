@@ -1,4 +1,4 @@
-"""A trained run, ready to draw from, and the settings that every command which draws takes."""
+"""Loading a trained run to draw from, and the options shared by all commands that draw."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from uvit.weights.pretrained import find_pretrained
 
 @dataclass(frozen=True, kw_only=True)
 class DrawArguments(Section):
-    """What every command that draws images from a run takes."""
+    """The options of all commands that draw images from a run."""
 
     checkpoint: str
     """Run folder, such as runs/digits, or hub name of one (`user/model`, or `user/model@REVISION`); with --config also
-    weights alone."""
+    a folder or file of weights."""
     config: str | None = None
-    """Config of weights that do not come with one, such as configs/imagenet256_uvit_huge.py for a published file."""
+    """The run's config, for weights without one, such as configs/imagenet256_uvit_huge.py for a published file."""
     guidance: float | None = None
     """w in w * cond + (1 - w) * uncond, 1 is none."""
     paper_scale: float | None = None
     """The paper's s in cond + s * (cond - uncond), instead of --guidance: w = 1 + s."""
     guidance_interval: tuple[float, float] | None = None
-    """Times in [0, 1] between which guidance acts; the run's own where not given, as all below."""
+    """Times in [0, 1] between which guidance is applied; by default the run's, as for the options below."""
     steps: int | None = None
     """Steps of the sampler."""
     sampler: SolverName | None = None
@@ -63,17 +63,17 @@ class DrawArguments(Section):
     seed: int = 0
     """The same seed draws the same images at any batch size."""
     batch_size: int | None = None
-    """Images at a time; where not given, what fits a processor's cache, or a GPU's memory."""
+    """Images at a time; by default as many as fit a CPU's cache, or a GPU's memory."""
     mixed_precision: Precision | None = None
-    """Precision of matrix products, which changes images a little; the run's own where not given."""
+    """Precision of matrix products, which changes images a little; by default the run's."""
     compile: Compile = "no"
-    """Compile the network, for many images: the first take long."""
+    """Compile the network, for many images: the first ones are slow."""
     attention: Backend = "auto"
     """Attention backend."""
     text_encoder: str | None = None
-    """Folder or hub name of a text model's CLIP; the run's own where not given."""
+    """Folder or hub name of a text model's CLIP; by default the run's."""
     autoencoder: str | None = None
-    """Folder or hub name of a latent model's AutoencoderKL; the run's own where not given."""
+    """Folder or hub name of a latent model's AutoencoderKL; by default the run's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,13 +85,13 @@ class DrawArguments(Section):
             raise InputError(f"give --guidance or --paper_scale, got both: {self.guidance:g} and {self.paper_scale:g}")
 
     def load(self, default_guidance: float | None = None) -> tuple[Config, Network, Encoders]:
-        """Loads the run, its config with these settings, ready to draw from.
+        """Loads the run's network and encoders, and its config with these options applied.
 
         Args:
-            default_guidance: w where none is given; None is the run's own.
+            default_guidance: w if none is given; None is the run's.
 
         Raises:
-            InputError: as load_run and load_encoders, or settings that do not fit the run.
+            InputError: as load_run and load_encoders, or options that do not fit the run.
         """
         device = process_state().device
         given = self.guidance if self.paper_scale is None else 1 + self.paper_scale
@@ -109,34 +109,34 @@ class DrawArguments(Section):
         )
         resolve_precision(sampling.mixed_precision, device.type, config.model.width)
         check_compile(self.compile, device.type)
-        # A network that is called in parts is compiled in parts.
-        in_parts = self.compile != "no" and sampling.reused is not None
-        compile_model(model, "blocks" if in_parts else self.compile)
+        # Reuse calls parts of the network, so it is compiled block by block.
+        by_blocks = self.compile != "no" and sampling.reused is not None
+        compile_model(model, "blocks" if by_blocks else self.compile)
         data = _replace_given(config.data, text_encoder=self.text_encoder, autoencoder=self.autoencoder)
         config = dataclasses.replace(config, sample=sampling, data=data)
-        sampling_times(config.process, config.sample)  # a grid that cannot be made is found before the long work
+        sampling_times(config.process, config.sample)  # raises for an invalid grid before the long work
         set_threads(config.train.num_threads)
         return config, model, load_encoders(config.data, config.model).to(device)
 
 
 def _replace_given(section: SectionT, **values: Any) -> SectionT:
-    """Replaces the fields whose value is not None."""
+    """Replaces the fields for which a value other than None is given."""
     return dataclasses.replace(section, **{name: value for name, value in values.items() if value is not None})
 
 
 def load_run(
     checkpoint: str, attention: Backend, device: torch.device, config_file: str | None = None
 ) -> tuple[Config, Network]:
-    """Loads a run's config and its averaged weights, ready to sample.
+    """Loads a run's config, and its network with the averaged weights, in eval mode.
 
     Args:
-        checkpoint: run folder, or hub name of one; with `config_file` also a backbone alone or published weights.
-        attention: backend to run with.
-        device: where to.
-        config_file: the run's config, for weights that do not come with one.
+        checkpoint: run folder, or hub name of one; with `config_file` also a folder of weights or published weights.
+        attention: attention backend.
+        device: where the network goes.
+        config_file: the run's config, for weights without one.
 
     Raises:
-        InputError: no run there, files that are not what they should be, or a backend that cannot run there.
+        InputError: no run there, invalid files, weights that are not finite, or a backend that cannot run there.
     """
     path = find_pretrained(checkpoint)
     if config_file is not None:
@@ -144,10 +144,10 @@ def load_run(
     else:
         raw = {} if path.is_file() else read_json(path / CONFIG_FILE)
         if isinstance(raw, dict) and config_kind(raw) != "run":
-            raise InputError(f"{checkpoint} holds weights alone, expected a run: give the run's config with --config")
+            raise InputError(f"{checkpoint} holds only weights, expected a run: give the run's config with --config")
         config = from_dict(Config, raw)
     resolve_backend(attention, device.type, config.model.head_dim)
-    known = dataclasses.asdict(config.model) if path.is_file() else {}  # a published file's tensors do not tell all
+    known = dataclasses.asdict(config.model) if path.is_file() else {}  # not all can be inferred from a published file
     model = load_network(path, {**known, "attention": attention})
     if dataclasses.replace(model.config, attention=config.model.attention) != config.model:
         different = [

@@ -1,6 +1,6 @@
-"""docs/uvit_in_ten_minutes.ipynb runs, and holds what came out.
+"""docs/uvit_in_ten_minutes.ipynb runs, and its stored outputs are what it prints.
 
-`python tests/test_notebook.py` runs it and writes the outputs into it.
+`python tests/test_notebook.py` runs it and stores the outputs in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "uvit_in_ten_minutes.ipynb"
 TIMEOUT = 900
-# What only a machine without widgets prints, with its paths; and no device that only some have.
+# A machine without widgets would print a warning with its paths; and the outputs are those of a CPU.
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:IProgress not found", "ACCELERATE_USE_CPU": "true"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|tmp|usr|opt|mnt|work|Users|var)/|[A-Z]:\\\\|site-packages")
 
@@ -38,13 +38,13 @@ def execute(folder: Path) -> nbformat.NotebookNode:
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[list[tuple[str, ...]]]:
-    """Which kinds of output each cell of code has, and what it prints; progress bars, on stderr, tell times."""
+    """Which kinds of output each code cell has, and what it prints, without the times on stderr."""
 
-    def told(output: nbformat.NotebookNode) -> tuple[str, ...]:
+    def describe(output: nbformat.NotebookNode) -> tuple[str, ...]:
         name = output.get("name", "")
         return (output.output_type, name, output.text if name == "stdout" else "", *output.get("data", {}))
 
-    return [sorted(map(told, cell.outputs)) for cell in notebook.cells if cell.cell_type == "code"]
+    return [sorted(map(describe, cell.outputs)) for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def test_the_committed_outputs_are_of_one_run_and_name_no_machine():

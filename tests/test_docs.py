@@ -245,6 +245,16 @@ def test_each_module_is_drawn_inside_a_room():
         assert any(x1 < left and y1 < top and right < x2 and bottom < y2 for x1, y1, x2, y2 in rooms)
 
 
+def test_what_a_room_is_for_fits_into_its_box():
+    """Rooms that are not wide have it in their middle; a letter of its size is about 6 wide."""
+    picture = (ROOT / "docs/modules.svg").read_text()
+    centred = re.findall(r'<text x="(.*?)" y="(.*?)" font-size="12" .*? text-anchor="middle">(.*?)</text>', picture)
+    assert centred
+    for x, y, words in ((float(x), float(y), words) for x, y, words in centred):
+        (room,) = [each for each in rectangles("modules.svg", 12) if each[0] < x < each[2] and each[1] < y < each[3]]
+        assert room[0] < x - 3 * len(words) and x + 3 * len(words) < room[2], words
+
+
 def test_the_picture_of_the_rooms_has_every_import():
     """Its arrows are the imports between rooms, but for those that a longer path implies."""
     graph = diagrams.read_imports()

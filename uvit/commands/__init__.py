@@ -1,1 +1,1 @@
-"""The command lines, a module each: arguments, checks, one call."""
+"""The commands, one module each: arguments, checks, one call."""

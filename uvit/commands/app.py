@@ -1,4 +1,4 @@
-"""Serves a page that draws from trained runs: `python app.py --runs runs`, then open the address that it prints."""
+"""Serves a web page that draws images from trained runs: `python app.py --runs runs`, then open the printed address."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from uvit.config import Section
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Section):
     runs: str = "runs"
-    """Folder whose runs the page draws from, and no others."""
+    """Folder of the runs that the page can draw from."""
     host: str = "127.0.0.1"
-    """Address to listen on: this machine alone, or 0.0.0.0 for everyone who can reach it."""
+    """Address to listen on: by default only for this machine; 0.0.0.0 is for everyone who can reach it."""
     port: int = 7860
-    """Port to listen on; 0 is any that is free."""
+    """Port to listen on; 0 is any free port."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Writes the folder that push would publish, to look at it first."""
+"""Writes the folder that push would publish, to check it first."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from uvit.integrations.publish import write_hub_folder
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Section):
     source: tyro.conf.Positional[str]
-    """Run folder, such as runs/digits, or weights alone."""
+    """Run folder, such as runs/digits, or a folder or file of weights."""
     output: tyro.conf.Positional[str]
     """New folder for what would be published."""
     name: str = "user/model"
-    """What the card calls it."""
+    """Name of the model in the card."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Writes the folder, whole or not at all."""
+    """Writes the folder atomically."""
     given = parse(Arguments, arguments, __doc__)
     output = Path(given.output)
     if lexists(output):

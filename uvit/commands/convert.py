@@ -1,4 +1,4 @@
-"""Turns published weights into config.json and model.safetensors, which others read without a pickle."""
+"""Converts published weights to config.json and model.safetensors, which other tools can read without a pickle."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from uvit.weights.pretrained import find_pretrained, save_pretrained
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     source: tyro.conf.Positional[str]
-    """Published `.pth` file, or a checkpoint folder of the reference code with nnet_ema.pth."""
+    """Published `.pth` file, or a checkpoint folder of the paper's code with nnet_ema.pth."""
     output: tyro.conf.Positional[str]
     """Folder to write config.json and model.safetensors to."""
     num_heads: int | None = None
-    """Attention heads, where the width is not a published one."""
+    """Number of attention heads, if the width is not a published one."""
     img_size: tuple[int, int] | None = None
-    """Height and width in pixels of an image (or latent) that is not square."""
+    """Height and width in pixels of the image (or latent), if it is not square."""
     num_context_tokens: int | None = None
-    """Length of the context, where it is not CLIP's 77."""
+    """Length of the context, if it is not CLIP's 77."""
     null_class: bool | None = None
-    """Whether the last label means "no label"; where not given, it does for 1001 labels."""
+    """Whether the last label means "no label"; by default it does if there are 1001 labels."""
 
 
 def main(arguments: Sequence[str]) -> None:

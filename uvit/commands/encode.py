@@ -1,6 +1,6 @@
-"""Encodes images, and their captions, once for all training: `python encode.py --data photos --output data/photos`.
+"""Encodes images and captions once, before training: `python encode.py --data photos --output data/photos`.
 
-`accelerate launch encode.py …` shares the work between processes. The same command again goes on where it stopped.
+`accelerate launch encode.py …` splits the work between processes. Running the same command again resumes it.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ class Arguments(Section):
     split: str = "train"
     """Split to encode."""
     image_size: int = 256
-    """Side in pixels to which images are cut."""
+    """Side in pixels that images are cropped to."""
     autoencoder: str = SD_AUTOENCODER
     """Frozen AutoencoderKL: a folder or a hub name."""
     scale_factor: float = DataConfig.scale_factor
-    """What training will multiply the latents by."""
+    """Factor that training will multiply the latents by."""
     text_encoder: str | None = None
     """Frozen CLIP text encoder for the captions, a folder or a hub name; None encodes no captions."""
     caption_column: str | None = None
-    """Column of captions; None is the only one, or one with a usual name."""
+    """Column of captions; None is the only text column, or one with a usual name."""
     num_captions: int = 1
-    """Captions kept of each image (COCO has five); an image with fewer repeats them."""
+    """Captions to keep per image (COCO has five); an image with fewer repeats them."""
     on_error: Literal["stop", "skip"] = "stop"
-    """At an image that cannot be read: stop, or leave it out and list it."""
+    """When an image cannot be read: stop, or skip it and list it."""
     batch_size: int = 16
-    """Images at a time, on each process."""
+    """Images at a time, per process."""
     shard_size: int = 2048
-    """Images of a file, which is what an interruption can lose."""
+    """Images per file: the most that an interruption can lose in each process."""
     num_workers: int = 0
     """Loader processes."""
 
@@ -77,7 +77,11 @@ class Arguments(Section):
 def build_manifest(
     given: Arguments, data: ImageData, autoencoder: Autoencoder, text_encoder: TextEncoder | None
 ) -> Manifest:
-    """Says what will be made."""
+    """Describes the latents that will be made.
+
+    Raises:
+        InputError: an image size that the autoencoder's downsampling does not divide.
+    """
     side = given.image_size // autoencoder.factor
     if given.image_size % autoencoder.factor:
         raise InputError(f"image_size must be divisible by {autoencoder.factor}, got {given.image_size}")
@@ -104,7 +108,11 @@ def build_manifest(
 def encode_batch(
     batch: Batch, manifest: Manifest, autoencoder: Autoencoder, text_encoder: TextEncoder | None
 ) -> dict[str, Any]:
-    """Returns the columns of a shard for a batch of images."""
+    """Returns the columns of a shard for a batch of images.
+
+    Raises:
+        InputError: moments that float16 cannot hold.
+    """
     images = to_unit_range(batch.images)
     both = torch.stack([autoencoder.encode(images), autoencoder.encode(images.flip(-1))], dim=1)  # (B, 2, 2C, h, w)
     moments = both.half()
@@ -126,22 +134,22 @@ def encode(
     text_encoder: TextEncoder | None,
     state: PartialState,
 ) -> None:
-    """Encodes this process's share of the shards that are not there yet."""
+    """Encodes this process's share of the missing shards."""
     folder = Path(given.output)
     missing = [shard for shard in range(manifest.num_shards) if not is_complete(folder / manifest.shard_file(shard))]
-    state.wait_for_everyone()  # everyone has looked before anyone writes
+    state.wait_for_everyone()  # all processes list the missing shards before any writes one
     parts: dict[int, list[range]] = {}
     for shard in missing[state.process_index :: state.num_processes]:
         covered = manifest.covered(shard)
         parts[shard] = [covered[first : first + given.batch_size] for first in range(0, len(covered), given.batch_size)]
 
-    order = [part for of_shard in parts.values() for part in of_shard]
+    order = [part for shard_parts in parts.values() for part in shard_parts]
     batches = read_in_parts(data, order, given.num_workers)
     total = sum(map(len, order))
     with tqdm(total=total, unit="image", disable=not state.is_main_process, dynamic_ncols=True) as progress:
-        for shard, of_shard in parts.items():
+        for shard, shard_parts in parts.items():
             with write_shard(folder, manifest, shard) as add:
-                for part in of_shard:
+                for part in shard_parts:
                     batch = next(batches)
                     report_skipped(folder, batch.skipped)
                     if len(batch.labels):
@@ -150,7 +158,7 @@ def encode(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Reads the command line, opens the folder and encodes."""
+    """Parses the command line, prepares the folder and encodes."""
     given = parse(Arguments, arguments, __doc__)
     source = DataConfig(
         name=given.data, train_split=given.split, caption_column=given.caption_column, on_error=given.on_error

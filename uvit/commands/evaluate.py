@@ -1,7 +1,7 @@
-"""Measures images: those that a run draws, or those of a folder or an .npz.
+"""Evaluates images drawn from a run, or those in a folder or an .npz.
 
-`python evaluate.py --checkpoint runs/digits`, or `python evaluate.py --images FOLDER --reference DATA`; and
-`python evaluate.py stats DATA --output ref.npz` makes statistics to compare with.
+`python evaluate.py --checkpoint runs/digits`, or `python evaluate.py --images FOLDER --reference DATA`;
+`python evaluate.py stats DATA --output ref.npz` computes statistics to compare with.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class StatisticsArguments(Section):
     data: tyro.conf.Positional[str]
     """Data set, folder of images, or .npz of images."""
     output: str
-    """An .npz for mu and sigma."""
+    """The .npz to write mu and sigma to."""
     split: str = "train"
     """Split of the data set."""
     image_size: int | None = None
-    """Side in pixels to which images are cut; None is that of the first image."""
+    """Side in pixels that images are cropped to; None is that of the first image."""
     features: str = INCEPTION
     """`inception`, `timm:MODEL` or `pixels`."""
     feature_weights: str | None = None
-    """File of the features' weights, where they cannot be downloaded."""
+    """File of the feature network's weights, if they cannot be downloaded."""
     batch_size: int = BATCH_SIZE
     """Images at a time."""
     num_workers: int = 0
@@ -58,7 +58,7 @@ class StatisticsArguments(Section):
 
 
 def make_statistics(arguments: Sequence[str]) -> None:
-    """Writes the statistics of a data set: `python evaluate.py stats DATA --output ref.npz`."""
+    """Computes the statistics of a data set: `python evaluate.py stats DATA --output ref.npz`."""
     given = parse(StatisticsArguments, arguments, make_statistics.__doc__, "stats")
     shape = None if given.image_size is None else (3, given.image_size, given.image_size)
     source = DataConfig(name=given.data, train_split=given.split)
@@ -66,7 +66,7 @@ def make_statistics(arguments: Sequence[str]) -> None:
     network = build_features(given.features, given.feature_weights, data.shape)
     state, output = process_state(), Path(given.output)
     network.to(state.device)
-    # The output is opened first: a path that cannot be written is found before the work, not after it.
+    # The output is opened first, so that a path that cannot be written fails before the work, not after it.
     with atomic_write(output) if state.is_main_process else nullcontext(output) as temporary:
         batches = read_with_progress(data, given.batch_size, given.num_workers, state)
         moments = ImageStatistics(network, len(data), state).update(batches).moments
@@ -74,12 +74,12 @@ def make_statistics(arguments: Sequence[str]) -> None:
             facts = {"features": given.features, "image_size": data.shape[1:], "num_images": moments.count}
             save_statistics(temporary, moments.gaussian, **facts, weights_hash=str(network.weights_hash))
     if state.is_main_process:
-        described = f"{describe_features(given.features, network)}; statistics' hash {moments.gaussian.hash}"
-        print(f"{moments.count} images of {given.data} to {given.output}: {described}")
+        details = f"{describe_features(given.features, network)}; statistics' hash {moments.gaussian.hash}"
+        print(f"{moments.count} images of {given.data} to {given.output}: {details}")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures images, prints the figures with their protocol and saves both."""
+    """Evaluates images, prints the figures with their protocol and saves both."""
     if list(arguments[:1]) == ["stats"]:
         make_statistics(arguments[1:])
         return

@@ -1,8 +1,8 @@
-"""Exports a backbone to a file that runs without this package, at any batch size and one image size.
+"""Exports a network to a file that runs without this package, for any batch size and one image size.
 
-Its inputs are x (B, C, H, W), timesteps (B,) in the network's units (999 t or 1000 t), and as the model has them y,
-(B,) labels in int64 with num_classes for the null label, and context (B, tokens, width). Its output is what the model
-predicts. The file is compared with the model before it takes its place.
+Its inputs are x (B, C, H, W), timesteps (B,) in the network's units (999 t or 1000 t), and, if the model has them, y,
+(B,) labels in int64 with num_classes for the null label, and context (B, tokens, width). Its output is the model's
+prediction. The exported file is compared with the model before it replaces an older one.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ class Arguments(Section):
     source: tyro.conf.Positional[str]
     """Run folder, folder of weights, hub name, or published `.pth` file."""
     format: ExportFormat = "onnx"
-    """ONNX for onnxruntime and others, or torch.export's file for torch.export.load."""
+    """`onnx`, for onnxruntime and other runtimes, or `pt2`, for torch.export.load."""
     output: str | None = None
-    """File to write; where not given, model.onnx or model.pt2 here. ONNX weights above 1.5 GB, near what one
-    file can hold, go to OUTPUT.data."""
+    """File to write; by default model.onnx or model.pt2 in the current folder. ONNX weights above 1.5 GB, close to the
+    limit of one file, go to OUTPUT.data."""
     img_size: tuple[int, int] | None = None
-    """Height and width in pixels of an image (or latent) to resize the model to; its own where not given."""
+    """Height and width in pixels of the image (or latent) to resize the model to; by default its own."""
     attention: Backend | None = None
-    """Attention backend, `sdpa` or `math`; the model's own where not given."""
+    """Attention backend, `sdpa` or `math`; by default the model's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.output is None or Path(self.output).suffix == f".{self.format}"
-        self._require("output", given, f"a path ending in .{self.format}")
+        fits = self.output is None or Path(self.output).suffix == f".{self.format}"
+        self._require("output", fits, f"a path ending in .{self.format}")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Exports a network to a file and says what the file takes."""
+    """Exports a network to a file and prints its inputs."""
     given = parse(Arguments, arguments, __doc__)
     fields: dict[str, Any] = {"attention": given.attention} if given.attention else {}
     network = load_network(find_pretrained(given.source), fields)

@@ -1,4 +1,4 @@
-"""Publishes a run on the hub: config, averaged weights, a card with its figures, and its newest grid."""
+"""Publishes a run on the hub: config, averaged weights, a card with its figures, and its newest grid of samples."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from uvit.integrations.publish import publish
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Section):
     source: tyro.conf.Positional[str]
-    """Run folder, such as runs/digits, or weights alone."""
+    """Run folder, such as runs/digits, or a folder or file of weights."""
     name: tyro.conf.Positional[str]
-    """Where to: `user/model`, which is made where there is none."""
+    """Name on the hub, `user/model`; created if it does not exist."""
     private: bool | None = None
-    """Whether a model that is made is private, the account's default where not given; True refuses a public one."""
+    """Whether a new model is private; by default as set in the account. With True, an existing public one is an
+    error."""
     revision: str | None = None
-    """Branch to push to, made where there is none; the main one where not given."""
+    """Branch to push to, created if it does not exist; by default the main branch."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Pushes what `card` shows."""
+    """Pushes what `card` would write."""
     given = parse(Arguments, arguments, __doc__)
     print(f"{given.source} to {publish(given.source, given.name, given.private, given.revision)}")

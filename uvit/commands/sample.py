@@ -24,13 +24,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".npz")
 @dataclass(frozen=True, kw_only=True)
 class Arguments(DrawArguments):
     classes: tuple[str, ...] = ()
-    """Numbers or names of classes, a row of the grid for each; all of them where none is given."""
+    """Numbers or names of classes, one row of the grid for each; by default all."""
     prompt: tuple[str, ...] = ()
-    """Prompts for a text model, a row of the grid for each; those of its training grids where none is given."""
+    """Prompts for a text model, one row of the grid for each; by default those of its training grids."""
     num_per_class: int = 8
-    """Images of each class or prompt; for a model without either, images in all."""
+    """Images per class or prompt; for a model without either, the total number."""
     output: str = "grid.png"
-    """A picture (.png, .jpg), or the images and labels themselves (.npz)."""
+    """A picture (.png, .jpg), or the images and labels as arrays (.npz)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,7 @@ class Arguments(DrawArguments):
 
 
 def write_npz(path: Path, images: torch.Tensor, conditions: Sequence[Condition] | None) -> None:
-    """Writes arr_0, images (N, H, W, C) uint8, and arr_1, labels or prompts (N,), as ADM's evaluator reads them."""
+    """Writes arr_0, images (N, H, W, C) uint8, and arr_1, labels or prompts (N,), in the format of ADM's evaluator."""
     arrays = [images.permute(0, 2, 3, 1).numpy()] + ([] if conditions is None else [np.asarray(conditions)])
     np.savez(path, *arrays)
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
     evaluations = len(conditions) * num_evaluations(config.process, config.sample)
 
-    # The output is opened first: a path that cannot be written is found before the work, not after it.
+    # The output is opened first, so that a path that cannot be written fails before the work, not after it.
     with (
         atomic_write(output) as temporary,
         tqdm(total=evaluations, unit="eval") as progress,

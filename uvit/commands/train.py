@@ -1,6 +1,6 @@
-"""Trains a network: `accelerate launch train.py configs/digits.py --optim.lr 1e-3`, or plain `python train.py …`.
+"""Trains a network: `accelerate launch train.py configs/digits.py --optim.lr 1e-3`, or just `python train.py …`.
 
-Running the same command again goes on from the last checkpoint.
+Running the same command again resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ from uvit.training.checkpoint import find_config
 from uvit.training.resume import check_same_run
 from uvit.training.trainer import GRID_ROWS, Trainer
 
-CAPTIONS_READ = 100  # to find enough different ones for the rows of a grid
+CAPTIONS_READ = 100  # enough to find a different one for each row of a grid
 
 
 def read_arguments(arguments: Sequence[str]) -> Config:
-    """Reads CONFIG and its overrides, and checks all that can be checked before any device starts."""
+    """Parses CONFIG and its overrides, and checks what can be checked before any device starts.
+
+    Raises:
+        InputError: no config, an invalid value, or options that cannot run on this machine.
+    """
     if not arguments or arguments[0].startswith("-"):
         if "-h" in arguments or "--help" in arguments:
             parse(Config, ["--help"], __doc__, "CONFIG")
@@ -43,7 +47,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     accelerator = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
     device_type = accelerator.type if accelerator is not None and torch.accelerator.is_available() else "cpu"
     resolve_backend(config.model.attention, device_type, config.model.head_dim)
-    if config.train.mixed_precision != "auto":  # whether a GPU has bf16 is asked when each process has its own
+    if config.train.mixed_precision != "auto":  # `auto` needs the device itself, which is not started yet
         resolve_precision(config.train.mixed_precision, device_type, config.model.width)
     check_compile(config.train.compile, device_type)
     check_batch(config.train, int(os.environ.get("WORLD_SIZE", 1)))
@@ -57,7 +61,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
 
 
 def first_captions(data: ImageData) -> tuple[str, ...]:
-    """Returns the data's first captions, each once, for the rows of a grid."""
+    """Returns the data's first distinct captions, for the rows of a grid."""
     some = data.read(range(min(len(data), CAPTIONS_READ)), np.random.default_rng(0)).captions
     return tuple(dict.fromkeys(texts[0] for texts in some))[:GRID_ROWS]
 
@@ -65,11 +69,11 @@ def first_captions(data: ImageData) -> tuple[str, ...]:
 def main(
     arguments: Sequence[str], make_trainer: Callable[[Config, ImageData, Encoders, Path], Trainer] = Trainer
 ) -> None:
-    """Reads the command line, opens the run folder and trains.
+    """Parses the command line, locks the run folder and trains.
 
     Args:
-        arguments: the command line, without the program.
-        make_trainer: what trains, for a loop that does a station otherwise.
+        arguments: the command line, without the program's name.
+        make_trainer: builds the trainer; for a subclass that changes a part of the loop.
     """
     config = read_arguments(arguments)
     data = load_data(config.data, config.model)

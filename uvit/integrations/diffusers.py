@@ -1,7 +1,7 @@
-"""A backbone in a pipeline of Hugging Face's diffusers, and our processes as its schedulers.
+"""A U-ViT in a pipeline of Hugging Face's diffusers, which samples with diffusers' schedulers.
 
-Guidance is w in w · cond + (1 - w) · uncond here as everywhere: diffusers' `guidance_scale` is the same number, and 1
-is none. `UViT2DModel` of diffusers is another model.
+Guidance is w in w · cond + (1 - w) · uncond, as everywhere in this package: diffusers' `guidance_scale` is the same
+number, and 1 is no guidance. `UViT2DModel` of diffusers is a different model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from os.path import isfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import (
@@ -39,7 +39,6 @@ from uvit.diffusion.process import SCHEDULES
 from uvit.diffusion.reuse import reuse_deep_features
 from uvit.diffusion.samplers import guide
 from uvit.integrations.schedulers import Scheduler, check_scheduler, make_scheduler, set_times
-from uvit.networks.contract import Network
 from uvit.networks.encoders import (
     EMPTY_CAPTION,
     IMAGE_CHANNELS,
@@ -61,22 +60,22 @@ READING_OPTIONS = {
     *("use_safetensors", "low_cpu_mem_usage", "disable_mmap"),
     *("max_memory", "offload_folder", "offload_state_dict", "use_flashpack"),
 }
-"""Arguments of diffusers of how weights are read, which change nothing in them."""
+"""Arguments of diffusers for how weights are read; they are accepted and have no effect."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def check_dtype(dtype: Any) -> None:
-    """Checks what weights are to be loaded as, which diffusers passes over where it does not know it.
+    """Checks the dtype to load weights in, since diffusers ignores invalid ones.
 
     Raises:
-        InputError: no floating point dtype of PyTorch, and not None.
+        InputError: neither a floating point dtype of PyTorch nor None.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError(f"torch_dtype must be a floating point dtype such as torch.float16, got {short_repr(dtype)}")
 
 
 class UViTModel(UViT, ModelMixin):
-    """A UViT as diffusers loads and saves the parts of a pipeline; its folder is an ordinary one of weights."""
+    """A UViT that diffusers can load and save as a part of a pipeline; its folder is an ordinary folder of weights."""
 
     def forward(
         self,
@@ -87,18 +86,18 @@ class UViTModel(UViT, ModelMixin):
         outer: int | None = None,
         deep: Tensor | None = None,
     ) -> Any:
-        """Predicts as UViT does; with `outer` as its forward_reusing: what moves weights acts on this method only."""
+        """Predicts as UViT, or as its forward_reusing if `outer` is given, since offloading hooks wrap only `forward`."""
         if outer is not None:
             return self.forward_reusing(x, timesteps, y, context, outer, deep)
         return super().forward(x, timesteps, y, context)
 
     def to(self, *arguments: Any, **named: Any) -> UViTModel:
-        """Moves or casts the model; ModelMixin's own warns of modules to keep in float32, of which there are none."""
+        """Moves or casts the model; that of ModelMixin warns of modules to keep in float32, of which there are none."""
         return torch.nn.Module.to(self, *arguments, **named)
 
     @classmethod
     def of(cls, network: UViT) -> UViTModel:
-        """Copies a backbone, in eval mode, on its device and in its dtype."""
+        """Copies a UViT, with its device and dtype, in eval mode."""
         weight = next(network.parameters())
         model = cls(network.config).to(weight.device, weight.dtype)
         model.load_state_dict(network.state_dict())
@@ -119,14 +118,14 @@ class UViTModel(UViT, ModelMixin):
 
         Args:
             name_or_path: folder, or hub name.
-            subfolder: the folder inside, such as the `transformer` of a pipeline.
+            subfolder: a folder inside it, such as the `transformer` of a pipeline.
             torch_dtype: of the weights; None is float32.
             dtype: the same.
             device_map: device to load to; None is the CPU.
-            **options: as UViT.from_pretrained's, and READING_OPTIONS, which do nothing.
+            **options: as for UViT.from_pretrained, and READING_OPTIONS, which have no effect.
 
         Raises:
-            InputError: as UViT.from_pretrained, or a choice of several devices.
+            InputError: as UViT.from_pretrained, or a device_map with several devices.
         """
         try:
             device = None if device_map is None else torch.device(device_map)
@@ -140,7 +139,7 @@ class UViTModel(UViT, ModelMixin):
 
 
 def _listed(given: Any) -> list[Any]:
-    """What a call was given one or several of, in a list: None is nothing, and arrays are their numbers."""
+    """Returns an argument that is one value or several as a list: empty for None, the numbers of an array."""
     given = given.tolist() if hasattr(given, "tolist") else given
     if given is None:
         return []
@@ -150,7 +149,7 @@ def _listed(given: Any) -> list[Any]:
 def _resolve_call(
     config: Config, labels: Sequence[int | str], batch_size: int | None, num_images_per_prompt: int
 ) -> list[Condition]:
-    """What a call draws, a condition for each image; prompts are the config's."""
+    """Returns the condition of each image that a call draws; prompts are taken from the config."""
     model = config.model
     if model.num_classes and not labels:
         raise InputError(f"a model with num_classes {model.num_classes} takes class_labels, got none")
@@ -167,38 +166,38 @@ def _resolve_call(
 
 
 class PipelineOptions(HubOptions, total=False):
-    """What UViTPipeline.from_pretrained takes besides a name."""
+    """Keyword arguments of UViTPipeline.from_pretrained."""
 
     transformer: Any
-    """A part to take in the place of the saved one, like the next four."""
+    """Replaces the saved part, like the next four."""
     scheduler: Any
     vae: Any
     text_encoder: Any
     tokenizer: Any
     schedule: str
-    """A fact to take in the place of the saved one, like the next two."""
+    """Replaces the saved value, like the next two."""
     prediction: str
     class_names: list[str]
     dtype: torch.dtype | dict[str, torch.dtype]
-    """Of the weights, one for all or one for each part; None is float32."""
+    """Of the weights, one for all or one per part; None is float32."""
     torch_dtype: torch.dtype | dict[str, torch.dtype]
     """The same."""
     device_map: Any
-    """As DiffusionPipeline's."""
+    """As for DiffusionPipeline."""
 
 
 class UViTPipeline(DiffusionPipeline):
     """Draws images with a U-ViT and a scheduler of diffusers.
 
     Args:
-        transformer: the backbone; a plain UViT is copied.
-        scheduler: one that fits the process, such as make_scheduler gives.
-        vae: the AutoencoderKL of a network of latents, whose config's scaling_factor is the one trained with.
+        transformer: the network; a plain UViT is copied.
+        scheduler: one that fits the process, for example from make_scheduler.
+        vae: the AutoencoderKL of a network of latents; its config's scaling_factor must be that of training.
         text_encoder: the CLIP text model of a network that takes a context.
         tokenizer: its tokenizer.
-        schedule: ProcessConfig's, what the network was trained on.
-        prediction: ProcessConfig's, what the network's output is.
-        class_names: names of the labels, where they have any.
+        schedule: as in ProcessConfig: what the network was trained on.
+        prediction: as in ProcessConfig: what the network predicts.
+        class_names: names of the labels, if they have any.
 
     Raises:
         InputError: parts that do not fit together.
@@ -219,7 +218,7 @@ class UViTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: Network,
+        transformer: UViT,
         scheduler: Scheduler,
         vae: Any = None,
         text_encoder: Any = None,
@@ -232,7 +231,7 @@ class UViTPipeline(DiffusionPipeline):
         model = getattr(transformer, "config", None)
         if not isinstance(model, UViTConfig):
             raise InputError(f"the transformer must be a UViT, got {type(transformer).__name__}")
-        Config(model=model, data=DataConfig(class_names=tuple(class_names or ())))  # checks how many names there are
+        Config(model=model, data=DataConfig(class_names=tuple(class_names or ())))  # checks the number of names
         self.register_to_config(schedule=schedule, prediction=prediction, class_names=list(class_names or ()))
         if model.context_dim and (text_encoder is None or tokenizer is None):
             raise InputError(
@@ -260,15 +259,15 @@ class UViTPipeline(DiffusionPipeline):
     def from_run(
         cls, checkpoint: str, sampler: SolverName | None = None, config_file: str | None = None
     ) -> UViTPipeline:
-        """Makes a pipeline of a run, with its encoders where it has them, on the CPU.
+        """Makes a pipeline from a run, with its encoders if it has any, on the CPU.
 
-        Steps, guidance and reuse are a call's. Of the run's other settings of sampling, the pipeline has none: its grid
-        is uniform in time and ends at 0, and its precision is that of its weights.
+        Steps, guidance and reuse are arguments of a call. The run's other sampling settings are not used: the grid is
+        uniform in time and ends at 0, and the precision is that of the weights.
 
         Args:
-            checkpoint: run folder, or hub name of one; with `config_file` also weights alone.
-            sampler: solver; None is the run's own.
-            config_file: the run's config, for weights that do not come with one.
+            checkpoint: run folder, or hub name of one; with `config_file` also a folder or file of weights.
+            sampler: solver; None is the run's.
+            config_file: the run's config, for weights without one.
 
         Raises:
             InputError: as load_run, load_encoders and make_scheduler.
@@ -280,7 +279,7 @@ class UViTPipeline(DiffusionPipeline):
         if vae is not None:
             vae.register_to_config(scaling_factor=config.data.scale_factor)
         return cls(
-            transformer=model,
+            transformer=cast(UViT, model),
             scheduler=scheduler,
             vae=vae,
             text_encoder=None if encoders.text is None else encoders.text.network,
@@ -291,39 +290,39 @@ class UViTPipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # diffusers takes anything, and passes over what it does not know
+    def from_pretrained(  # type: ignore[override]  # that of diffusers takes any arguments, and ignores unknown ones
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Unpack[PipelineOptions]
     ) -> UViTPipeline:
-        """Loads what `save_pretrained` wrote, from a folder or the hub.
+        """Loads a pipeline that `save_pretrained` wrote, from a folder or the hub.
 
         Args:
             pretrained_model_name_or_path: folder, or hub name.
             **kwargs: PipelineOptions, and READING_OPTIONS.
 
         Raises:
-            InputError: no pipeline there, one of another kind, parts that do not fit together, or another argument.
+            InputError: no pipeline there, one of another class, parts that do not fit together, or an unknown argument.
         """
         options: dict[str, Any] = dict(kwargs)
         known = {*PipelineOptions.__annotations__, *READING_OPTIONS}
         for option in options:
             if option not in known:
                 raise InputError(f"from_pretrained takes no argument {option!r}{did_you_mean(option, known)}")
-        for option in {"dtype", "torch_dtype"} & options.keys():  # one for all, or one for each part
+        for option in {"dtype", "torch_dtype"} & options.keys():  # one for all, or one per part
             given = options[option]
             for dtype in given.values() if isinstance(given, dict) else [given]:
                 check_dtype(dtype)
         name, what = str(pretrained_model_name_or_path), "pipeline"
-        of_hub: Any = {option: options.pop(option) for option in HubOptions.__annotations__ if option in options}
-        index = find_folder(name, what, [INDEX_FILE], **of_hub) / INDEX_FILE  # before gigabytes of another kind
+        hub_options: Any = {option: options.pop(option) for option in HubOptions.__annotations__ if option in options}
+        index = find_folder(name, what, [INDEX_FILE], **hub_options) / INDEX_FILE  # first, as the rest may be gigabytes
         if not isfile(index):
-            raise InputError(f"{name} is no pipeline, it has no {INDEX_FILE}: make one of a run with from_run")
+            raise InputError(f"{name} is not a pipeline, it has no {INDEX_FILE}: make one from a run with from_run")
         raw, expected = read_json(index), [UViTModel.__module__, UViTModel.__name__]
         given = raw.get("transformer") if isinstance(raw, dict) else raw
         if given != expected:
             raise InputError(
                 f"{name} is a pipeline of another kind, expected transformer {expected}, got {short_repr(given)}"
             )
-        folder = find_folder(name, what, ["*.json", "*.safetensors", "*.txt"], **of_hub)
+        folder = find_folder(name, what, ["*.json", "*.safetensors", "*.txt"], **hub_options)
         with loading(f"pipeline {name!r}", "diffusers"):
             return super().from_pretrained(folder, **options)
 
@@ -358,20 +357,20 @@ class UViTPipeline(DiffusionPipeline):
             guidance_scale: w in w · cond + (1 - w) · uncond; 1 is none. The same w as sample.py's --guidance.
             num_inference_steps: steps of the scheduler.
             generator: source of the noise, or one for each image.
-            latents: (B, C, H, W) standard normal noise to begin with instead of drawn one.
-            batch_size: images to draw from a network without labels or context; None is 1.
-            guidance_interval: times in [0, 1] between which guidance acts.
-            output_type: `pil`, `np` (B, H, W, C) or `pt` (B, C, H, W) in [0, 1], or `latent`: what the network draws.
-            return_dict: an ImagePipelineOutput, or a tuple of the images.
-            negative_prompt: text that guidance leads away from, in place of the empty caption.
-            num_images_per_prompt: images for each label or prompt, next to each other.
-            reuse: K:EVERY reuses deep features, which is faster; `none` does not. The same as sample.py's --reuse.
+            latents: (B, C, H, W) standard normal noise to start from, instead of random noise.
+            batch_size: number of images, for a network without labels or context; None is 1.
+            guidance_interval: times in [0, 1] between which guidance is applied.
+            output_type: `pil`, `np` (B, H, W, C) or `pt` (B, C, H, W) in [0, 1], or `latent`: the network's own output.
+            return_dict: whether to return an ImagePipelineOutput, rather than a tuple of the images.
+            negative_prompt: text that guidance leads away from, instead of the empty caption.
+            num_images_per_prompt: images per label or prompt, next to each other.
+            reuse: `K:EVERY` reuses deep features, which is faster; `none` does not. As for sample.py's --reuse.
             callback_on_step_end: called after each step with the pipeline, the step's number, its timestep and
-                {"latents": x}; what it returns of this, if anything, goes on.
+                {"latents": x}; sampling continues with the latents that it returns, if any.
 
         Raises:
             InputError: conditions that the network does not take, guidance without a null class, a scheduler that does
-                not fit, numbers out of range, or latents that nothing decodes.
+                not fit, numbers out of range, or latents without a vae to decode them.
         """
         self._check_scheduler()
         process, scheduler, model = self.process, self.scheduler, self.transformer.config
@@ -414,13 +413,13 @@ class UViTPipeline(DiffusionPipeline):
         interval = config.sample.guidance_interval
         output = guide(predict, SCHEDULES[process.schedule], cond, uncond, guidance_scale, interval)
         times = set_times(scheduler, process, num_inference_steps, device)
-        drawn = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        step_options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents.to(device).float()
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         with self.progress_bar(total=len(times)) as progress:
             for step, (timestep, t) in enumerate(zip(scheduler.timesteps, times)):
                 scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-                x = scheduler.step(output(scaled, t), timestep, x, **drawn, return_dict=False)[0]
+                x = scheduler.step(output(scaled, t), timestep, x, **step_options, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     x = (callback_on_step_end(self, step, timestep, {"latents": x}) or {}).get("latents", x)
                 progress.update()

@@ -1,1 +1,1 @@
-"""Where people already work: a module for each library, imported by name."""
+"""Bridges to other libraries, one module each, imported by name."""

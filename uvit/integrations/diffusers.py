@@ -86,7 +86,7 @@ class UViTModel(UViT, ModelMixin):
         outer: int | None = None,
         deep: Tensor | None = None,
     ) -> Any:
-        """Predicts as UViT, or as its forward_reusing if `outer` is given, since offloading hooks wrap only `forward`."""
+        """Predicts as UViT, or as its forward_reusing if `outer` is given: offloading hooks wrap only `forward`."""
         if outer is not None:
             return self.forward_reusing(x, timesteps, y, context, outer, deep)
         return super().forward(x, timesteps, y, context)

@@ -1,4 +1,4 @@
-"""A backbone as a file that runs without this package: torch.export's `.pt2`, or ONNX."""
+"""Exports a network to a file that runs without this package: torch.export's `.pt2`, or ONNX."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from uvit.networks.contract import Network
 ExportFormat = Literal["onnx", "pt2"]
 
 TOLERANCE = 1e-4
-"""How far an exported file's output may be from the model's, over the largest value where that is above 1."""
-EXAMPLE_BATCH = 2  # a batch of 1 would be taken for a constant
+"""Largest allowed difference of an exported file's output from the model's, relative to the largest value above 1."""
+EXAMPLE_BATCH = 2  # an exporter would take a batch of 1 for a constant
 OUTPUT_NAME = "prediction"
 CONFIG_KEY = "uvit_config"
-"""Where an ONNX file's metadata hold the model's config."""
+"""Key of the model's config in an ONNX file's metadata."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def example_inputs(network: Network, batch: int) -> dict[str, Tensor]:
-    """Returns inputs of the model by name: x, timesteps, and the labels (the last is the null label) or context it has.
+    """Returns example inputs by name: x, timesteps, and labels (the null label included) or context if it takes them.
 
     Args:
-        network: the backbone.
+        network: the network.
         batch: B.
 
     Returns:
@@ -58,14 +58,14 @@ def _check_exportable(network: Network) -> None:
 
 
 def _traced(network: Network) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Example inputs, and which of their sizes are free: the batch's."""
+    """Returns example inputs, and their dynamic dimensions: the batch size."""
     inputs = example_inputs(network, EXAMPLE_BATCH)
     return inputs, {name: {0: torch.export.Dim("batch")} for name in inputs}
 
 
 @torch.no_grad()
 def export_program(network: Network) -> torch.export.ExportedProgram:
-    """Captures a backbone with torch.export, for any batch size, at the model's image size.
+    """Captures a network with torch.export, for any batch size and the model's image size.
 
     Args:
         network: in eval mode, on the CPU; `resize` it first for another image size.
@@ -79,20 +79,20 @@ def export_program(network: Network) -> torch.export.ExportedProgram:
 
 
 def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    held = io.BytesIO()  # torch's own writer ends the process on a full disk
-    torch.export.save(program, held)
-    path.write_bytes(held.getbuffer())
+    buffer = io.BytesIO()  # writing to the file directly, torch aborts the process on a full disk
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 @torch.no_grad()
 def export_onnx(network: Network) -> torch.onnx.ONNXProgram:
-    """Captures a backbone as ONNX, for any batch size, at the model's image size.
+    """Captures a network as ONNX, for any batch size and the model's image size.
 
     Args:
         network: in eval mode, on the CPU; `resize` it first for another image size.
 
     Returns:
-        The program; its `save` puts weights too large for one file (2 GB) into another beside it.
+        The program; its `save` puts weights that are too large for one file (2 GB) in a second one beside it.
 
     Raises:
         InputError: an attention backend that cannot be exported, or a package that is not installed.
@@ -103,7 +103,7 @@ def export_onnx(network: Network) -> torch.onnx.ONNXProgram:
             raise missing_package("ONNX", package)
     inputs, dynamic_shapes = _traced(network)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # all inputs share one batch size, which the exporter warns of
+        warnings.simplefilter("ignore")  # the exporter warns that all inputs share one batch size
         program = torch.onnx.export(
             cast(nn.Module, network),
             (),
@@ -112,13 +112,13 @@ def export_onnx(network: Network) -> torch.onnx.ONNXProgram:
             output_names=[OUTPUT_NAME],
             verbose=False,
         )
-    assert program is not None  # it is None for the exporter of old
+    assert program is not None  # only the old exporter returns None
     program.model.metadata_props[CONFIG_KEY] = to_json(network.config)
     return program
 
 
 def load_exported(path: Path) -> Callable[..., Tensor]:
-    """Loads an exported file to run it on the CPU: inputs by name to the prediction."""
+    """Loads an exported file to run on the CPU: a function from inputs by name to the prediction."""
     if path.suffix == ".pt2":
         return torch.export.load(path).module()
     import onnxruntime
@@ -132,24 +132,24 @@ def load_exported(path: Path) -> Callable[..., Tensor]:
 
 
 def save_exported(network: Network, path: Path) -> float:
-    """Exports a backbone to a file, which takes its place once it has given the model's output.
+    """Exports a network to a file, which is only written if its output is that of the model.
 
     Args:
         network: in eval mode, on the CPU.
-        path: ends in `.onnx` or `.pt2`, which says the format. ONNX weights too large for it lie in PATH.data.
+        path: ends in `.onnx` or `.pt2`, which determines the format. ONNX weights too large for it are in PATH.data.
 
     Returns:
-        The largest difference from the model's output, at batches of 1 and 3.
+        The largest difference from the model's output, for batches of 1 and 3.
 
     Raises:
         InputError: as export_program and export_onnx; a path that cannot be written; an output that is not the model's.
     """
-    with atomic_write_group(path) as aside:
+    with atomic_write_group(path) as temporary:
         if path.suffix == ".pt2":
-            _save_program(export_program(network), aside)
+            _save_program(export_program(network), temporary)
         else:
-            export_onnx(network).save(aside)
-        exported, difference = load_exported(aside), 0.0
+            export_onnx(network).save(temporary)
+        exported, difference = load_exported(temporary), 0.0
         for batch in (1, 3):
             inputs = example_inputs(network, batch)
             with torch.no_grad():
@@ -157,15 +157,15 @@ def save_exported(network: Network, path: Path) -> float:
             difference = max(difference, (given - expected).abs().max().item())
             if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
                 raise InputError(f"{path} would differ from the model by {difference:.1e}, expected {TOLERANCE:g}")
-        alone = not Path(f"{aside}.data").exists()
-    if path.suffix == ".onnx" and alone:
+        is_one_file = not Path(f"{temporary}.data").exists()
+    if path.suffix == ".onnx" and is_one_file:
         with contextlib.suppress(OSError):
-            Path(f"{path.resolve()}.data").unlink()  # of a larger model that was here before
+            Path(f"{path.resolve()}.data").unlink()  # of an earlier, larger model
     return difference
 
 
 def describe_inputs(network: Network) -> str:
-    """Names the inputs of an exported model, their shapes and what the last label means."""
+    """Describes the inputs of an exported model: names, shapes, and the null label."""
     null = "" if network.config.null_label is None else f" ({network.config.null_label} is no label)"
     described = []
     for name, value in example_inputs(network, 1).items():

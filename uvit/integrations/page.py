@@ -1,4 +1,4 @@
-"""A page in the browser that draws images from the runs of a folder."""
+"""A web page, in gradio, that draws images from the runs in a folder."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from uvit.sampling.conditions import class_names
 
 MAX_WAITING = 20
 FIRST_CLASSES = 4
-"""Classes that are chosen at first where all of them would be too many."""
+"""Number of classes that are selected at first if all would be too many."""
 CACHE_SECONDS = 3600
-"""How long a picture can be downloaded."""
+"""How long a picture is available for download."""
 CSS = """
 .pictures .image-container { padding-top: 2.5rem; }
 .pictures img { image-rendering: pixelated; }
@@ -44,13 +44,13 @@ CSS = """
 
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Shows what a user got wrong as one line on the page, without a traceback on the server."""
+    """Shows a user's error in one line on the page, without a traceback on the server."""
     try:
         yield
     except InputError as error:
         line = printable(one_line(error))
     except RuntimeError as error:
-        # A processor's memory that runs out has no exception of its own.
+        # PyTorch has no exception of its own for running out of memory on a CPU.
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         line = "not enough memory for that many images: draw fewer"
@@ -60,14 +60,12 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _lines(value: Any) -> Any:
-    """Makes a tuple of a text's lines; what is no text is left for the check of its type."""
+    """Returns the lines of a text as a tuple; other types are returned unchanged, to be rejected later."""
     return tuple(line.strip() for line in value.splitlines() if line.strip()) if isinstance(value, str) else value
 
 
 def build_page(folder: Path) -> gr.Blocks:
-    """Builds the page that draws from the runs of a folder.
-
-    One request draws at a time, the others wait their turn.
+    """Builds the page that draws from the runs in a folder, for one request at a time.
 
     Args:
         folder: of the runs.
@@ -78,10 +76,8 @@ def build_page(folder: Path) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320):
                 with gr.Group():
                     run = gr.Dropdown(label="Run", elem_id="run")
-                    classes = gr.Dropdown(
-                        label="Classes (all where none is chosen)", multiselect=True, elem_id="classes"
-                    )
-                    prompts = gr.Textbox(label="Prompts, one a line", lines=3, visible=False, elem_id="prompts")
+                    classes = gr.Dropdown(label="Classes (all if none is chosen)", multiselect=True, elem_id="classes")
+                    prompts = gr.Textbox(label="Prompts, one per line", lines=3, visible=False, elem_id="prompts")
                     number = gr.Slider(
                         1, 16, Drawing.num_per_class, step=1, label="Images of each", elem_id="num_per_class"
                     )
@@ -91,8 +87,10 @@ def build_page(folder: Path) -> gr.Blocks:
                         solvers = list(get_args(SolverName))
                         sampler = gr.Dropdown(solvers, label="Sampler", min_width=120, elem_id="sampler")
                         seed = gr.Number(Drawing.seed, label="Seed", precision=0, min_width=120, elem_id="seed")
-                    ways = list(get_args(Denoising))
-                    denoising = gr.Radio(ways, value=Drawing.denoising, label="Show the denoising", elem_id="denoising")
+                    views = list(get_args(Denoising))
+                    denoising = gr.Radio(
+                        views, value=Drawing.denoising, label="Show the denoising", elem_id="denoising"
+                    )
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
                 facts = gr.Markdown(elem_id="facts", elem_classes="facts")
             with gr.Column(scale=3, min_width=320):
@@ -117,7 +115,7 @@ def build_page(folder: Path) -> gr.Blocks:
         settings = [facts, classes, prompts, guidance, sampler, steps]
 
         def choose(name: Any) -> dict[gr.Component, Any]:
-            """Shows the settings that a run takes, at its own values, or the nearest that a page draws."""
+            """Shows the settings for a run, with its own values, or the nearest ones that the page allows."""
             with _one_line_errors():
                 config = from_dict(Config, read_json(find_run(folder, name) / CONFIG_FILE))
             model, sampling = config.model, config.sample
@@ -134,12 +132,12 @@ def build_page(folder: Path) -> gr.Blocks:
             }
 
         def load() -> Any:
-            """Lists the runs, the newest chosen."""
+            """Lists the runs, with the newest selected."""
             runs = list_runs(folder)
             return gr.update(choices=runs, value=runs[0] if runs else None)
 
         def press(*sent: Any, progress: gr.Progress = gr.Progress()) -> dict[gr.Component, Any]:  # noqa: B008
-            """Draws, and shows what was drawn."""
+            """Draws images and shows them."""
             with _one_line_errors():
                 values = {each.elem_id: value for each, value in zip(inputs, sent)}
                 drawing = from_dict(Drawing, {**values, "prompts": _lines(values["prompts"])})
@@ -153,10 +151,10 @@ def build_page(folder: Path) -> gr.Blocks:
                 command: gr.update(value=drawn.command, visible=True),
             }
 
-        # Values come as they were sent: Drawing checks them, in our words.
-        as_sent: dict[str, Any] = {"preprocess": False, "api_visibility": "private"}
-        page.load(load, None, run, api_visibility="private").then(choose, run, settings, **as_sent)
-        run.input(choose, run, settings, **as_sent)
+        # Values are not preprocessed by gradio: Drawing checks them, with our messages.
+        unprocessed: dict[str, Any] = {"preprocess": False, "api_visibility": "private"}
+        page.load(load, None, run, api_visibility="private").then(choose, run, settings, **unprocessed)
+        run.input(choose, run, settings, **unprocessed)
         button.click(
             press,
             inputs,
@@ -170,15 +168,15 @@ def build_page(folder: Path) -> gr.Blocks:
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> str:
-    """Serves a page from threads of its own, and returns its address.
+    """Serves a page in background threads, and returns its URL.
 
     Args:
-        page: what build_page makes.
-        host: address to listen on; 127.0.0.1 is this machine alone.
-        port: where; 0 is any that is free.
+        page: from build_page.
+        host: address to listen on; 127.0.0.1 is only for this machine.
+        port: port to listen on; 0 is any free port.
 
     Raises:
-        InputError: an address that cannot be listened on, such as a port in use, or that cannot be reached.
+        InputError: an address that is not available, such as a port in use, or that cannot be reached.
     """
     try:
         with socket.create_server((host, port)) as probe:
@@ -196,7 +194,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> str:
             run_history=False,
             footer_links=[],
             max_file_size=1,  # nothing is uploaded
-            # The system's fonts: gradio's own come from the internet.
+            # System fonts, since gradio's are fetched from the internet.
             theme=gr.themes.Default(
                 primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
             ),
@@ -206,7 +204,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> str:
         reason = error.strerror or "it is in use"
         raise InputError(f"cannot listen on {host}:{port}: {reason}; give another --port") from None
     except Exception as error:
-        # gradio asks its own address whether the page is there, in vain where a proxy is asked instead.
+        # gradio requests its own address to see whether the page is up, which fails if that goes through a proxy.
         raise InputError(
             f"the page does not answer at {host}:{port}: set NO_PROXY=localhost,{host} ({error})"
         ) from None
@@ -214,7 +212,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> str:
 
 
 def serve(folder: Path, host: str, port: int) -> None:
-    """Serves the page until the process is told to stop.
+    """Serves the page until Ctrl-C or SIGTERM.
 
     Raises:
         InputError: no such folder, or as launch.

@@ -1,7 +1,7 @@
-"""What a page is asked to draw, and what it answers: no browser here.
+"""What the web page can be asked to draw, and drawing it; independent of gradio.
 
-Whatever the browser sends is checked here, as a command line is: a page is a server that any program may talk to. A
-run is one that `list_runs` finds, so no name leads out of the folder.
+All that the browser sends is checked here, like a command line, since any program may send requests. A run must be one
+that `list_runs` finds, so that no name leads out of the folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from uvit.sampling.runs import DrawArguments
 
 Denoising = Literal["none", "strip", "animation"]
 
-# What one request may ask for: others wait for it.
+# Limits of one request, since others wait for it.
 MAX_IMAGES = 100
 MAX_STEPS = 250
 MAX_GUIDANCE = 8.0
@@ -43,25 +43,25 @@ MAX_FRAMES = 40
 FRAME_MS, LAST_FRAME_MS = 120, 1500
 MAX_WEBP_SIDE = 2**14 - 1
 PATH_IN_MESSAGE = re.compile(r"(?<![\w:/.])/\S*/")
-"""Where in a message a path of this machine begins, up to its last part."""
+"""The folders of a path in a message, without the last part of the path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing(Section):
-    """What one press of the button asks for.
+    """One request to draw.
 
     Raises:
-        InputError: a value of the wrong type, or more than a page draws.
+        InputError: a value of the wrong type, or above the page's limits.
     """
 
     run: str
     """Name of a run in the page's folder."""
     classes: tuple[str, ...] = ()
-    """Names or numbers of classes; all where none is given."""
+    """Names or numbers of classes; by default all."""
     prompts: tuple[str, ...] = ()
-    """Prompts for a text model; those of its training grids where none is given."""
+    """Prompts for a text model; by default those of its training grids."""
     num_per_class: int = 4
-    """Images of each class or prompt; for a model without either, images in all."""
+    """Images per class or prompt; for a model without either, the total number."""
     guidance: float = 1.0
     """w in w * cond + (1 - w) * uncond, 1 is none."""
     steps: int = 20
@@ -71,7 +71,7 @@ class Drawing(Section):
     seed: int = 0
     """The same seed draws the same images."""
     denoising: Denoising = "none"
-    """How the images come about: a `strip` of the first image of each row, an `animation` of all, or not shown."""
+    """How to show the denoising: a `strip` for the first image of each row, an `animation` of all, or not at all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,21 +82,23 @@ class Drawing(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
+    """The answer to a request."""
+
     grid: Image.Image
-    """The images, a row for each class or prompt."""
+    """The images, one row for each class or prompt."""
     denoising: bytes | None
-    """A picture file of the noisy images on the way, WebP."""
+    """A WebP file of the denoising."""
     summary: str
     """What was drawn, in one line."""
     command: str
-    """The command that draws the same grid; no command line takes a class or prompt that begins like an option."""
+    """The command that draws the same grid, unless a class or prompt begins like an option."""
 
 
 def list_runs(folder: Path) -> list[str]:
-    """Returns the runs in a folder and the folders inside it, newest first, by their path below the folder.
+    """Returns the runs in a folder and its subfolders, newest first, as paths relative to the folder.
 
-    Left out are links that lead out of the folder, weights alone, which do not say how they were trained, and what
-    cannot be read or has a name that cannot be printed.
+    Links that lead out of the folder are left out, and so are folders of weights, which do not say how they were
+    trained, and what cannot be read or has an unprintable name.
     """
     root, found = folder.resolve(), []
     for place, inside, _ in os.walk(root):
@@ -113,7 +115,7 @@ def list_runs(folder: Path) -> list[str]:
 
 
 def _holds_run(config: Path) -> bool:
-    """Tells a run's config from that of weights alone; what is broken stays in the list, and says so when chosen."""
+    """Returns whether a config is that of a run; a broken one counts, so that choosing it shows what is wrong."""
     try:
         raw = read_json(config)
     except InputError:
@@ -142,14 +144,14 @@ def draw(folder: Path, drawing: Drawing, on_progress: Callable[[int, int], objec
     Args:
         folder: of the runs.
         drawing: what to draw.
-        on_progress: called with evaluations of the network, one for each image, done and in all.
+        on_progress: called with the number of evaluations done, counted per image, and their total.
 
     Raises:
-        InputError: a run that is not there or cannot be read, or settings that do not fit it.
+        InputError: a run that does not exist or cannot be read, or settings that do not fit it.
     """
     run = find_run(folder, drawing.run)
     given = DrawArguments(
-        checkpoint=str(run.resolve()),  # a relative one that is deleted now might be a name of the hub's
+        checkpoint=str(run.resolve()),  # if it is deleted now, a relative path could be a hub name
         guidance=drawing.guidance,
         steps=drawing.steps,
         sampler=drawing.sampler,
@@ -157,20 +159,20 @@ def draw(folder: Path, drawing: Drawing, on_progress: Callable[[int, int], objec
     )
     try:
         config, model, encoders = given.load()
-    except InputError as error:  # what other folders this machine has is not for visitors
+    except InputError as error:  # does not show visitors the folders of this machine
         raise InputError(PATH_IN_MESSAGE.sub("", str(error)).partition(", did you mean")[0]) from None
     rows = resolve_conditions(config, drawing.classes, drawing.prompts)
     conditions = [row for row in rows for _ in range(drawing.num_per_class)]
     if len(conditions) > MAX_IMAGES:
         raise InputError(f"images must be at most {MAX_IMAGES} in all, got {len(rows)} × {drawing.num_per_class}")
 
-    # A strip follows the first image of each row, an animation all of them; both end in the images themselves. They
-    # come about together, as one batch; what is not followed is drawn as many at a time as is fastest.
+    # A strip follows the first image of each row, an animation all of them; both end with the images themselves. To be
+    # followed, images are drawn as one batch; otherwise in batches of the fastest size.
     evaluations = num_evaluations(config.process, config.sample)
     batch_size = None if drawing.denoising == "none" else MAX_IMAGES
     followed = slice(None, None, drawing.num_per_class if drawing.denoising == "strip" else 1)
-    most = {"none": 0, "strip": STRIP_COLUMNS - 1, "animation": MAX_FRAMES - 1}[drawing.denoising]
-    shown_at = {round(each * (evaluations - 1) / most) for each in range(most)}
+    num_noisy = {"none": 0, "strip": STRIP_COLUMNS - 1, "animation": MAX_FRAMES - 1}[drawing.denoising]
+    shown_at = {round(number * (evaluations - 1) / num_noisy) for number in range(num_noisy)}
     frames: list[Tensor] = []
     done = 0
 
@@ -201,9 +203,9 @@ def draw(folder: Path, drawing: Drawing, on_progress: Callable[[int, int], objec
 
 
 def _to_webp(pictures: list[Image.Image]) -> bytes:
-    """Writes a picture, or several as an animation that stays at the last, as the bytes of a WebP file.
+    """Encodes a picture, or several as an animation that pauses at the last, as a WebP file.
 
-    They are made smaller, in place, where a file would not take them.
+    They are scaled down, in place, to the largest size that a file can have.
     """
     for picture in pictures:
         picture.thumbnail((MAX_WEBP_SIDE, MAX_WEBP_SIDE))
@@ -227,7 +229,7 @@ def describe_command(run: Path, drawing: Drawing) -> str:
 
 
 def describe_run(name: str, config: Config) -> str:
-    """Says in one line what a run draws, and with what network."""
+    """Describes in one line what a run draws, and its network."""
     model = config.model
     height, width = model.image_shape
     size = f"{height} × {width} × {model.in_chans} {'latents' if config.data.autoencoder else 'pixels'}"

@@ -1,4 +1,4 @@
-"""A run or a backbone as a folder that anyone may see: config, weights, card and grid, and nothing of this machine."""
+"""Publishes a run or a network: config, weights, card and grid, without paths of this machine."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from uvit.weights.tensors import hash_weights, write_weights
 GRID_FILE = "grid.png"
 NEEDED = {"weights", "reference", "features"}
 PROTOCOL_LINE = re.compile(r"((?:train|test) part of |EMA of )?(.*?)((?:: |, split |, step_|, hash ).*)?", re.DOTALL)
-"""What a protocol says before a name, the name, and what it says after it."""
+"""The text before a name in a line of a protocol, the name, and the text after it."""
 FOLDER_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:~[^/\\]*|\.{1,2})?[/\\].*[/\\]")
-"""A path from the root, a home or the folder above, without what it ends in; greedy, since folders may have spaces."""
+"""A path from the root, a home or a parent folder, without its last part; greedy, since folders may have spaces."""
 
 
 def public_name(text: str) -> str:
-    """Takes the folders of this machine out of a name, or of a line of a protocol: `/home/me/photos` is `./photos`."""
-    before, name, after = PROTOCOL_LINE.fullmatch(text).groups("")  # type: ignore[union-attr]  # every text fits
+    """Removes folders of this machine from a name, or a line of a protocol: `/home/me/photos` becomes `./photos`."""
+    before, name, after = PROTOCOL_LINE.fullmatch(text).groups("")  # type: ignore[union-attr]  # matches any text
     if "/" in name and exists(name):
         name = f"./{Path(name).name}"
     return FOLDER_PATH.sub("./", before + name + after)
 
 
 def public_config(config: Config) -> Config:
-    """Returns a run's config without the folders of this machine."""
+    """Returns a run's config without folders of this machine."""
     data = dataclasses.replace(
         config.data,
         name=public_name(config.data.name),
@@ -74,15 +74,15 @@ def read_evaluation(path: Path, weights_hash: str) -> tuple[dict[str, Any], dict
 
 
 def write_hub_folder(source: str | Path, folder: Path, name: str) -> None:
-    """Writes what is to be published of a run, or of a backbone alone.
+    """Writes what is to be published of a run, or of a network.
 
     Args:
         source: run folder, folder of weights, published `.pth` file, or hub name.
-        folder: gets config.json, model.safetensors and README.md, and of a run its newest grid of samples.
+        folder: where to write config.json, model.safetensors, README.md and, for a run, its newest grid of samples.
         name: of the model on the hub, for the card.
 
     Raises:
-        InputError: nothing whole there, weights that are not finite, or figures that are not theirs.
+        InputError: missing or invalid files, weights that are not finite, or figures of other weights.
     """
     path = find_pretrained(source)
     if path.is_file() or config_kind(read_json(path / CONFIG_FILE)) != "run":
@@ -104,16 +104,16 @@ def write_hub_folder(source: str | Path, folder: Path, name: str) -> None:
 
 
 def publish(source: str, name: str, private: bool | None = None, revision: str | None = None) -> str:
-    """Pushes a run, or a backbone alone, to the hub.
+    """Pushes a run, or a network, to the hub.
 
     Args:
         source: as for write_hub_folder.
         name: `user/model`.
         private: as for push_folder.
-        revision: branch to push to, made where there is none; None is the main one.
+        revision: branch to push to, created if it does not exist; None is the main branch.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         InputError: as write_hub_folder and push_folder.

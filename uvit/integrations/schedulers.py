@@ -1,4 +1,4 @@
-"""Our processes as schedulers of Hugging Face's diffusers, and which of its schedulers fit a process."""
+"""Our processes as schedulers of Hugging Face's diffusers, and checks that a scheduler fits a process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from uvit.diffusion.samplers import sampling_times
 TABLE_STEPS = 1000
 """diffusers' tables of a process hold time t at index 1000 t - 1."""
 TABLE_TOLERANCE = 1e-3
-"""How far α may be from the process's in a scheduler that fits it; the rounding of its table is far below."""
+"""Largest allowed difference of a scheduler's α from the process's; rounding of its table is far below."""
 PREDICTION_TYPES: dict[Kind, str] = {
     "noise": "epsilon",
     "data": "sample",
@@ -32,7 +32,7 @@ PREDICTION_TYPES: dict[Kind, str] = {
     "flow": "flow_prediction",
 }
 Scheduler = Any
-"""diffusers' schedulers share no base class that says what they have."""
+"""diffusers' schedulers have no base class that declares their methods."""
 TABLE_SCHEDULERS: dict[SolverName, Scheduler] = {
     "ddim": DDIMScheduler,
     "dpmpp_2m": DPMSolverMultistepScheduler,
@@ -45,17 +45,17 @@ FLOW_SCHEDULERS: dict[SolverName, Scheduler] = {
     "unipc": UniPCMultistepScheduler,
 }
 OWN_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "shift_terminal")
-"""Options of a scheduler by which it chooses another grid than one uniform in time."""
+"""Options of a scheduler for grids that are not uniform in time."""
 
 
 def _prediction_type(process: ProcessConfig) -> str:
-    """Names what the network predicts as diffusers does.
+    """Returns diffusers' name of what the network predicts.
 
     Raises:
-        InputError: its schedulers do not know that prediction on that schedule.
+        InputError: its schedulers do not support that prediction on that schedule.
     """
     flow = process.schedule == "flow"
-    # Its v takes α² + σ² = 1 for granted, its flow α + σ = 1.
+    # Its v assumes α² + σ² = 1, its flow α + σ = 1.
     if process.prediction == ("v" if flow else "flow"):
         expected = "'noise', 'data' or 'flow'" if flow else "'noise', 'data' or 'v'"
         given = f"prediction {process.prediction!r}"
@@ -64,58 +64,58 @@ def _prediction_type(process: ProcessConfig) -> str:
 
 
 def _first_time(process: ProcessConfig) -> float:
-    """Where sampling begins: noise tells nothing of an image where α = 0."""
+    """Returns the first time of sampling: where α = 0, a prediction of the noise gives no estimate of the image."""
     singular = SCHEDULES[process.schedule].singular_start and process.prediction == "noise"
     return 1 - TIME_MARGIN if singular else 1.0
 
 
 def _alphas_cumprod(process: ProcessConfig, num_steps: int) -> Tensor:
-    """ᾱ = α² at diffusers' first steps, in double precision."""
+    """Returns ᾱ = α² at diffusers' first `num_steps` steps, in double precision."""
     t = torch.arange(1, num_steps + 1, dtype=torch.float64) / TABLE_STEPS
     return SCHEDULES[process.schedule].alpha_sigma(t)[0].square()
 
 
 def _table(process: ProcessConfig) -> dict[str, Any]:
-    """The fields of a scheduler's config that hold a variance-preserving schedule."""
+    """Returns the fields of a scheduler's config that define a variance-preserving schedule."""
     if process.schedule == "ldm":
-        # the published name of it, which other tools know too
+        # diffusers' name for it, which other tools know too
         betas: dict[str, Any] = {"beta_schedule": "scaled_linear"}
         return {**betas, "beta_start": LDM.beta_first, "beta_end": LDM.beta_last, "num_train_timesteps": LDM.num_steps}
     num_steps = round(_first_time(process) * TABLE_STEPS)
     alphas_cumprod = _alphas_cumprod(process, num_steps)
     kept = alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     table: dict[str, Any] = {"trained_betas": (1 - kept).tolist(), "num_train_timesteps": num_steps}
-    # It lets solvers begin where α = 0.
+    # This lets solvers start where α = 0.
     return table | ({"rescale_betas_zero_snr": True} if alphas_cumprod[-1] == 0 else {})
 
 
 def make_scheduler(process: ProcessConfig, sampler: SolverName = "dpmpp_2m") -> Scheduler:
-    """Expresses a process and a solver as a scheduler of diffusers, whose `config` saves and loads.
+    """Returns the diffusers scheduler of a process and a solver, whose `config` can be saved and loaded.
 
-    UViTPipeline draws with it what sample.py draws from the same noise with the same settings, to rounding, on a grid
-    uniform in time down to 0; and of a table where the number of steps divides that of its entries, to which diffusers
-    rounds times. Two differ a little in the first steps, which are infinite in log-SNR: `unipc` begins `flow` at
-    1 - 1e-6, and the multistep solvers begin `cosine` at α = 2⁻¹² in place of 0.
+    With it, UViTPipeline draws the same images as sample.py from the same noise with the same settings, up to rounding,
+    on a grid uniform in time down to 0; with tables, if the number of steps divides the number of entries, to which
+    diffusers rounds times. There are two small differences in the first step, which is infinite in log-SNR: `unipc`
+    starts `flow` at 1 - 1e-6, and the multistep solvers start `cosine` at α = 2⁻¹² instead of 0.
 
     Args:
-        process: `ldm` is diffusers' `scaled_linear`; `vp` and `cosine` are tables of 1000 betas (999 for a
-            `cosine` network of noise, which sample.py begins at 0.999 too); `flow` is flow matching, with time_shift
+        process: `ldm` is diffusers' `scaled_linear`; `vp` and `cosine` are tables of 1000 betas (999 for a `cosine`
+            network that predicts noise, which sample.py starts at 0.999 too); `flow` is flow matching, with time_shift
             as its shift.
-        sampler: `ddim`, `dpmpp_2m` or `unipc`; on `flow` also `euler` and `heun`. Another scheduler of diffusers for
-            the same process is `Other.from_config(make_scheduler(process).config)`.
+        sampler: `ddim`, `dpmpp_2m` or `unipc`; on `flow` also `euler` and `heun`. For another scheduler of diffusers
+            and the same process, use `Other.from_config(make_scheduler(process).config)`.
 
     Raises:
-        InputError: a process or a solver that diffusers has no counterpart of, and why.
+        InputError: a process or a solver without a counterpart in diffusers, with the reason.
     """
     prediction_type = _prediction_type(process)
     flow = process.schedule == "flow"
     if process.time_shift != 1 and not flow:
         raise InputError(
-            f"diffusers' schedulers shift times of schedule 'flow' alone, "
+            f"diffusers' schedulers only shift times of schedule 'flow', "
             f"got time_shift {process.time_shift:g} on {process.schedule!r}"
         )
     known = FLOW_SCHEDULERS if flow else TABLE_SCHEDULERS
-    if flow and process.prediction != "flow":  # the FlowMatch schedulers know no other prediction
+    if flow and process.prediction != "flow":  # the FlowMatch schedulers support no other prediction
         known = {name: cls for name, cls in known.items() if not cls.__name__.startswith("FlowMatch")}
     if sampler not in known:
         of = f"prediction {process.prediction!r} on schedule {process.schedule!r}"
@@ -126,31 +126,31 @@ def make_scheduler(process: ProcessConfig, sampler: SolverName = "dpmpp_2m") -> 
         return cls(shift=process.time_shift)
     if flow:
         return cls(use_flow_sigmas=True, flow_shift=process.time_shift, prediction_type=prediction_type)
-    # Some clip unless told otherwise: a config keeps this for those made of it, where its own class does not know it.
+    # Some schedulers clip by default: clip_sample stays in the config for those made from it, even if unused here.
     settings = {"timestep_spacing": "trailing", "prediction_type": prediction_type, "clip_sample": False}
     return cls.from_config({**_table(process), **settings})
 
 
 def _option(scheduler: Scheduler, name: str) -> Any:
-    """A scheduler's option; None where its class has none, though `from_config` may have kept another class's."""
+    """Returns an option of a scheduler's own class; None for those that `from_config` kept from another class."""
     return scheduler.config.get(name) if name in inspect.signature(type(scheduler).__init__).parameters else None
 
 
 def _is_flow(scheduler: Scheduler) -> bool:
-    """Tells whether a scheduler's sigmas are times of rectified flow."""
+    """Returns whether a scheduler's sigmas are times of rectified flow."""
     return type(scheduler).__name__.startswith("FlowMatch") or bool(_option(scheduler, "use_flow_sigmas"))
 
 
 def check_scheduler(scheduler: Scheduler, process: ProcessConfig, latents: bool = False) -> None:
-    """Checks that a scheduler's process and prediction are those that a network was trained for.
+    """Checks that a scheduler's process and prediction are those that a network was trained with.
 
     Args:
         scheduler: one of diffusers.
         process: what the network was trained on.
-        latents: whether it draws latents, which have no bounds that estimates of them could be clipped to.
+        latents: whether it draws latents, which are unbounded, so that estimates of them must not be clipped.
 
     Raises:
-        InputError: they are not; says what both are.
+        InputError: they differ, with both values.
     """
     expected, name = _prediction_type(process), type(scheduler).__name__
     advice = "make_scheduler gives those that fit"
@@ -168,12 +168,12 @@ def check_scheduler(scheduler: Scheduler, process: ProcessConfig, latents: bool 
         raise InputError(f"{name} follows {follows}, expected the process of schedule {process.schedule!r}: {advice}")
     given = _option(scheduler, "prediction_type") or ("flow_prediction" if _is_flow(scheduler) else "epsilon")
     if given != expected:
-        wanted = f"expected {expected!r} for a network that predicts {process.prediction!r}"
-        raise InputError(f"{name} takes prediction_type {given!r}, {wanted}: {advice}")
-    # diffusers makes these grids of a table of alphas even where the times are those of flow.
-    grids = OWN_GRIDS if _option(scheduler, "use_flow_sigmas") else ()
-    of_images = ("clip_sample", "thresholding") if latents else ()
-    for option in ("use_dynamic_shifting", "invert_sigmas", *grids, *of_images):
+        reason = f"expected {expected!r} for a network that predicts {process.prediction!r}"
+        raise InputError(f"{name} takes prediction_type {given!r}, {reason}: {advice}")
+    # diffusers derives these grids from a table of alphas, even with the times of flow.
+    grid_options = OWN_GRIDS if _option(scheduler, "use_flow_sigmas") else ()
+    clip_options = ("clip_sample", "thresholding") if latents else ()
+    for option in ("use_dynamic_shifting", "invert_sigmas", *grid_options, *clip_options):
         if _option(scheduler, option):
             raise InputError(f"{name} must have {option} False for this pipeline, got True")
 
@@ -181,15 +181,15 @@ def check_scheduler(scheduler: Scheduler, process: ProcessConfig, latents: bool 
 def set_times(
     scheduler: Scheduler, process: ProcessConfig, num_steps: int, device: torch.device | None = None
 ) -> list[float]:
-    """Prepares a scheduler for a run from noise, and returns the times in [0, 1] at which it asks for predictions.
+    """Prepares a scheduler for sampling from noise, and returns the times in [0, 1] at which it needs predictions.
 
-    The network's own times are these times Schedule.network_scale; diffusers' `timesteps` are off by up to one. On
-    `flow` the grid is that of sample.py for the same solver; tables keep the scheduler's own, in whole thousandths.
+    The network's times are these, multiplied by Schedule.network_scale; diffusers' `timesteps` are off by up to one. On
+    `flow`, the grid is that of sample.py for the same solver; with tables, the scheduler's own, in multiples of 1/1000.
 
     Args:
         scheduler: one that fits the process.
         process: what the network was trained on.
-        num_steps: steps.
+        num_steps: number of steps.
         device: of the images.
 
     Returns:
@@ -216,9 +216,9 @@ def set_times(
         else:
             scheduler.set_timesteps(num_steps, device=device)
             if samplers and not any(_option(scheduler, option) for option in OWN_GRIDS):
-                # Its own begins at 0.999, or ends with a step of 0.001, and it takes no other.
+                # Its own grid starts at 0.999, or ends with a step of 0.001, and set_timesteps accepts no other.
                 sigmas = torch.tensor(grid)
-                inner = sigmas[1:-1].repeat_interleave(scheduler.order)  # Heun's method asks twice there
+                inner = sigmas[1:-1].repeat_interleave(scheduler.order)  # Heun's method evaluates twice there
                 scheduler.sigmas = torch.cat([sigmas[:1], inner, sigmas[-1:]])
                 scheduler.timesteps = (scheduler.sigmas[:-1] * scheduler.config.num_train_timesteps).to(device)
         times = scheduler.sigmas[: len(scheduler.timesteps)].tolist()

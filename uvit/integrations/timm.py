@@ -1,8 +1,8 @@
-"""The published models in timm's registry, once this module is imported: `import uvit.integrations.timm`.
+"""Adds the published models to timm's registry on import: `import uvit.integrations.timm`.
 
-Names are timm's: `uvit_small_patch2_32` is a size, its patches and the side of its images (or latents); a tag names
-the data where several published models share a name, as in `uvit_large_patch4_64.imagenet512`. Nobody serves the
-published weights at a lasting address, so no model has any to download:
+Names follow timm: `uvit_small_patch2_32` is a size, its patch size and the side of its images (or latents); a tag names
+the data where several published models share a name, as in `uvit_large_patch4_64.imagenet512`. The published weights
+have no permanent URL, so none can be downloaded:
 
 >>> import timm, uvit.integrations.timm
 >>> model = timm.create_model("uvit_huge_patch2_32", checkpoint_path="imagenet256_uvit_huge.pth")
@@ -29,7 +29,7 @@ def _timm_name(run: str, config: UViTConfig) -> tuple[str, str]:
 
 
 def _pretrained_cfg(config: UViTConfig) -> dict[str, Any]:
-    """What timm keeps of a model: its input, and no address of weights."""
+    """Returns timm's facts about a model: its input, and no URL of weights."""
     pixels = config.in_chans == 3  # in [-1, 1]; latents come as they are
     return {
         "url": "",
@@ -48,7 +48,7 @@ def _pretrained_cfg(config: UViTConfig) -> dict[str, Any]:
 
 
 _CONFIGS = {".".join(_timm_name(run, config)): config for run, config in PUBLISHED.items()}
-"""Backbones by timm's names with tags; the first tag of a name is what the name alone means."""
+"""Configs by timm's names with tags; a name without a tag means its first tag."""
 
 default_cfgs = generate_default_cfgs({name: _pretrained_cfg(config) for name, config in _CONFIGS.items()})
 
@@ -59,14 +59,14 @@ def _create(architecture: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
     Args:
         architecture: timm's name without a tag.
         pretrained: whether to load weights from where `pretrained_cfg_overlay` says, such as {"file": PATH}.
-        **kwargs: what timm.create_model hands on, and fields of UViTConfig. `num_classes` are the labels that the
-            model takes, of which 0 is none; `features_only` gives features of clean images, and `out_indices` chooses
-            the blocks as forward_intermediates does: the last three where not given. Deep blocks after the last
-            chosen one are removed.
+        **kwargs: what timm.create_model passes on, and fields of UViTConfig. `num_classes` is the number of labels that
+            the model takes, 0 for none; `features_only` gives features of clean images, and `out_indices` chooses the
+            blocks as in forward_intermediates, by default the last three. Deep blocks after the last chosen one are
+            removed.
 
     Raises:
-        InputError: (a ValueError) an unknown tag, fields that do not fit, or features of images alone of a model that
-            needs labels or context.
+        InputError: (a ValueError) an unknown tag, fields that do not fit, or `features_only` for a model that needs
+            labels or context.
     """
     given, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
     tags = default_cfgs[architecture].tags
@@ -75,7 +75,7 @@ def _create(architecture: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
     resolved = resolve_pretrained_cfg(architecture, given, overlay)
     published = _CONFIGS[f"{architecture}.{resolved.tag if resolved.tag in tags else tags[0]}"]
     if tuple(resolved.input_size[1:]) == published.image_shape:
-        kwargs.setdefault("img_size", published.img_size)  # one number stays one
+        kwargs.setdefault("img_size", published.img_size)  # keeps a single number
     if kwargs.get("num_classes") == 0:
         kwargs.setdefault("null_class", False)
 
@@ -98,7 +98,7 @@ def _create(architecture: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
 
 
 def _register(architecture: str) -> None:
-    """Gives timm an entry point of this name, which it looks up in this module."""
+    """Registers an entry point of this name, which timm looks up in this module."""
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create(architecture, pretrained, **kwargs)

@@ -28,7 +28,7 @@ SKIPPED = {
     "make test": "has just run",
     "benchmarks/": "takes long: its figures are measured by hand and committed",
     "torchrun": "the tests run it",
-    "checkpoint push": "needs a login to the hub; the tests serve one",
+    "uvit push": "needs a login to the hub; the tests serve one",
     "python app.py": "serves until it is stopped; the tests open it in a browser",
     "nnet_ema.pth": "needs a published file; the tests make one",
     "imagenet": "needs a download; the tests encode and train on photos",

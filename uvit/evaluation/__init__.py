@@ -1,1 +1,1 @@
-"""From sets of images to figures."""
+"""Evaluation: from sets of images to figures such as the FID."""

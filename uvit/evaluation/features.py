@@ -1,4 +1,4 @@
-"""Networks and classifiers that judge images."""
+"""The features that images are compared by: pixels, Inception, or a network of timm."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from uvit.data.images import to_unit_range
 from uvit.weights.tensors import hash_weights, read_pth, read_weights
 
 MAX_PIXEL_FEATURES = 4096
-"""Beyond this their covariance needs more time and memory than a network's features."""
+"""With more, their covariance needs more time and memory than a network's features."""
 PIXELS, INCEPTION, TIMM = "pixels", "inception", "timm:"
 INCEPTION_FEATURES, INCEPTION_CLASSES = 2048, 1008
 
 
 class Features(nn.Module):
-    """What turns (B, C, H, W) uint8 images into (B, num_features) features and, where it classifies, logits."""
+    """A map from (B, C, H, W) uint8 images to (B, num_features) features and, if it classifies, logits."""
 
     num_features: int
     num_classes: int = 0
 
     @property
     def weights_hash(self) -> str | None:
-        """Tells weights apart; None where there are none."""
+        """Hash of the weights; None where there are none."""
         return hash_weights(self.state_dict()) if any(True for _ in self.parameters()) else None
 
 
 class PixelFeatures(Features):
-    """The pixels themselves, in [-1, 1]: for small images.
+    """The pixels themselves, in [-1, 1], for small images.
 
     Args:
         shape: (C, H, W) of the images.
@@ -52,13 +52,13 @@ class PixelFeatures(Features):
             raise InputError(f"features {PIXELS!r} must be {MAX_PIXEL_FEATURES} or fewer, {given}: use {INCEPTION!r}")
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        """Returns (B, C·H·W) of (B, C, H, W) uint8."""
+        """Returns (B, C·H·W) features of (B, C, H, W) uint8 images, and no logits."""
         return to_unit_range(images).flatten(1), None
 
 
 @contextlib.contextmanager
-def _weights_alone() -> Iterator[None]:
-    """Keeps torch.load from running what a pickle holds, which torch-fidelity asks it to do."""
+def _weights_only() -> Iterator[None]:
+    """Stops torch.load from running code in a pickle, which torch-fidelity would allow."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -72,13 +72,13 @@ def _weights_alone() -> Iterator[None]:
 
 
 class InceptionFeatures(Features):
-    """The Inception v3 of the FID, as torch-fidelity ports it: pooled features and logits.
+    """The FID's Inception v3 in torch-fidelity's port: pooled features and logits.
 
     Args:
         weights: file of its weights; None downloads them once.
 
     Raises:
-        InputError: torch-fidelity is not installed, or weights that cannot be had or read.
+        InputError: torch-fidelity is not installed, or the weights cannot be downloaded or read.
     """
 
     num_features, num_classes = INCEPTION_FEATURES, INCEPTION_CLASSES
@@ -92,7 +92,7 @@ class InceptionFeatures(Features):
         if weights is not None:
             read_pth(_existing(weights))
         try:
-            with _weights_alone():
+            with _weights_only():
                 self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
         except Exception as error:  # no network, a broken download, weights of another network
             given = "cannot be downloaded; give a file with --feature_weights" if weights is None else f"in {weights}"
@@ -109,10 +109,10 @@ class TimmFeatures(Features):
     Args:
         name: a model of timm, such as vit_small_patch14_dinov2.
         weights: file of its weights (safetensors); None downloads them once.
-        classify: logits instead of features.
+        classify: whether to return logits instead of features.
 
     Raises:
-        InputError: no such model, or weights that cannot be had or read.
+        InputError: no such model, or its weights cannot be downloaded or read.
     """
 
     network: Any
@@ -142,7 +142,7 @@ class TimmFeatures(Features):
         self.register_buffer("std", torch.tensor(settings["std"])[:, None, None])
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        """Returns (B, num_features) of (B, C, H, W) uint8 images, scaled to the network's size (bicubic)."""
+        """Returns (B, num_features) features of (B, C, H, W) uint8 images, resized to the network's input (bicubic)."""
         x = images.expand(-1, 3, -1, -1).float() / 255
         x = nn.functional.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         return self.network((x - self.mean) / self.std), None
@@ -155,7 +155,7 @@ def _existing(weights: str) -> Path:
 
 
 def build_features(name: str, weights: str | None, shape: tuple[int, int, int]) -> Features:
-    """Builds what the name of features means: forward(images) -> (features, logits or None).
+    """Builds features by name: forward(images) -> (features, logits or None).
 
     Args:
         name: `pixels`, `inception` or `timm:MODEL`.
@@ -163,7 +163,7 @@ def build_features(name: str, weights: str | None, shape: tuple[int, int, int]) 
         shape: (C, H, W) of the images.
 
     Raises:
-        InputError: another name, or as the classes above.
+        InputError: an unknown name, or as the classes above.
     """
     if name == PIXELS:
         return PixelFeatures(shape)

@@ -1,4 +1,4 @@
-"""Sets of images, drawn or read, to what is measured of them. Every process looks at its own share."""
+"""Collects the statistics of a set of images, drawn or read, and classifies them; each process takes its share."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from uvit.sampling.conditions import Condition
 from uvit.sampling.generate import generate_batches
 
 MAX_SMALL = 1024
-"""Values of an image for which an SVM and the covariance of raw pixels are quick and telling."""
+"""Largest number of values in an image for which an SVM and the covariance of raw pixels are fast and meaningful."""
 SVM_C = 10.0
 
 Labelled = tuple[Tensor, Tensor | None]
-"""(B, C, H, W) uint8 images, and their (B,) labels where they have any."""
+"""(B, C, H, W) uint8 images, and their (B,) labels if they have any."""
 
 
 class Classifier(NamedTuple):
-    """What recognises labels."""
+    """A classifier of images."""
 
     classify: Callable[[Tensor], Tensor]
     """(B, C, H, W) uint8 images to (B,) labels."""
@@ -45,27 +45,27 @@ class Classifier(NamedTuple):
 
 
 class ImageStatistics:
-    """What is kept of a set of images: moments and a sample of their features, scores, and how many are recognised.
+    """Statistics of a set of images: moments and a sample of their features, scores, and how many are recognised.
 
     Args:
-        network: as uvit.features builds it.
+        network: from `build_features`.
         num_images: images of all processes.
-        state: which process this is; it sees every so manyth image.
+        state: which process this is; of N processes, it gets every N-th image.
     """
 
     def __init__(self, network: Features, num_images: int, state: PartialState) -> None:
-        exact = state.device if state.device.type == "cuda" else torch.device("cpu")  # a device that knows float64
+        exact = state.device if state.device.type == "cuda" else torch.device("cpu")  # a device with float64
         self.network, self.state = network, state
         self.places = shuffled_places(num_images)[state.process_index :: state.num_processes]
         self.moments = Moments(network.num_features, exact)
         self.sample = FeatureSample(network.num_features)
         self.score = InceptionScore(network.num_classes, num_images, exact) if network.num_classes else None
-        self.hits = torch.zeros(2, dtype=torch.float64, device=exact)  # right, and judged
+        self.hits = torch.zeros(2, dtype=torch.float64, device=exact)  # classified correctly, and in total
         self.hash = ""
 
     @torch.no_grad()
     def update(self, batches: Iterator[Labelled], classifier: Classifier | None = None) -> ImageStatistics:
-        """Looks at this process's images, and adds up all processes; returns itself."""
+        """Adds the images of this process, then sums over all processes; returns itself."""
         image_hash, seen = ImageHash(), 0
         for images, labels in batches:
             places = self.places[seen : seen + len(images)]
@@ -86,35 +86,35 @@ class ImageStatistics:
 
     @property
     def recognised(self) -> float | None:
-        """Share of images that the classifier takes for what their label says; None where there is nothing to say."""
+        """Fraction of images that are classified as their label; None where none were classified."""
         return (self.hits[0] / self.hits[1]).item() if self.hits[1] else None
 
 
 def build_classifier(name: str, weights: str | None, train_part: ImageData | None, device: torch.device) -> Classifier:
-    """Builds what recognises labels.
+    """Builds a classifier by name.
 
     Args:
         name: `svm`, fitted to the pixels of real images, or `timm:MODEL`, whose classes are the labels.
         weights: file of the network's weights; None downloads them once.
-        train_part: the images for the SVM.
+        train_part: the images to fit the SVM to.
         device: where the network goes.
 
     Raises:
-        InputError: another name, no labelled images to fit to, or a network that cannot be had.
+        InputError: an unknown name, no labelled images to fit to, or as TimmFeatures.
     """
     if name.startswith(TIMM):
         network = TimmFeatures(name.removeprefix(TIMM), weights, classify=True).to(device)
-        described = f"{name}, weights {network.weights_hash}"
-        return Classifier(lambda images: network(images.to(device))[0].argmax(dim=1), network.num_features, described)
+        description = f"{name}, weights {network.weights_hash}"
+        return Classifier(lambda images: network(images.to(device))[0].argmax(dim=1), network.num_features, description)
     if name != "svm":
         raise InputError(f"classifier must be 'svm', '{TIMM}MODEL' or 'none', got {name!r}")
     if train_part is None or not train_part.class_names:
         raise InputError("classifier 'svm' needs the labelled images of a run's own data to learn from, got none")
     real = read_all(train_part)
     svm = SVC(C=SVM_C).fit(_pixels(real.images), real.labels)
-    described = f"svm on the pixels of {len(real.labels)} training images"
+    description = f"svm on the pixels of {len(real.labels)} training images"
     return Classifier(
-        lambda images: torch.from_numpy(svm.predict(_pixels(images))), len(train_part.class_names), described
+        lambda images: torch.from_numpy(svm.predict(_pixels(images))), len(train_part.class_names), description
     )
 
 
@@ -126,7 +126,7 @@ def choose_labels(num_images: int, num_classes: int, mode: Literal["balanced", "
     """Returns the label of each image to draw.
 
     Raises:
-        InputError: a number of images that classes do not divide, for `balanced`.
+        InputError: a number of images that is not divisible by the number of classes, for `balanced`.
     """
     if mode == "random":
         return np.random.default_rng(seed).integers(num_classes, size=num_images).tolist()
@@ -138,10 +138,10 @@ def choose_labels(num_images: int, num_classes: int, mode: Literal["balanced", "
 def choose_captions(
     data: ImageData, num_images: int, mode: Literal["balanced", "random"], seed: int
 ) -> tuple[list[str], list[int] | None]:
-    """Returns the first caption of an image of the data for each image to draw.
+    """Returns a caption for each image to draw, the first of some image in the data, and the labels of these images.
 
-    Where the data has labels, those of what the captions tell are returned besides, and `mode` is as for labels;
-    where it has none, `balanced` takes the images in their order, and `random` shuffles them.
+    If the data has labels, `mode` chooses them as in choose_labels; otherwise, the labels are None, `balanced` takes
+    the captions in the order of the data, and `random` shuffles them.
 
     Raises:
         InputError: no captions, or a label without images.
@@ -152,30 +152,30 @@ def choose_captions(
             items = np.random.default_rng(seed).permutation(len(data)).tolist()
         items = items[:num_images]
     parts = [items[n : n + 256] for n in range(0, len(items), 256)]
-    told = [
+    captioned = [
         (texts[0], int(label))
         for part in read_in_parts(data, parts, 0)
         for texts, label in zip(part.captions, part.labels)
     ]
-    if not told:
+    if not captioned:
         raise InputError("a text model is measured on the captions of a reference data set, got one without captions")
     if not data.class_names:
-        return [text for text, _ in itertools.islice(itertools.cycle(told), num_images)], None
+        return [text for text, _ in itertools.islice(itertools.cycle(captioned), num_images)], None
     labels = choose_labels(num_images, len(data.class_names), mode, seed)
-    of_label = {each: [text for text, label in told if label == each] for each in set(labels)}
-    for label, texts in of_label.items():
+    by_label = {each: [text for text, label in captioned if label == each] for each in set(labels)}
+    for label, texts in by_label.items():
         if not texts:
             raise InputError(f"the reference must have a caption of every label, got none of {data.class_names[label]}")
-    captions = {label: itertools.cycle(texts) for label, texts in of_label.items()}
+    captions = {label: itertools.cycle(texts) for label, texts in by_label.items()}
     return [next(captions[label]) for label in labels], labels
 
 
 def read_with_progress(data: ImageData, batch_size: int, num_workers: int, state: PartialState) -> Iterator[Labelled]:
     """Reads this process's share of a data set, with a progress bar."""
-    mine = range(len(data))[state.process_index :: state.num_processes]
-    parts = [mine[n : n + batch_size] for n in range(0, len(mine), batch_size)]
+    own_items = range(len(data))[state.process_index :: state.num_processes]
+    parts = [own_items[n : n + batch_size] for n in range(0, len(own_items), batch_size)]
     hidden = not state.is_main_process
-    with tqdm(total=len(mine), unit="image", desc="reading", disable=hidden, dynamic_ncols=True) as progress:
+    with tqdm(total=len(own_items), unit="image", desc="reading", disable=hidden, dynamic_ncols=True) as progress:
         for part, batch in zip(parts, read_in_parts(data, parts, num_workers)):
             yield batch.images, batch.labels if data.class_names else None
             progress.update(len(part))
@@ -194,22 +194,22 @@ def draw_with_progress(
     """Draws this process's share of images, with a progress bar.
 
     Args:
-        model: as for `generate_batches`, like the next three.
+        model: the run's network.
         config: the run.
-        encoders: its own.
-        conditions: what to draw, of all processes.
-        labels: what a classifier should recognise the images as.
+        encoders: the run's encoders.
+        conditions: of the images of all processes.
+        labels: the expected labels of these images, for a classifier.
         seed: of the set of images.
         batch_size: images at a time; None is the default.
         state: which process this is.
     """
     share = (state.process_index, state.num_processes)
-    mine = None if labels is None else torch.tensor(labels[share[0] :: share[1]])
+    own_labels = None if labels is None else torch.tensor(labels[share[0] :: share[1]])
     total = len(conditions[share[0] :: share[1]]) * num_evaluations(config.process, config.sample)
     hidden, done = not state.is_main_process, 0
     with tqdm(total=total, unit="eval", desc="drawing", disable=hidden, dynamic_ncols=True) as progress:
         for images in generate_batches(
             model, config, conditions, seed, batch_size, encoders, lambda x: progress.update(len(x)), share
         ):
-            yield images, None if mine is None else mine[done : done + len(images)]
+            yield images, None if own_labels is None else own_labels[done : done + len(images)]
             done += len(images)

@@ -1,4 +1,4 @@
-"""Images to figures and their protocol: those that a run draws, or those that are given."""
+"""Evaluates images, drawn from a run or given: figures, and the protocol of how they were measured."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from uvit.evaluation.subject import (
 )
 from uvit.sampling.runs import DrawArguments
 
-BATCH_SIZE = 64  # of images that are read
+BATCH_SIZE = 64  # for images that are read, not drawn
 DRAWING_OPTIONS = {field.name for field in dataclasses.fields(DrawArguments)} - {"checkpoint", "batch_size", "compile"}
 DRAWING_OPTIONS |= {"num_images", "label_mode", "caption_column"}
 
@@ -62,34 +62,34 @@ Protocol = dict[str, str]
 @dataclass(frozen=True, kw_only=True)
 class MeasureArguments(DrawArguments):
     checkpoint: str = ""
-    """Run folder whose images are measured, such as runs/digits; or give --images."""
+    """Run folder to draw the images from, such as runs/digits; or give --images."""
     images: str | None = None
-    """Folder of images, data set, or .npz as sample.py writes it, instead of a checkpoint."""
+    """Folder of images, data set, or .npz as written by sample.py, instead of a checkpoint."""
     reference: str = "test"
-    """`test` or `train` of the run's own data; a data set or folder of images; or an .npz of statistics or images."""
+    """`test` or `train` of the run's data; a data set or folder of images; or an .npz of statistics or images."""
     split: str = "train"
-    """Split of data sets that are named."""
+    """Split of data sets given by --images or --reference."""
     caption_column: str | None = None
-    """Column of captions of a reference for text models; None is as for the run's own data."""
+    """Column of captions in a reference for text models; None is that of the run's data."""
     num_images: int = 2000
-    """Images to draw."""
+    """Number of images to draw."""
     label_mode: Literal["balanced", "random"] = "balanced"
-    """As many images of each label, or labels drawn at random; of captions without labels, the reference's first, or
-    any."""
+    """Equally many images of each label, or random labels; for captions without labels, the reference's first ones, or
+    random ones."""
     features: str = "auto"
-    """What is compared: `pixels`, `inception` (FID, KID, Inception score) or `timm:MODEL`; `auto` is pixels of small
-    images and inception of others."""
+    """Features to compare: `pixels`, `inception` (FID, KID, Inception score) or `timm:MODEL`; `auto` is pixels for
+    small images and inception for others."""
     feature_weights: str | None = None
-    """File of the features' weights, where they cannot be downloaded."""
+    """File of the feature network's weights, if they cannot be downloaded."""
     classifier: str = "auto"
-    """What recognises labels: `svm`, `timm:MODEL` or `none`; `auto` is the SVM on small images."""
+    """Classifier to recognise labels with: `svm`, `timm:MODEL` or `none`; `auto` is the SVM for small images."""
     classifier_weights: str | None = None
-    """File of the classifier's weights (safetensors), where they cannot be downloaded."""
+    """File of the classifier's weights (safetensors), if they cannot be downloaded."""
     num_workers: int = 0
     """Loader processes for images on disk."""
     output: str | None = None
-    """JSON file for the figures and their protocol; None is evaluation.json in the run's folder, a name ending so
-    beside --images, or evaluation.json here for what is on the hub."""
+    """JSON file for the figures and their protocol; None is evaluation.json in the run's folder, IMAGES.evaluation.json
+    for --images, or evaluation.json in the current folder for a run or data set of the hub."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +107,7 @@ class MeasureArguments(DrawArguments):
 
     @property
     def output_file(self) -> Path:
-        """Where the figures go."""
+        """Path of the JSON file for the figures."""
         source = self.images or self.checkpoint
         if self.output or not exists(source):
             return Path(self.output or EVALUATION_FILE)
@@ -117,19 +117,19 @@ class MeasureArguments(DrawArguments):
 
 
 def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Protocol]:
-    """Measures images.
+    """Evaluates images.
 
     Args:
-        given: which, and against what.
-        state: which process this is; each looks at its share.
+        given: which images, reference, features and classifier.
+        state: which process this is; each takes its share of the images.
 
     Returns:
         The figures and their protocol, complete on the main process.
 
     Raises:
-        InputError: images, references or networks that cannot be had, or that do not fit together.
+        InputError: images, references or networks that cannot be loaded, or that do not fit together.
     """
-    # All that is needed is found before the long work.
+    # All that may fail comes before the long work.
     subject: Subject
     if given.images is not None:
         subject = find_images(given.images, given.split)
@@ -145,12 +145,12 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
     other = find_other_part(subject, given.reference) if features == PIXELS else None
     network.to(state.device)
 
-    def look_at(data: ImageData, classifier: Classifier | None = None) -> ImageStatistics:
+    def read_statistics(data: ImageData, classifier: Classifier | None = None) -> ImageStatistics:
         batches = read_with_progress(data, given.batch_size or BATCH_SIZE, given.num_workers, state)
         return ImageStatistics(network, len(data), state).update(batches, classifier)
 
     if isinstance(subject, GivenImages):
-        seen = look_at(subject.data, classifier)
+        seen = read_statistics(subject.data, classifier)
         protocol = {"images": f"{seen.moments.count} of {subject.name}"}
     else:
         run = subject.model, subject.config, subject.encoders
@@ -160,25 +160,25 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
     protocol["images"] += f", hash {seen.hash}"
     if state.is_main_process and seen.moments.count <= network.num_features:
         few = f"{seen.moments.count} images for {network.num_features} features"
-        warn(f"{few}: with so few, a Fréchet distance says little")
+        warn(f"{few}: with so few, a Fréchet distance is not reliable")
 
     results: Results = {}
     if isinstance(reference, Gaussian):
         target = reference
         protocol["reference"] = f"{given.reference}: {describe_statistics(Path(given.reference))}, hash {target.hash}"
     else:
-        real = look_at(reference, classifier)
+        real = read_statistics(reference, classifier)
         target = real.moments.gaussian
         protocol["reference"] = _describe_reference(given, subject, real)
         results["recognised_real"] = real.recognised
         if features == INCEPTION and min(seen.moments.count, real.moments.count) >= MIN_KERNEL_IMAGES:
-            of_both = (each.sample.gather(state.device) for each in (seen, real))
-            results["kid"], results["kid_deviation"], subset = kernel_distance(*of_both)
+            samples = (each.sample.gather(state.device) for each in (seen, real))
+            results["kid"], results["kid_deviation"], subset = kernel_distance(*samples)
             protocol["kid"] = f"{KID_SUBSETS} subsets of {subset}, of {KID_SAMPLES} images or fewer of each"
     results["recognised"] = seen.recognised
     results["frechet"] = frechet_distance(seen.moments.gaussian, target)
     if other is not None:
-        results["frechet_real"] = frechet_distance(look_at(other).moments.gaussian, target)
+        results["frechet_real"] = frechet_distance(read_statistics(other).moments.gaussian, target)
     if seen.score is not None:
         results["inception_score"], results["inception_score_deviation"] = seen.score.compute()
         protocol["inception_score"] = f"{SCORE_SPLITS} random splits"
@@ -195,7 +195,7 @@ def _is_small(subject: Subject) -> bool:
 
 
 def _build_features(given: MeasureArguments, subject: Subject) -> tuple[str, Features]:
-    """The features' name, with `auto` resolved, and what computes them."""
+    """Returns the features' name, with `auto` resolved, and the features."""
     auto = PIXELS if _is_small(subject) else INCEPTION
     name = auto if given.features == "auto" else given.features
     return name, build_features(name, given.feature_weights, subject.shape)
@@ -204,7 +204,7 @@ def _build_features(given: MeasureArguments, subject: Subject) -> tuple[str, Fea
 def _build_classifier(
     given: MeasureArguments, subject: Subject, reference: ImageData | None, state: PartialState
 ) -> Classifier | None:
-    """What recognises labels, where there are any that it knows."""
+    """Returns the classifier, with `auto` resolved; None for `none`."""
     real = None
     if isinstance(subject, DrawnImages) and subject.config.data.autoencoder is None and _is_small(subject):
         real = find_own_part(subject, "train")
@@ -221,7 +221,7 @@ def _build_classifier(
 
 
 def _describe_reference(given: MeasureArguments, subject: Subject, real: ImageStatistics) -> str:
-    """Says what images were compared with."""
+    """Describes the reference."""
     named = f"{given.reference}, split {given.split}"
     if isinstance(subject, DrawnImages) and given.reference in OWN_PARTS:
         named = f"{given.reference} part of {subject.config.data.name}"
@@ -230,9 +230,18 @@ def _describe_reference(given: MeasureArguments, subject: Subject, real: ImageSt
 
 
 def check_classes(classifier: Classifier, labelled: Mapping[str, int]) -> None:
-    """Stops where labels that a classifier is to recognise are not its classes."""
+    """Checks that the labels of images are a classifier's classes.
+
+    Args:
+        classifier: what recognises the labels.
+        labelled: number of classes of each set of images, by its name; 0 for no labels.
+
+    Raises:
+        InputError: another number of classes, or no labels at all.
+    """
     for what, num_classes in labelled.items():
-        fewer = 0 < num_classes < classifier.num_classes and Path(what).suffix != ".npz"  # which tells no number
+        # An .npz does not say how many classes there are, so its largest label may be a lower one.
+        fewer = 0 < num_classes < classifier.num_classes and Path(what).suffix != ".npz"
         if fewer or num_classes > classifier.num_classes:
             found = f"{what} has labels of {num_classes} classes"
             raise InputError(f"the classifier knows {classifier.num_classes} classes, {found}: give --classifier none")

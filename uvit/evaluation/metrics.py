@@ -1,6 +1,6 @@
-"""Distances between sets of images, from features that are gathered batch by batch.
+"""Distances between sets of images, from features that are accumulated batch by batch.
 
-What is kept does not grow with the number of images. Each process gathers its own part; `reduce` puts them together.
+Memory does not grow with the number of images. Each process accumulates its own part; `reduce` sums over processes.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import torch
 from accelerate.utils import gather, reduce
 from torch import Tensor
 
-from uvit.common.errors import InputError
+from uvit.common.errors import InputError, one_line
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 MIN_KERNEL_IMAGES = 4
 KID_SAMPLES = 10_000
-"""Features kept for the kernel distance, at most."""
+"""Maximum number of features kept for the kernel distance."""
 SCORE_SPLITS = 10
 ROUNDING = 1e-6
-"""Of statistics that were stored in float32, over their trace."""
+"""Rounding error of statistics that were stored in float32, relative to their trace."""
 SHUFFLE_SEED = 2020
-"""torch-fidelity's: its splits of the Inception score are ours."""
+"""That of torch-fidelity, so that the splits of the Inception score are the same."""
 
 
 class Gaussian(NamedTuple):
-    """What the Fréchet distance sees of a set of images."""
+    """Mean and covariance of the features of a set of images, for the Fréchet distance."""
 
     mean: Tensor
     """(num_features,) in float64, on the CPU."""
@@ -38,16 +38,16 @@ class Gaussian(NamedTuple):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the figures, its first 16 letters."""
+        """The first 16 hexadecimal digits of the SHA-256 of both."""
         return hashlib.sha256(self.mean.numpy().tobytes() + self.covariance.numpy().tobytes()).hexdigest()[:16]
 
 
 class Moments:
-    """Mean and covariance of features, gathered in float64.
+    """Mean and covariance of features, accumulated in float64.
 
     Args:
         num_features: length of a feature vector.
-        device: where to gather; one that knows float64.
+        device: where to accumulate; one with float64.
     """
 
     def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
@@ -64,13 +64,13 @@ class Moments:
         return self
 
     def reduce(self) -> Moments:
-        """Adds up all processes; returns itself."""
+        """Sums over all processes; returns itself."""
         self._count, self._sum, self._outer = (reduce(part, "sum") for part in (self._count, self._sum, self._outer))
         return self
 
     @property
     def count(self) -> int:
-        """Features so far."""
+        """Number of features so far."""
         return int(self._count.item())
 
     @property
@@ -90,7 +90,7 @@ class Moments:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet distance of two Gaussians, |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½) (arXiv 1706.08500).
 
-    The root's trace is that of the symmetric (Σ_a^½ Σ_b Σ_a^½)^½, whose eigenvalues are real.
+    The trace of the root is that of the symmetric (Σ_a^½ Σ_b Σ_a^½)^½, whose eigenvalues are real.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -100,23 +100,23 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def save_statistics(path: Path, gaussian: Gaussian, **facts: Any) -> None:
-    """Writes an .npz with `mu` and `sigma` as pytorch-fid and ADM publish them, and how they were made."""
+    """Writes an .npz with `mu` and `sigma`, the format of pytorch-fid and ADM, and facts of how they were made."""
     np.savez(path, mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy(), **facts)
 
 
 def is_statistics(path: Path) -> bool:
-    """Tells whether a file is an .npz of statistics (some of ADM's hold images besides), or a broken one."""
+    """Returns whether a file is an .npz of statistics (some of ADM's contain images in addition), or a broken one."""
     if path.suffix != ".npz" or not isfile(path):
         return False
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return "mu" in arrays or "arr_0" not in arrays
-    except Exception:  # a broken archive raises anything; who reads it will say so
+    except Exception:  # a broken archive may raise any type; load_statistics reports it
         return True
 
 
 def describe_statistics(path: Path) -> str:
-    """Says of how many images statistics are; those of others do not tell of what."""
+    """Describes the images of a file of statistics; files from other tools do not say how many there are."""
     with np.load(path, allow_pickle=False) as arrays:
         return f"statistics of {arrays['num_images']} images" if "num_images" in arrays else "statistics of others"
 
@@ -124,27 +124,27 @@ def describe_statistics(path: Path) -> str:
 def load_statistics(
     path: Path, features: str, num_features: int, image_size: tuple[int, int], weights_hash: str | None = None
 ) -> Gaussian:
-    """Reads `mu` and `sigma`; statistics of others do not tell of what features and size of images they are.
+    """Reads `mu` and `sigma`, and checks that they fit; files from other tools lack the facts for some checks.
 
     Args:
         path: an .npz file.
-        features: name of the features that they are to be compared with.
+        features: name of the features to compare with.
         num_features: their length.
-        image_size: (height, width) of the images that they are to be compared with.
-        weights_hash: of the network whose features they are to be compared with.
+        image_size: (height, width) of the images to compare with.
+        weights_hash: hash of the weights of the network that computes the features.
 
     Raises:
-        InputError: not such a file, or statistics of other features, with both values.
+        InputError: a file of another kind, or statistics of other features, with both values.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             stored = [arrays[name] for name in ("mu", "sigma")]
-            made_of = str(arrays["features"]) if "features" in arrays else features
-            size = tuple(map(int, arrays["image_size"])) if "image_size" in arrays else image_size
-            made_by = str(arrays["weights_hash"]) if "weights_hash" in arrays else str(weights_hash)
-    except Exception as error:  # a broken archive raises anything
+            found_features = str(arrays["features"]) if "features" in arrays else features
+            found_size = tuple(map(int, arrays["image_size"])) if "image_size" in arrays else image_size
+            found_hash = str(arrays["weights_hash"]) if "weights_hash" in arrays else str(weights_hash)
+    except Exception as error:  # a broken archive may raise any type
         raise InputError(
-            f"{path} does not hold statistics (mu, sigma): {type(error).__name__}: {error!s:.100}"
+            f"{path} does not hold statistics (mu, sigma): {type(error).__name__}: {one_line(error, 100)}"
         ) from None
     if any(array.dtype.kind != "f" for array in stored):
         raise InputError(f"{path} must hold mu and sigma of real numbers, got {stored[0].dtype} and {stored[1].dtype}")
@@ -157,27 +157,27 @@ def load_statistics(
     margin = ROUNDING * covariance.trace().clamp(min=1e-9)
     if torch.linalg.cholesky_ex(covariance + margin * torch.eye(len(covariance))).info:
         raise InputError(f"{path} must hold a positive semidefinite sigma, got one with negative eigenvalues")
-    if (len(mean), made_of) != (num_features, features):
+    if (len(mean), found_features) != (num_features, features):
         expected = f"expected {num_features} of {features!r}"
-        raise InputError(f"{path} holds statistics of {len(mean)} features of {made_of!r}, {expected}")
-    if made_by != str(weights_hash):
-        raise InputError(f"{path} holds statistics of {features!r} with weights {made_by}, expected {weights_hash}")
-    if size != image_size:
-        raise InputError(f"{path} holds statistics of images of size {size}, expected {image_size}")
+        raise InputError(f"{path} holds statistics of {len(mean)} features of {found_features!r}, {expected}")
+    if found_hash != str(weights_hash):
+        raise InputError(f"{path} holds statistics of {features!r} with weights {found_hash}, expected {weights_hash}")
+    if found_size != image_size:
+        raise InputError(f"{path} holds statistics of images of size {found_size}, expected {image_size}")
     return Gaussian(mean, covariance)
 
 
 def shuffled_places(num_images: int) -> Tensor:
-    """Returns (num_images,) the place of each image in one random order of all, fixed by a seed.
+    """Returns the place of each image in a random order of all with a fixed seed, (num_images,).
 
-    What samples or splits images does it by these places: neither their order, their batches nor the number of
-    processes changes the figures.
+    Images are sampled and split by these places, so that figures do not depend on their order, the batch size or the
+    number of processes.
     """
     return torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(num_images)).argsort()
 
 
 class ImageHash:
-    """One hash of a set of images, whatever their order: the sum of the hashes of each."""
+    """A hash of a set of images that does not depend on their order: the sum of their hashes."""
 
     def __init__(self) -> None:
         self._sum = torch.zeros(1, dtype=torch.int64)
@@ -186,20 +186,20 @@ class ImageHash:
         """Adds (B, C, H, W) uint8 images; returns itself."""
         for image in images.cpu().numpy():
             digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest()
-            self._sum += int.from_bytes(digest, "big", signed=True)  # around the end of 64 bits
+            self._sum += int.from_bytes(digest, "big", signed=True)  # wraps around at 64 bits
         return self
 
     def compute(self, device: torch.device) -> str:
-        """Adds up all processes; returns 16 letters."""
+        """Sums over all processes; returns 16 hexadecimal digits."""
         return f"{reduce(self._sum.to(device), 'sum').item() % 2**64:016x}"
 
 
 class FeatureSample:
-    """A random sample of features for the kernel distance: those with the first of the shuffled places.
+    """A random sample of features for the kernel distance: those of the images at the first shuffled places.
 
     Args:
         num_features: length of a feature vector.
-        capacity: features kept, on all processes together.
+        capacity: maximum number of features, over all processes.
     """
 
     def __init__(self, num_features: int, capacity: int = KID_SAMPLES) -> None:
@@ -207,19 +207,19 @@ class FeatureSample:
         self._rows: list[Tensor] = []  # place and features
 
     def update(self, features: Tensor, places: Tensor) -> FeatureSample:
-        """Adds (B, num_features) features of images with these shuffled places; returns itself."""
+        """Adds (B, num_features) features of images at these shuffled places; returns itself."""
         rows = torch.cat([places[:, None].float(), features.detach().float().cpu()], dim=1)
         self._rows.append(rows[places < self.capacity])
         return self
 
     def gather(self, device: torch.device) -> Tensor:
-        """Returns the (N, num_features) of all processes, in the order of their places."""
+        """Returns the features of all processes, in the order of their places, (N, num_features)."""
         rows = torch.cat([torch.empty(0, 1 + self.num_features), *self._rows])
         counts = gather(torch.tensor([len(rows)], device=device)).tolist()
         padded = torch.zeros(max(*counts, 1), 1 + self.num_features, device=device)
         padded[: len(rows)] = rows.to(device)
-        of_all = torch.cat([part[:count] for part, count in zip(gather(padded).split(len(padded)), counts)])
-        return of_all[of_all[:, 0].argsort(), 1:].cpu()
+        gathered = torch.cat([part[:count] for part, count in zip(gather(padded).split(len(padded)), counts)])
+        return gathered[gathered[:, 0].argsort(), 1:].cpu()
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float, int]:
@@ -230,8 +230,8 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float, int]:
         b: (M, num_features).
 
     Returns:
-        Mean and deviation over 100 random subsets, and the subsets' size: 1000, or of fewer images half of them, as
-        subsets that share most of their images would not tell how far the mean can be trusted.
+        Mean and standard deviation over 100 random subsets, and the subsets' size: 1000, or half of the images if there
+        are fewer than 2000, since subsets that share most images would give too small a deviation.
 
     Raises:
         InputError: fewer than MIN_KERNEL_IMAGES.
@@ -251,8 +251,8 @@ class InceptionScore:
 
     Args:
         num_classes: classes of the classifier.
-        num_images: images of all processes; each split has a tenth of them, at random.
-        device: where to gather; one that knows float64.
+        num_images: images of all processes; each split has a random tenth of them.
+        device: where to accumulate; one with float64.
     """
 
     def __init__(self, num_classes: int, num_images: int, device: torch.device | str = "cpu") -> None:
@@ -262,7 +262,7 @@ class InceptionScore:
         self._negentropies = torch.zeros(SCORE_SPLITS, 1, dtype=torch.float64, device=device)
 
     def update(self, logits: Tensor, places: Tensor) -> InceptionScore:
-        """Adds (B, num_classes) logits of images with these shuffled places; returns itself."""
+        """Adds (B, num_classes) logits of images at these shuffled places; returns itself."""
         logits = logits.detach().to(self._sums)
         p = logits.softmax(dim=1)
         splits = torch.bucketize(places, self._ends, right=True).to(p.device)
@@ -272,7 +272,7 @@ class InceptionScore:
         return self
 
     def compute(self) -> tuple[float, float]:
-        """Adds up all processes; returns mean and deviation over the splits."""
+        """Sums over all processes; returns mean and standard deviation over the splits."""
         counts, sums, negentropies = (reduce(part, "sum") for part in (self._counts, self._sums, self._negentropies))
         filled = counts[:, 0] > 0
         marginal = (sums / counts)[filled]

@@ -1,4 +1,4 @@
-"""How figures were measured, in words that are saved beside them."""
+"""The protocol of an evaluation: how figures were measured, in words that are saved with them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def describe_drawing(
     label_mode: Literal["balanced", "random"],
     seed: int,
 ) -> dict[str, str]:
-    """Says how images were drawn.
+    """Describes how images were drawn.
 
     Args:
-        checkpoint: what from, as the user named it.
-        model: the network.
-        config: the run, with the settings of sampling.
+        checkpoint: the run, as the user named it.
+        model: its network.
+        config: its config, with the sampling settings that were used.
         encoders: its text encoder and autoencoder.
         conditions: of each image.
         label_mode: how they were chosen.
@@ -60,12 +60,8 @@ def describe_drawing(
         "precision": sampling.mixed_precision,
         "reuse": sampling.reuse,
         "seed": str(seed),
-        "text_encoder": f"{config.data.text_encoder}, hash {hash_weights(encoders.text.network.state_dict())}"
-        if encoders.text
-        else "none",
-        "decoder": f"{config.data.autoencoder}, hash {hash_weights(encoders.image.network.state_dict())}"
-        if encoders.image
-        else "none",
+        "text_encoder": _describe_encoder(config.data.text_encoder, encoders.text),
+        "decoder": _describe_encoder(config.data.autoencoder, encoders.image),
         "rounding": "uint8",
     }
 
@@ -75,12 +71,12 @@ def _describe_encoder(name: str | None, encoder: TextEncoder | Autoencoder | Non
 
 
 def describe_features(name: str, network: Features) -> str:
-    """Says what is compared."""
+    """Describes features: their name and the hash of their weights."""
     return name if network.weights_hash is None else f"{name}, hash {network.weights_hash}"
 
 
 def versions() -> str:
-    """Names the packages that figures depend on, those that are installed."""
+    """Returns the versions of the installed packages that figures depend on."""
     found = [f"uvit {__version__}"]
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What is measured, and what it is compared with: found before the long work."""
+"""Finds the images to evaluate and the reference to compare them with, before the long work."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from uvit.networks.encoders import Encoders
 from uvit.sampling.conditions import Condition
 
 OWN_PARTS = ("train", "test")
-"""The parts of a run's own data, which are references by name."""
+"""The parts of a run's data, which can be named as references."""
 
 
 @dataclass(frozen=True)
 class GivenImages:
-    """Images that are there already."""
+    """Existing images."""
 
     name: str
     """Folder, data set or .npz."""
@@ -39,7 +39,7 @@ class GivenImages:
 
     @property
     def num_classes(self) -> int:
-        """Labels that the images have; 0 for none."""
+        """Number of classes of the images; 0 for none."""
         return len(self.data.class_names)
 
 
@@ -63,7 +63,7 @@ class DrawnImages:
 
     @property
     def num_classes(self) -> int:
-        """Labels that the run draws; 0 for none."""
+        """Number of classes that the run draws; 0 for none."""
         return self.config.model.num_classes
 
 
@@ -71,26 +71,26 @@ Subject = GivenImages | DrawnImages
 
 
 def find_images(name: str, split: str) -> GivenImages:
-    """Finds the images of a folder, a data set or an .npz, of the shape that the first one has.
+    """Finds the images of a folder, a data set or an .npz, which must all have the shape of the first.
 
     Raises:
-        InputError: none there.
+        InputError: as load_images.
     """
     source = DataConfig(name=name, train_split=split)
     return GivenImages(name, load_images(source, ImageSpec(None, labels=None, captions=False)))
 
 
 def find_own_part(run: DrawnImages, part: str) -> ImageData:
-    """Finds the training or held-out part of a run's own data.
+    """Finds the training or held-out part of a run's data.
 
     Raises:
-        InputError: latents, or data without such a part.
+        InputError: a folder of latents, or data without such a part.
     """
     data = run.config.data
     if data.autoencoder is not None:
         raise InputError(f"--reference {part!r} of {data.name!r} is latents: give a data set or an .npz")
     captions = True if run.config.model.context_dim else None
-    # Crops at random would make the reference random, too.
+    # Random crops would make the reference random.
     data = dataclasses.replace(data, crop="center")
     try:
         return load_images(data, ImageSpec(run.shape, labels=None, captions=captions), train=part == "train")
@@ -99,10 +99,10 @@ def find_own_part(run: DrawnImages, part: str) -> ImageData:
 
 
 def find_other_part(subject: Subject, reference: str) -> ImageData | None:
-    """Finds the part of a run's own data that is not the reference: its distance is what real images reach.
+    """Finds the part of a run's data that is not the reference: its distance is the one that real images reach.
 
     Returns:
-        None where the reference is not a part of it, or the data has no two parts.
+        The part, or None if the reference is not a part of the run's data, or there is no other part.
     """
     if isinstance(subject, GivenImages) or subject.config.data.autoencoder or reference not in OWN_PARTS:
         return None
@@ -114,26 +114,26 @@ def find_other_part(subject: Subject, reference: str) -> ImageData | None:
 def find_reference(
     subject: Subject, name: str, split: str, caption_column: str | None, features: str, network: Features
 ) -> Gaussian | ImageData:
-    """Finds what the subject is compared with.
+    """Finds the reference that images are compared with.
 
     Args:
-        subject: what is measured.
-        name: `train` or `test` of a run's own data; a data set or folder of images; or an .npz of statistics or images.
+        subject: the images to evaluate.
+        name: `train` or `test` of a run's data; a data set or folder of images; or an .npz of statistics or images.
         split: of a data set.
-        caption_column: of a data set, for a text model; None is that of the run's own data.
-        features: name of what is compared.
-        network: what computes it.
+        caption_column: of a data set, for a text model; None is that of the run's data.
+        features: name of the features.
+        network: computes the features.
 
     Raises:
         InputError: nothing there, or statistics of other features.
     """
-    of_run = subject if isinstance(subject, DrawnImages) else None
-    if of_run is not None and name in OWN_PARTS:
-        return find_own_part(of_run, name)
+    run = subject if isinstance(subject, DrawnImages) else None
+    if run is not None and name in OWN_PARTS:
+        return find_own_part(run, name)
     if is_statistics(Path(name)):
         return load_statistics(Path(name), features, network.num_features, subject.shape[1:], network.weights_hash)
-    captions = True if of_run is not None and of_run.config.model.context_dim else None
-    column = caption_column or (of_run.config.data.caption_column if of_run is not None else None)
+    captions = True if run is not None and run.config.model.context_dim else None
+    column = caption_column or (run.config.data.caption_column if run is not None else None)
     source = DataConfig(name=name, train_split=split, caption_column=column)
     return load_images(source, ImageSpec(subject.shape, labels=None, captions=captions))
 
@@ -146,18 +146,18 @@ def choose_conditions(
     mode: Literal["balanced", "random"],
     seed: int,
 ) -> tuple[Sequence[Condition], Sequence[int] | None]:
-    """Chooses what a run draws, and returns the labels that the images should have, too.
+    """Chooses the conditions of the images to draw, and returns them with the labels that the images should have.
 
     Args:
-        run: what draws.
-        reference: images with captions, for a text model; None is a reference without images.
+        run: the run that draws.
+        reference: images with captions, for a text model; None if the reference is only statistics.
         name: of the reference.
         num_images: images to draw.
         mode: as for `choose_labels` and `choose_captions`.
-        seed: of a random choice.
+        seed: of the random choice.
 
     Raises:
-        InputError: a number that classes do not divide, or a text model without captions to draw.
+        InputError: as choose_labels and choose_captions, or a text model without captions to draw.
     """
     model = run.config.model
     if model.num_classes:

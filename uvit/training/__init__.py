@@ -1,1 +1,1 @@
-"""The loop, and all that a run goes on with."""
+"""The training loop, and all that it needs to resume."""

@@ -1,4 +1,4 @@
-"""The state that a run goes on from: written whole or not at all, and read without running code."""
+"""Checkpoints, from which a run resumes: written atomically, and read without running code in them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from uvit.weights.tensors import load_tensors_only
 
 STATE_FILE = "training_state.pt"
 MARKER_FILE = "complete.json"
-"""Written last: its state file's size and hash, so that a torn copy is known from a whole one."""
+"""Written last, with the size and hash of the state file, so that an incomplete copy is detected."""
 
 
 def _describe(path: Path, thorough: bool = True) -> dict[str, Any]:
-    """Returns what the marker says of a state file; only what is known without reading it where not `thorough`."""
+    """Returns the marker's content for a state file; if not `thorough`, only its size, without reading the file."""
     if not thorough:
         return {"size": path.stat().st_size}
     digest = hashlib.sha256()
@@ -32,23 +32,23 @@ def _describe(path: Path, thorough: bool = True) -> dict[str, Any]:
 
 
 def find_config(run_dir: Path) -> Path | None:
-    """Returns the config that the newest checkpoint of a run was made with, or None where there is none."""
+    """Returns the path of the config in a run's newest checkpoint, or None where there is none."""
     found = [folder / CONFIG_FILE for folder in reversed(checkpoint_dirs(run_dir)) if (folder / CONFIG_FILE).is_file()]
     return found[0] if found else None
 
 
 def save_checkpoint(run_dir: Path, config: Config, step: int, state: dict[str, Any], keep: int | None) -> None:
-    """Writes RUN/checkpoints/step_00000100, whole or not at all, and then removes all but the `keep` newest.
+    """Writes RUN/checkpoints/step_00000100 atomically, and then removes all but the `keep` newest checkpoints.
 
     Args:
         run_dir: folder of the run.
-        config: what it was made with.
+        config: of the run.
         step: optimizer steps done.
-        state: state dicts of everything that must go on where it stopped.
-        keep: checkpoints to keep; None keeps all.
+        state: state dicts of everything that must be restored to resume.
+        keep: number of checkpoints to keep; None keeps all.
 
     Raises:
-        InputError: it cannot be written; the checkpoints before it are still there.
+        InputError: it cannot be written; earlier checkpoints are still there.
     """
     target = run_dir / CHECKPOINT_FOLDER / step_name(step)
     make_directory(target.parent)
@@ -64,7 +64,7 @@ def save_checkpoint(run_dir: Path, config: Config, step: int, state: dict[str, A
         (temporary / MARKER_FILE).write_text(json.dumps(_describe(temporary / STATE_FILE)) + "\n")
         sync(temporary / MARKER_FILE)
         sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)  # a step that is saved again
+        shutil.rmtree(target, ignore_errors=True)  # exists if a step is saved again
         temporary.replace(target)
         sync(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save hides the reason behind a RuntimeError of its own
@@ -74,16 +74,16 @@ def save_checkpoint(run_dir: Path, config: Config, step: int, state: dict[str, A
         shutil.rmtree(temporary, ignore_errors=True)
     if keep is None:
         return
-    num_whole = 0
+    num_complete = 0
     for folder in reversed(checkpoint_dirs(run_dir)):
-        if num_whole >= keep:
+        if num_complete >= keep:
             shutil.rmtree(folder, ignore_errors=True)
         elif _find_fault(folder, thorough=False) is None:
-            num_whole += 1
+            num_complete += 1
 
 
 def _find_fault(folder: Path, thorough: bool = True) -> str | None:
-    """Says what is wrong with a checkpoint, or returns None for a whole one; `thorough` reads all of it."""
+    """Returns what is wrong with a checkpoint, or None for a complete one; `thorough` reads all of it."""
     try:
         marker = json.loads((folder / MARKER_FILE).read_text())
         found = _describe(folder / STATE_FILE, thorough)
@@ -99,13 +99,13 @@ def _find_fault(folder: Path, thorough: bool = True) -> str | None:
 
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
-    """Returns the newest whole checkpoint of a run, and what is wrong with newer ones.
+    """Finds the newest complete checkpoint of a run.
 
     Returns:
-        Its folder, or None where there is no checkpoint at all; and the broken ones passed over, with their faults.
+        Its folder, or None where there is no checkpoint at all; and newer ones that are broken, with their faults.
 
     Raises:
-        InputError: there are checkpoints, but none is whole.
+        InputError: there are checkpoints, but none is complete.
     """
     broken: dict[Path, str] = {}
     for folder in reversed(checkpoint_dirs(run_dir)):
@@ -114,28 +114,30 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
         broken[folder] = fault
     if broken:
         folder, fault = next(iter(broken.items()))
-        raise InputError(f"{folder} is not a whole checkpoint ({fault}), and no older one is: remove it to start anew")
+        raise InputError(
+            f"{folder} is not a complete checkpoint ({fault}), and no older one is: remove it to start over"
+        )
     return None, broken
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Reads a checkpoint on the CPU, without running what a pickle may hold.
+    """Reads a checkpoint to the CPU, without running code in its pickle.
 
     Raises:
-        InputError: the file is not a whole checkpoint.
+        InputError: an invalid file.
     """
     path = folder / STATE_FILE
     try:
         state = load_tensors_only(path)
     except Exception as error:
-        raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}): remove its folder") from None
+        raise InputError(f"{path} is not a valid checkpoint ({type(error).__name__}): remove its folder") from None
     if not isinstance(state, dict):
         raise InputError(f"{path} must hold a dict, got {type(state).__name__}")
     return state
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
-    """Reads the newest whole checkpoint of a run, on the CPU, or returns None where there is none.
+    """Reads the newest complete checkpoint of a run to the CPU, or returns None where there is none.
 
     Raises:
         InputError: as find_checkpoint and read_state.

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate over steps."""
+"""The optimizer and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from uvit.training.sharding import reshard
 
 
 def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
-    """Builds the optimizer for every parameter of a network, weight decay on all of them as in the paper.
+    """Builds the optimizer for all parameters of a network, all with weight decay as in the paper.
 
-    Muon takes all but what `muon_fallback` of the network names, which is left to its AdamW.
+    Muon leaves the parameters that match the network's `muon_fallback` to its AdamW.
     """
     module = cast(nn.Module, network)
     shared: dict[str, Any] = dict(
@@ -38,7 +38,7 @@ def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimi
 
 
 def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Returns the learning rate of update `step` (from 0) over its peak: linear warm-up from 0, then the decay."""
+    """Returns the learning rate of update `step` (from 0) relative to its peak: linear warm-up from 0, then decay."""
     if step < config.warmup_steps:
         return step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
@@ -52,12 +52,12 @@ def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, num_steps: int) -> Callable[[int], float]:
-    """Returns what sets the learning rates for update `step` (from 0) of `num_steps`, and returns the first of them.
+    """Returns a function that sets the learning rates for update `step` (from 0), and returns the first of them.
 
     Args:
-        optimizer: as built, so that its learning rates are the peaks.
+        optimizer: newly built, so that its learning rates are the peaks.
         config: warm-up and decay.
-        num_steps: updates of the whole run.
+        num_steps: updates in the whole run.
     """
     peaks = [group["lr"] for group in optimizer.param_groups]
 
@@ -71,24 +71,24 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, num_st
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads the moments of a saved optimizer; learning rates and the like stay those that this one was built with.
+    """Loads the moments of a saved optimizer; its settings, such as learning rates, stay as built.
 
     Raises:
-        ValueError: the state is that of another optimizer.
+        ValueError: the state of a different optimizer.
     """
-    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     saved = [group.keys() - {"params", "initial_lr"} for group in state["param_groups"]]
-    if saved != [group.keys() for group in own]:
-        raise ValueError("its optimizer is another one")
+    if saved != [group.keys() for group in settings]:
+        raise ValueError("its optimizer is a different one")
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     if state["state"] and state["state"].keys() != set(numbers):
         raise ValueError(f"its optimizer has state of {len(state['state'])} parameters, expected {len(numbers)}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    shares = {
+    resharded = {
         number: reshard(state["state"][number], dict.fromkeys(state["state"][number], parameter))
         for number, parameter in zip(numbers, parameters)
         if number in state["state"]
     }
-    optimizer.load_state_dict({**state, "state": shares})
-    for group, values in zip(optimizer.param_groups, own):
+    optimizer.load_state_dict({**state, "state": resharded})
+    for group, values in zip(optimizer.param_groups, settings):
         group.update(values)

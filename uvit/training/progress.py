@@ -1,4 +1,4 @@
-"""What a run counts and writes down as it goes: its place, its lines of metrics, its rate."""
+"""What a run counts and records as it trains: progress, metrics and speed."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from uvit.common.files import append_lines, sync, write_text
 
 @dataclass
 class Progress:
-    """Where a run is between two log lines; with the state dicts, all that its future depends on."""
+    """The counters of a run; with the state dicts, all that its further course depends on."""
 
     loss_sum: float = 0.0
     """Sum of the losses since the last log line, each the mean over all processes."""
     loss_count: int = 0
-    """How many there were: the steps since that line, without those left out."""
+    """Number of these losses: the steps since that line, without skipped ones."""
     bad_steps: int = 0
-    """Steps in a row, the last one included, that were left out because a loss or gradient was not finite."""
+    """Number of steps in a row, up to the last one, that were skipped because a loss or gradient was not finite."""
     good_step: int = 0
-    """Step of the last checkpoint that no such step came right before; 0 for none."""
+    """Step of the last checkpoint that was not saved right after such a step; 0 for none."""
     num_processes: int = 1
-    """Processes that shared the last step."""
+    """Number of processes at the last step."""
     num_images: int = 0
-    """Length of the data at the last step."""
+    """Length of the data set at the last step."""
 
     def record(self, loss: float, is_sound: bool, is_overflow: bool) -> None:
         """Records a step.
 
         Args:
             loss: mean over all processes.
-            is_sound: the update was made.
-            is_overflow: it was left out, as half precision does until its scale is small enough: no fault of the run.
+            is_sound: whether the update was made.
+            is_overflow: whether fp16 overflowed, as it does until its scale is small enough: not a fault of the run.
         """
         if is_sound or is_overflow:
             self.loss_sum += loss
@@ -48,16 +48,16 @@ class Progress:
             self.bad_steps = 0 if is_sound else self.bad_steps + 1
 
     def pop_mean_loss(self) -> float:
-        """Returns the mean loss since the last log line, NaN where no step counted, and begins anew."""
+        """Returns the mean loss since the last log line, NaN where there is none, and resets it."""
         mean = self.loss_sum / self.loss_count if self.loss_count else math.nan
         self.loss_sum, self.loss_count = 0.0, 0
         return mean
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the values of a checkpoint.
+        """Restores the values from a checkpoint.
 
         Raises:
-            TypeError: not the fields of a Progress, or not of their types.
+            TypeError: other fields than those of a Progress, or of other types.
         """
         given = Progress(**state)
         for field in dataclasses.fields(self):
@@ -71,11 +71,11 @@ class Progress:
 
 
 class MetricsFile:
-    """metrics.jsonl, one object a line; lines that cannot be written wait for the next time.
+    """metrics.jsonl, one object per line; lines that cannot be written are kept and written later.
 
     Args:
         path: the file.
-        step: the last step that a run has done; later lines go, which it will write again.
+        step: the step that the run resumes from; lines of later steps are removed, since they will be written again.
 
     Raises:
         InputError: it cannot be read or written.
@@ -94,7 +94,7 @@ class MetricsFile:
             write_text(path, kept)
 
     def add(self, **values: Any) -> None:
-        """Writes a line; numbers that JSON does not have become text.
+        """Writes a line; NaN and infinity, which JSON does not have, become text.
 
         Raises:
             OSError: it cannot be written now.
@@ -107,7 +107,7 @@ class MetricsFile:
         self.flush()
 
     def flush(self) -> None:
-        """Writes the lines that wait.
+        """Writes the waiting lines.
 
         Raises:
             OSError: they cannot be written now.
@@ -116,17 +116,17 @@ class MetricsFile:
         self.waiting.clear()
 
     def sync(self) -> None:
-        """Writes the lines that wait and brings all to the disk, before a checkpoint that counts on them.
+        """Writes the waiting lines and flushes the file to disk, before the checkpoint of their steps.
 
         Raises:
-            OSError: that fails.
+            OSError: they cannot be written now.
         """
         self.flush()
         sync(self.path)
 
 
 def _step_of(line: str) -> float:
-    """Returns the step of a line of ours; lines of others stay, as if they came before all steps."""
+    """Returns the step of a line; -inf for a line of another kind, which is kept like one before all steps."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
@@ -135,17 +135,17 @@ def _step_of(line: str) -> float:
 
 
 class Stopwatch:
-    """Times steps, without what is not a step.
+    """Measures steps per second, without the time of paused blocks.
 
     Args:
-        step: steps done when it starts.
+        step: steps done at the start.
     """
 
     def __init__(self, step: int) -> None:
         self._start, self._step = time.perf_counter(), step
 
     def steps_per_second(self, step: int) -> float:
-        """Returns the rate since the last call, or the start, and begins anew."""
+        """Returns the rate since the last call, or the start, and restarts."""
         now = time.perf_counter()
         rate = (step - self._step) / (now - self._start)
         self._start, self._step = now, step
@@ -153,7 +153,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out the time that a block takes."""
+        """Does not count the time that a block takes."""
         before = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""How a run goes on: only with a config that fits, and from its newest whole checkpoint."""
+"""Resuming a run: only with a config that fits, and from its newest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from uvit.common.errors import InputError
+from uvit.common.errors import InputError, one_line
 from uvit.common.messages import warn
 from uvit.config import CHECKPOINT_FOLDER, CONFIG_FILE, Config, from_dict, read_json
 from uvit.training.checkpoint import find_checkpoint, read_state
 from uvit.training.optim import load_optimizer_state
 from uvit.training.sharding import reshard
 
-# What may change when a run goes on; anything else would make it another run.
+# Fields that may change when a run is resumed; any other would change the result of training.
 HARMLESS = {
     "model": {"attention", "gradient_checkpointing"},
     "process": set(),
@@ -43,11 +43,11 @@ HARMLESS = {
 
 
 def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
-    """Returns what differs between two configs, each as `section.field WAS, got NOW`.
+    """Lists the differences between two configs, each as `section.field WAS, got NOW`.
 
     Returns:
-        Changes that make it another run, and harmless ones. More steps are harmless, though with a decay they change
-        the learning rate of the steps to come: who trains on after a decay wants that.
+        Differences that make it another run, and harmless ones. The number of steps is harmless, although with a decay
+        it changes the learning rate of the remaining steps: whoever extends such a run wants that.
     """
     other_run: list[str] = []
     harmless: list[str] = []
@@ -62,18 +62,18 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
 
 
 def check_same_run(config: Config, run_dir: Path, config_file: Path | None) -> list[str]:
-    """Stops where the run folder holds a run that this config cannot go on with.
+    """Checks that a config can resume the run in its folder, if there is one.
 
     Args:
-        config: of the run to be.
+        config: of the run to start or resume.
         run_dir: its folder.
-        config_file: what the folder's newest checkpoint was made with; None where there is none.
+        config_file: the config in the folder's newest checkpoint; None where there is none.
 
     Returns:
-        What differs and is let pass: harmless changes, and with train.resume_anyway all.
+        Differences that are accepted: harmless ones, and with train.resume_anyway all.
 
     Raises:
-        InputError: changes that make it another run.
+        InputError: differences that make it another run.
     """
     before = None
     if (run_dir / CHECKPOINT_FOLDER).is_dir() and (run_dir / CONFIG_FILE).is_file():
@@ -84,33 +84,33 @@ def check_same_run(config: Config, run_dir: Path, config_file: Path | None) -> l
         return []
     other_run, harmless = changes(before, config)
     if other_run and not config.train.resume_anyway:
-        held = f"{run_dir} holds a run with {'; '.join(other_run)}"
-        raise InputError(f"{held}: use another --train.run_dir, or --train.resume_anyway True")
+        found = f"{run_dir} holds a run with {'; '.join(other_run)}"
+        raise InputError(f"{found}: use another --train.run_dir, or --train.resume_anyway True")
     if config.optim.decay != "constant" and before.train.num_steps != config.train.num_steps:
         harmless.append(f"so the {config.optim.decay} decay of the learning rate ends at another step")
     return other_run + harmless
 
 
 def open_checkpoint(accelerator: Accelerator, run_dir: Path) -> dict[str, Any] | None:
-    """Reads the newest whole checkpoint, the same in every process, or returns None where there is none.
+    """Reads the newest complete checkpoint, the same in all processes, or returns None where there is none.
 
-    Broken ones are reported and renamed, so that none is taken for a good one later.
+    Broken ones are reported and renamed, so that they are not used later.
     """
     found: list[Path | None] = [None]
     if accelerator.is_main_process:
         found[0], broken = find_checkpoint(run_dir)
         for folder, fault in broken.items():
-            warn(f"{folder} is not a whole checkpoint ({fault}): passed over")
-            aside = folder.with_name(f"broken_{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            warn(f"{folder} is not a complete checkpoint ({fault}): skipped")
+            renamed = folder.with_name(f"broken_{folder.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
             with suppress(OSError):
-                folder.rename(aside)
+                folder.rename(renamed)
     (folder,) = broadcast_object_list(found)
     return None if folder is None else read_state(folder)
 
 
 def load_state(state: dict[str, Any], stateful: dict[str, Any], run_dir: Path) -> int:
-    """Puts every part of a run back to where a checkpoint has it; returns the steps that it has done.
+    """Restores all parts of a run from a checkpoint; returns the number of steps done.
 
     Raises:
         InputError: the checkpoint does not fit.
@@ -125,9 +125,9 @@ def load_state(state: dict[str, Any], stateful: dict[str, Any], run_dir: Path) -
             raise TypeError(f"step {state['step']!r:.80}")
         return state["step"]
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"the checkpoint in {run_dir} does not fit the config: {error!s:.200}") from None
+        raise InputError(f"the checkpoint in {run_dir} does not fit the config: {one_line(error, 200)}") from None
 
 
 def last_checkpoint(step: int) -> str:
-    """Names the last good checkpoint; step 0 is none."""
+    """Describes the last good checkpoint; step 0 means none."""
     return f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"

@@ -1,4 +1,4 @@
-"""A network sharded between processes (FSDP2): each keeps a part of every tensor, checkpoints hold whole ones."""
+"""Sharding a network across processes (FSDP2): each keeps a part of every tensor; checkpoints have whole tensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from uvit.weights.build import build_network
 
 
 def shard(network: Network, device: torch.device, num_processes: int) -> None:
-    """Leaves each process a part of every parameter; a block is put together when it runs, and freed after.
+    """Shards the parameters of a network across processes; each block is gathered when it runs, and freed after.
 
     Args:
         network: the same in all processes, on the device; changed in place.
         device: of the process.
-        num_processes: all of the group, which must be there.
+        num_processes: of the default process group, which must be initialised.
     """
     mesh = init_device_mesh(device.type, (num_processes,))
     for module in (*network.blocks, cast(nn.Module, network)):
@@ -30,18 +30,18 @@ def shard(network: Network, device: torch.device, num_processes: int) -> None:
 
 
 def _reshard_tensor(whole: Tensor, like: Tensor) -> Tensor:
-    """Shards a whole tensor as another of its shape is; returns it as it is where that one is not sharded."""
+    """Shards a whole tensor like another of the same shape; returns it unchanged if that one is not sharded."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def reshard(whole: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Shards the tensors of a state dict as those of a model's own state dict are.
+    """Shards the tensors of a state dict like those of another.
 
     Args:
         whole: tensors by name, each the same in all processes.
-        like: the model's own state dict.
+        like: sharded tensors by name, such as the model's own state dict.
     """
     return {
         name: _reshard_tensor(value, like[name]) if isinstance(value, Tensor) and name in like else value
@@ -50,14 +50,14 @@ def reshard(whole: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]
 
 
 def unshard(state: Any, keep: bool) -> Any:
-    """Puts the tensors of a state dict together; every process must call it, with the same keys.
+    """Gathers the sharded tensors of a state dict; all processes must call it, with the same keys.
 
     Args:
         state: nested dicts and lists.
-        keep: whether this process needs them; if not, it gets empty tensors instead.
+        keep: whether this process needs the tensors; otherwise it gets empty ones.
 
     Returns:
-        The same with whole tensors in memory, where they were sharded; others as they are.
+        The same with whole tensors on the CPU in place of sharded ones; other values are unchanged.
     """
 
     def whole(part: DTensor) -> Tensor:
@@ -68,11 +68,11 @@ def unshard(state: Any, keep: bool) -> Any:
 
 
 def unshard_network(network: Network, keep: bool) -> Network:
-    """Puts a sharded network together, in a copy; every process must call it.
+    """Gathers a sharded network into a copy; all processes must call it.
 
     Args:
         network: sharded.
-        keep: whether this process needs the copy; if not, it gets the network itself.
+        keep: whether this process needs the copy; otherwise it gets the network itself.
     """
     weights = unshard(network.state_dict(), keep)
     if not keep:

@@ -1,4 +1,4 @@
-"""One optimizer step, from batches to gradients that all processes agree on."""
+"""One training step, from batches to gradients, loss and gradient norm over all processes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ Loss = Callable[[Callable[..., torch.Tensor], Config, Encoders, Batch, torch.Gen
 
 
 def step_seed(*numbers: int) -> int:
-    """Mixes numbers such as (seed, step, process) into one seed, so that every step has its own randomness."""
+    """Hashes numbers such as (seed, step, process) to one seed, so that each step has its own random numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def batches_on_device(device: torch.device, loader: Iterable[Batch], run_dir: Path) -> Iterator[Batch]:
-    """Yields a loader's batches on the device, and reports images that were left out.
+    """Yields a loader's batches on the device, and reports images that were skipped.
 
     Raises:
-        TrainingError: a worker died, as where memory ran out.
+        TrainingError: a worker died, for example because memory ran out.
         InputError: a batch cannot be read.
     """
     batches = iter(loader)
@@ -64,9 +64,9 @@ def training_loss(
     Args:
         network: network(x, timesteps, **condition).
         config: the run.
-        encoders: its text encoder, for a model with context.
+        encoders: the run's encoders; its text encoder is used for captions without features.
         batch: on the device.
-        generator: source of all randomness, on the device.
+        generator: source of all random numbers, on the device.
     """
     if config.data.autoencoder is not None:
         images = sample_latents(batch.images, config.data.scale_factor, generator)
@@ -98,20 +98,20 @@ def compute_gradients(
     step: int,
     loss_of: Loss = training_loss,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the gradients of one global batch, in parts that fit in memory.
+    """Computes the gradients of one global batch, accumulated over parts that fit in memory.
 
     Args:
         accelerator: of the process.
-        model: as the accelerator prepared it.
+        model: as prepared by the accelerator.
         config: the run.
-        encoders: its text encoder, for a model with context.
-        batches: the parts of this process, on the device.
+        encoders: the run's encoders.
+        batches: this process's share of each part, on the device.
         generator: on the device; seeded here for each part.
         step: optimizer steps done.
-        loss_of: the loss of a part of the batch, as `training_loss`.
+        loss_of: the loss of a part of the batch, such as `training_loss`.
 
     Returns:
-        The loss of this process' share, and the norm of the gradients before they are clipped, both on the device.
+        The loss of this process's share, and the norm of the gradients before clipping, both on the device.
     """
     num_parts = config.train.accumulation_steps
     total_loss = torch.zeros((), device=accelerator.device)
@@ -132,11 +132,11 @@ def compute_gradients(
 def mean_over_processes(
     accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, signum: int
 ) -> tuple[float, float, int]:
-    """Returns the loss and the gradient's norm, means over all processes, and a signal that any of them got, or 0.
+    """Returns loss and gradient norm as means over all processes, and a signal that any of them received, or 0.
 
-    This is the one time in a step that the host waits for the device (the scaler of fp16 waits, too): an update must
-    be known to be sound before it is made, and all processes must leave it out, or stop, at the same step.
+    Only here does the host wait for the device in a step (besides in fp16's gradient scaler): whether loss and norm are
+    finite must be known before the update, and all processes must skip it, or stop, at the same step.
     """
-    mine = torch.stack([loss, grad_norm.to(loss), torch.full_like(loss, signum)])
-    losses, norms, signals = zip(*accelerator.gather(mine).view(-1, len(mine)).tolist())
+    values = torch.stack([loss, grad_norm.to(loss), torch.full_like(loss, signum)])
+    losses, norms, signals = zip(*accelerator.gather(values).view(-1, len(values)).tolist())
     return sum(losses) / len(losses), sum(norms) / len(norms), int(max(signals))

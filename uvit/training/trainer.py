@@ -1,4 +1,4 @@
-"""The training loop: build, resume, then step, report, draw and save, to the end."""
+"""The training loop: build and resume, then step, report, draw and save until the end."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ GRID_ROWS, GRID_COLUMNS = 10, 8
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to: the same in all processes."""
+    """The result of a step, the same in all processes."""
 
     step: int
-    """Steps done, this one included."""
+    """Steps done, including this one."""
     loss: float
     grad_norm: float
     lr: float
     is_sound: bool
     """Whether the update was made."""
     is_overflow: bool
-    """Whether it was left out because half precision overflowed, which is no fault of the run."""
+    """Whether it was skipped because fp16 overflowed, which is not a fault of the run."""
     signum: int
-    """A signal that any process got, or 0."""
+    """A signal that any process received, or 0."""
 
 
 class Trainer:
-    """A run in one process. `train` goes through its stations, each a method.
+    """A run, in one process. `train` calls its stages, each a method.
 
     Args:
         config: the run.
         data: its images.
         encoders: its autoencoder and text encoder.
-        run_dir: its folder, which no other process writes to.
+        run_dir: its folder, which only this run writes to.
         loss_of: the loss of a batch.
     """
 
@@ -75,16 +75,16 @@ class Trainer:
         self, config: Config, data: ImageData, encoders: Encoders, run_dir: Path, loss_of: Loss = training_loss
     ) -> None:
         self.config, self.data, self.encoders, self.run_dir, self.loss_of = config, data, encoders, run_dir, loss_of
-        self.done = 0  # steps
+        self.done = 0  # number of steps
 
     def build(self) -> None:
-        """Builds the network, its average and the optimizer, on the device and between the processes."""
+        """Builds the network, its average and the optimizer, on the device, and sharded or replicated."""
         config, settings = self.config, self.config.train
         set_threads(settings.num_threads)
         device_type = process_state().device.type
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(settings.mixed_precision, device_type, config.model.width),
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # compute_gradients does it itself
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # compute_gradients accumulates
             log_with=None if settings.tracker == "none" else settings.tracker,
             project_config=ProjectConfiguration(project_dir=str(self.run_dir), logging_dir=str(self.run_dir)),
         )
@@ -101,11 +101,11 @@ class Trainer:
         if self.is_sharded:
             for each in (self.network, self.average):
                 shard(each, self.device, num_processes)
-        # In evaluation mode it leaves out DDP only.
+        # evaluation_mode only omits DDP, which FSDP2 replaces.
         self.model = self.accelerator.prepare_model(self.network, evaluation_mode=self.is_sharded)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.network, config.optim))
         self.progress = Progress(num_processes=num_processes, num_images=len(self.data))
-        # Everything that changes over the run.
+        # All state that changes during the run.
         self.stateful: dict[str, Any] = {"model": self.network, "ema": self.average}
         self.stateful |= {"optimizer": self.optimizer, "progress": self.progress}
         if self.accelerator.scaler is not None:
@@ -123,13 +123,13 @@ class Trainer:
         return self.done >= self.config.train.num_steps
 
     def train(self, changed: Sequence[str] = ()) -> None:
-        """Trains to config.train.num_steps, from the newest whole checkpoint in the run folder where there is one.
+        """Trains to config.train.num_steps, from the newest complete checkpoint in the run folder if there is one.
 
         Args:
-            changed: what differs from the config that the folder's run had, to report.
+            changed: differences from the config of the run to resume, to report.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT came; the step was finished and saved.
+            Interrupted: SIGTERM or SIGINT was received; the current step was finished and saved.
             TrainingError: too many steps in a row were not finite, or the last checkpoint could not be written.
             InputError: a checkpoint that does not fit, or data that cannot be read.
         """
@@ -152,7 +152,7 @@ class Trainer:
         self.end(ending)
 
     def resume(self, changed: Sequence[str]) -> None:
-        """Puts everything where the newest whole checkpoint has it, and the loader and the learning rate after it."""
+        """Restores the newest complete checkpoint, if any, and prepares loader and learning rate for the next step."""
         settings, progress = self.config.train, self.progress
         state = open_checkpoint(self.accelerator, self.run_dir)
         if state is not None:
@@ -164,7 +164,7 @@ class Trainer:
                     setattr(progress, name, value)
             different = f", with {'; '.join(changed)}" if changed else ""
             self.accelerator.print(
-                f"going on from step {self.done} of {settings.num_steps} in {self.run_dir}{different}"
+                f"resuming from step {self.done} of {settings.num_steps} in {self.run_dir}{different}"
             )
         self.set_learning_rate = build_schedule(self.optimizer, self.config.optim, settings.num_steps)
         loader = build_loader(
@@ -178,7 +178,7 @@ class Trainer:
         self.batches = batches_on_device(self.device, loader, self.run_dir)
 
     def open_records(self) -> None:
-        """Opens what the run writes as it goes: its folder, metrics, tracker and bar."""
+        """Opens the outputs of the run: its folder, metrics, tracker and progress bar."""
         settings = self.config.train
         if self.is_main:
             for file in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, Path(GRID_FOLDER, GRID_PATTERN)):
@@ -195,10 +195,10 @@ class Trainer:
         self.model.train()
 
     def step(self, request: StopRequest) -> StepResult:
-        """Takes one step: gradients, the update unless its numbers went wrong in any process, the average.
+        """Takes one step: gradients, then the updates of weights and average, unless loss or norm are not finite.
 
         Args:
-            request: whether a signal came to this process, asked once the gradients are there.
+            request: the stop request of this process, which is read after the gradients are computed.
         """
         loss, grad_norm = compute_gradients(
             self.accelerator,
@@ -212,7 +212,7 @@ class Trainer:
         )
         mean_loss, norm, signum = mean_over_processes(self.accelerator, loss, grad_norm, request.signum)
         is_sound, scaler = math.isfinite(mean_loss) and math.isfinite(norm), self.accelerator.scaler
-        # Half precision overflows until its scale is small enough: that is no fault of the run.
+        # fp16 overflows until its scale is small enough, which is not a fault of the run.
         is_overflow = not is_sound and scaler is not None and math.isfinite(mean_loss) and scaler.get_scale() >= 1
         lr = self.set_learning_rate(self.done)
         if is_sound:
@@ -226,10 +226,10 @@ class Trainer:
         return StepResult(self.done, mean_loss, norm, lr, is_sound, is_overflow, signum)
 
     def report(self, result: StepResult) -> None:
-        """Shows the step on the bar, warns of one that was left out, and writes the lines of metrics."""
+        """Updates the progress bar, warns of a skipped step, and logs the metrics if due."""
         self.bar.update()
         if self.is_main and not result.is_sound and not result.is_overflow:
-            warn(f"step {result.step} is left out: loss {result.loss:g}, norm of the gradient {result.grad_norm:g}")
+            warn(f"step {result.step} is skipped: loss {result.loss:g}, gradient norm {result.grad_norm:g}")
             with warn_on_failure(str(self.metrics.path)):
                 self.metrics.add(step=result.step, skipped=True, loss=result.loss, grad_norm=result.grad_norm)
         settings = self.config.train
@@ -250,7 +250,7 @@ class Trainer:
         self.bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {rate:.0f} images/s")
 
     def draw(self) -> None:
-        """Draws the grid of samples where it is due, writes it as a picture and logs it to the trackers."""
+        """Draws the grid of samples if due, writes it as a picture and logs it to the trackers."""
         every = self.config.train.sample_every
         if not every or (self.done % every and not self.is_end) or not (self.is_main or self.is_sharded):
             return
@@ -271,16 +271,16 @@ class Trainer:
                 tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.done, **layout)
 
     def save(self, result: StepResult) -> str:
-        """Saves the run where that is due: everything else first, then the checkpoint, which says that it is all there.
+        """Saves the run if due: the checkpoint comes last, so that all that it relies on is there.
 
         Returns:
-            What failed, or nothing; the last checkpoint is still there.
+            What failed, or ""; the last checkpoint is still there.
         """
         settings, progress = self.config.train, self.progress
         is_due = result.step % settings.save_every == 0 or self.is_end or result.signum
         if not is_due or progress.bad_steps >= settings.max_bad_steps or not (self.is_main or self.is_sharded):
             return ""
-        # What came before steps went wrong is kept until they are right again.
+        # Checkpoints from before bad steps are kept until steps are good again.
         good_step, keep = progress.good_step, None if progress.bad_steps else settings.keep
         progress.good_step = good_step if progress.bad_steps else result.step
         state = unshard({name: part.state_dict() for name, part in self.stateful.items()}, keep=self.is_main)
@@ -296,15 +296,15 @@ class Trainer:
         """Writes metrics, weights and a checkpoint of whole tensors.
 
         Args:
-            state: of everything that a run goes on with.
-            keep: checkpoints to keep; None keeps all.
+            state: state dicts of everything that must be restored to resume.
+            keep: number of checkpoints to keep; None keeps all.
 
         Raises:
             InputError: a file cannot be written.
         """
         config_file = self.run_dir / CONFIG_FILE
         if not config_file.is_file():
-            warn(f"{config_file} is gone, and written again")
+            warn(f"{config_file} is gone, and is written again")
             write_text(config_file, to_json(self.config))
         with warn_on_failure(str(self.metrics.path)):
             self.metrics.sync()
@@ -312,11 +312,11 @@ class Trainer:
         save_checkpoint(self.run_dir, self.config, self.done, state, keep)
 
     def find_ending(self, result: StepResult, failure: str) -> Exception | None:
-        """Returns what ends the run after a step, other than being done, or None.
+        """Returns the exception that ends the run after a step, or None if it continues or is done.
 
         Args:
             result: of the step.
-            failure: of saving it.
+            failure: what failed in saving it, or "".
         """
         settings, bad_steps = self.config.train, self.progress.bad_steps
         if bad_steps >= settings.max_bad_steps or (self.is_end and bad_steps):
@@ -328,16 +328,16 @@ class Trainer:
             at = f"at step {result.step} of {settings.num_steps} in {self.run_dir}"
             return Interrupted(result.signum, f"{at}, {failure or 'saved'}")
         if failure:
-            warn(f"{failure}, training goes on and tries again")
+            warn(f"{failure}, training continues and tries again")
         return None
 
     def end(self, ending: Exception | None) -> None:
-        """Waits for all processes, closes the trackers, and says how it ended.
+        """Waits for all processes, closes the trackers, and reports how the run ended.
 
         Args:
-            ending: what ended the run early, to raise.
+            ending: the exception that ended the run early, to raise; None if it is done.
         """
-        self.accelerator.wait_for_everyone()  # a launcher ends all with the first, and the main one may be writing
+        self.accelerator.wait_for_everyone()  # a launcher kills the others once one exits, and rank 0 may be writing
         with warn_on_failure(f"to {self.config.train.tracker}", (Exception,)):
             self.accelerator.end_training()
         if ending is not None:

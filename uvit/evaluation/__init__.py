@@ -1,1 +1,1 @@
-"""Evaluation: from sets of images to figures such as the FID."""
+"""From sets of images to figures such as the FID."""

@@ -1,1 +1,1 @@
-"""Bridges to other libraries, one module each, imported by name."""
+"""Bridges to other libraries, one module each."""

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from helpers.encoders import make_text_encoder
+from helpers.hub_server import WRITER, serve_hub
+from helpers.measured_run import make_measured_run
+from helpers.runs import TEXT, TINY
 from safetensors.torch import save_file
 
 from uvit import UViTConfig
+from uvit.commands import train
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -51,3 +58,67 @@ def vit(tmp_path_factory):
     path = tmp_path_factory.mktemp("timm") / "vit.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder with tiny.py and a finished run of it, runs/tiny."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.py").write_text(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(["tiny.py"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_on_text(trained) -> Path:
+    """The same folder, with a finished run of a text model, runs/text, and its encoder, clip."""
+    make_text_encoder(trained / "clip", num_tokens=24, width=8)
+    arguments = ["--train.run_dir", "runs/text", "--data.text_encoder", "clip", "--train.tracker", "none"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        train.main(["tiny.py", *TEXT, *arguments])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return trained
+
+
+@pytest.fixture
+def workdir(trained, monkeypatch) -> Path:
+    """The folder of `trained`, as the current one."""
+    monkeypatch.chdir(trained)
+    return trained
+
+
+@pytest.fixture
+def runs(trained, tmp_path) -> Path:
+    """A folder with a copy of one run, tiny."""
+    shutil.copytree(trained / "runs" / "tiny", tmp_path / "runs" / "tiny")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    """No way to the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub on localhost, with nobody logged in."""
+    with serve_hub(monkeypatch, str(tmp_path / "cache")) as hub:
+        yield hub
+
+
+@pytest.fixture
+def logged_in(monkeypatch):
+    """A token that may write to the hub."""
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+
+
+@pytest.fixture
+def measured_run(tmp_path) -> Path:
+    """A run with figures and grids, in a folder of this machine."""
+    return make_measured_run(tmp_path)

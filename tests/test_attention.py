@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from lives import in_a_fork
+from helpers.forks import in_a_fork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from uvit.common.errors import InputError
-from uvit.networks.attention import _ask_xformers, attention, resolve_backend
+from uvit.networks.attention import attention, resolve_backend, xformers_obstacle
 
 needs_xformers = pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="xformers is not installed")
 
@@ -36,36 +36,49 @@ def test_auto_follows_the_device():
     assert resolve_backend("auto", "mps", 64) == "sdpa"
 
 
-@pytest.mark.parametrize(("obstacle", "backend"), [("", "xformers"), ("is not installed", "sdpa")])
-def test_auto_on_cuda_takes_xformers_where_it_runs(obstacle, backend, monkeypatch):
-    asked = []
-    monkeypatch.setattr("uvit.attention._ask_xformers", lambda *question: asked.append(question) or obstacle)
-    assert resolve_backend("auto", "cuda", 72, 257, torch.bfloat16) == backend
-    assert asked == [(72, torch.bfloat16)]
-    if obstacle:
-        with pytest.raises(InputError, match="attention 'xformers' is not installed: use 'sdpa' or 'auto'"):
-            resolve_backend("xformers", "cuda", 72)
+def pretend_a_gpu(monkeypatch, has_kernels=True):
+    """Makes xformers take a machine without a GPU for one with a Hopper; tensors must be fake."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("xformers.ops.fmha.common._built_with_cuda", has_kernels)
+
+
+@needs_xformers
+@in_a_fork
+def test_auto_on_cuda_takes_xformers_where_it_runs(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    with FakeTensorMode():
+        assert resolve_backend("auto", "cuda", 72, 257, torch.bfloat16) == "xformers"
+        assert resolve_backend("auto", "cuda", 72, 257, torch.float32) == "sdpa"
+        assert resolve_backend("xformers", "cuda", 72, 257, torch.bfloat16) == "xformers"
+        with pytest.raises(InputError, match="attention 'xformers' has no kernel for these tensors"):
+            resolve_backend("xformers", "cuda", 72, 257, torch.float32)
+
+
+@in_a_fork
+def test_auto_on_cuda_takes_sdpa_where_xformers_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert resolve_backend("auto", "cuda", 72, 257, torch.bfloat16) == "sdpa"
+    with pytest.raises(InputError, match="attention 'xformers' is not installed: use 'sdpa' or 'auto'"):
+        resolve_backend("xformers", "cuda", 72)
 
 
 @needs_xformers
 @in_a_fork
 def test_what_keeps_xformers_from_running(monkeypatch):
-    ask = _ask_xformers.__wrapped__
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("xformers.ops.fmha.common._built_with_cuda", True)
-    assert ask(0, None) == ""
+    pretend_a_gpu(monkeypatch)
+    assert xformers_obstacle() == ""  # before a dtype is known nothing is imported
     with FakeTensorMode():
-        assert ask(64, torch.float16) == ask(72, torch.bfloat16) == ""
+        assert xformers_obstacle(64, torch.float16) == xformers_obstacle(72, torch.bfloat16) == ""
         for dtype in (torch.float32, torch.float64):  # Dynamo cannot trace its kernel for fp32
-            assert ask(64, dtype).startswith(f"has no kernel for these tensors (dtype={dtype} (supported: ")
-        assert ask(36, torch.bfloat16).startswith("has no kernel for these tensors (query.shape[-1] % 8 != 0")
-        monkeypatch.setattr("xformers.ops.fmha.common._built_with_cuda", False)
-        assert "CUDA support)" in ask(64, torch.bfloat16)
+            obstacle = xformers_obstacle(64, dtype)
+            assert obstacle.startswith(f"has no kernel for these tensors (dtype={dtype} (supported: ")
+        obstacle = xformers_obstacle(36, torch.bfloat16)
+        assert obstacle.startswith("has no kernel for these tensors (query.shape[-1] % 8 != 0")
+        pretend_a_gpu(monkeypatch, has_kernels=False)
+        assert "CUDA support)" in xformers_obstacle(64, torch.bfloat16)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    assert ask(64, torch.bfloat16).startswith("cannot be imported (")
-    assert ask(0, None) == ""  # before a device is chosen nothing is imported
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert ask(0, None) == "is not installed"
+    assert xformers_obstacle(80, torch.bfloat16).startswith("cannot be imported (")
+    assert xformers_obstacle() == ""
 
 
 @needs_xformers
@@ -73,20 +86,15 @@ def test_what_keeps_xformers_from_running(monkeypatch):
 @in_a_fork
 def test_dynamo_traces_attention_on_cuda_in_one_graph(backend, monkeypatch):
     """On tensors without values, which need no device."""
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("xformers.ops.fmha.common._built_with_cuda", backend == "xformers")
+    pretend_a_gpu(monkeypatch, has_kernels=backend == "xformers")
     graphs = []
-
-    def ask(*question):  # Dynamo asks outside of the mode below
-        with FakeTensorMode():
-            return _ask_xformers.__wrapped__(*question)
 
     def keep(graph, inputs):
         graphs.append(graph.code)
         return graph.forward
 
-    monkeypatch.setattr("uvit.attention._ask_xformers", ask)
     with FakeTensorMode():
+        assert resolve_backend("auto", "cuda", 8, 17, torch.bfloat16) == backend  # Dynamo gets the same answer
         q, k, v = torch.empty(3, 2, 17, 4, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         output = torch.compile(attention, backend=keep, fullgraph=True)(q, k, v)
     assert output.shape == (2, 17, 4, 8)

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 import torch
-from malicious import PICKLE, WORDS
+from helpers.malicious import PICKLE, WORDS
 
 from uvit import Config
 from uvit.common.errors import InputError
@@ -34,7 +34,7 @@ def test_broken_and_malicious_checkpoints(content, tmp_path, capsys):
     folder = tmp_path / "checkpoints" / "step_00000001"
     folder.mkdir(parents=True)
     (folder / "training_state.pt").write_bytes(content)
-    with pytest.raises(InputError, match="is not a whole checkpoint"):
+    with pytest.raises(InputError, match="is not a complete checkpoint"):
         load_checkpoint(tmp_path)
     assert WORDS not in capsys.readouterr().out
 
@@ -90,6 +90,6 @@ def test_a_foreign_state_with_a_marker_is_not_run(content, tmp_path, capsys):
     state.write_bytes(content)
     marker = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     state.with_name("complete.json").write_text(json.dumps(marker))
-    with pytest.raises(InputError, match="is not a whole checkpoint"):
+    with pytest.raises(InputError, match="is not a valid checkpoint"):
         load_checkpoint(tmp_path)
     assert WORDS not in capsys.readouterr().out

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from encoders import make_autoencoder, make_text_encoder
+from helpers.commands import refused, run_python
+from helpers.encoders import make_autoencoder, make_text_encoder
+from helpers.faults import on_event
+from helpers.forks import run_forked
+from helpers.images import save_captions, save_folder
+from helpers.runs import ROOT, files_of
 from PIL import Image
-from test_cli import ROOT, command, files_of
-from test_data import save_captions, save_folder
 
-import encode
-import sample
-import train
-from uvit.common.cli import run
+from uvit.commands import encode, sample, train
 from uvit.common.errors import InputError
 from uvit.config import DataConfig, UViTConfig
 from uvit.data.batch import ImageSpec, read_all
@@ -49,9 +48,9 @@ SHARED = "--data photos --image_size 16 --autoencoder vae --shard_size 1000 --ba
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory) -> Path:
+def encoded(tmp_path_factory) -> Path:
     """A folder with encoders, a config, and the latents of `photos` with captions."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("encoded")
     make_autoencoder(folder / "vae")
     make_text_encoder(folder / "clip", num_tokens=30, width=8)
     (folder / "latent.py").write_text(LATENT)
@@ -63,17 +62,17 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def inside(place, monkeypatch) -> Path:
-    monkeypatch.chdir(place)
-    return place
+def workdir(encoded, monkeypatch) -> Path:
+    monkeypatch.chdir(encoded)
+    return encoded
 
 
 def config_of(folder, **fields):
     return DataConfig(name=str(folder), autoencoder="vae", **fields)
 
 
-def test_latents_are_the_autoencoders(inside):
-    """Every image in its place, its mirror image too, to half precision."""
+def test_latents_are_the_autoencoders(workdir):
+    """Every image in its encoded, its mirror image too, to half precision."""
     photos = read_all(load_images(DataConfig(name="photos"), ImageSpec((3, 16, 16), True, True)))
     data = load_latents(config_of("latents"), MODEL)
     assert len(data) == 4000
@@ -87,7 +86,7 @@ def test_latents_are_the_autoencoders(inside):
     assert any(torch.allclose(each.float(), expected, rtol=2e-3, atol=2e-3) for each in mirrored)
 
 
-def test_captions_are_the_text_encoders(inside):
+def test_captions_are_the_text_encoders(workdir):
     text = UViTConfig(img_size=8, in_chans=4, context_dim=8, num_context_tokens=30)
     batch = load_latents(config_of("latents"), text).read([0, 1], np.random.default_rng(0))
     assert batch.captions == [["a photograph of a temple"], ["a photograph of a flower"]]
@@ -96,7 +95,7 @@ def test_captions_are_the_text_encoders(inside):
     torch.testing.assert_close(both, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_training_on_latents(inside):
+def test_training_on_latents(workdir):
     train.main(["latent.py"])
     losses = [json.loads(line)["loss"] for line in Path("runs/latent/metrics.jsonl").read_text().splitlines()]
     assert load_checkpoint(Path("runs/latent"))["step"] == 4 and np.isfinite(losses).all()
@@ -106,7 +105,7 @@ def test_training_on_latents(inside):
         assert arrays["arr_0"].shape == (4, 16, 16, 3)
 
 
-def test_training_on_text_latents(inside):
+def test_training_on_text_latents(workdir):
     text = "--model.num_classes 0 --model.null_class False --model.context_dim 8 --model.num_context_tokens 30"
     train.main(["latent.py", *text.split(), "--data.text_encoder", "clip", "--train.run_dir", "runs/text"])
     assert load_checkpoint(Path("runs/text"))["step"] == 4
@@ -115,8 +114,8 @@ def test_training_on_text_latents(inside):
     sample.main(["--checkpoint", "runs/text", "--prompt", "a flower", "--num_per_class", "2", "--output", "text.png"])
 
 
-def test_several_captions_and_broken_images(tmp_path, place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
+def test_several_captions_and_broken_images(tmp_path, encoded, monkeypatch, capsys):
+    monkeypatch.chdir(encoded)
     save_captions(tmp_path / "some", [["a", "b"], ["c"], ["d", "e", "f"]])
     shared = ["--image_size", "16", "--autoencoder", "vae", "--text_encoder", "clip", "--num_captions", "2"]
     encode.main(
@@ -136,19 +135,19 @@ def test_several_captions_and_broken_images(tmp_path, place, monkeypatch, capsys
     assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.class_names == ("cat", "dog")
 
 
-def test_captions_are_gone_on_with_from_the_same_column(tmp_path, inside, monkeypatch, capsys):
+def test_captions_are_gone_on_with_from_the_same_column(tmp_path, workdir, monkeypatch, capsys):
     both = save_captions(tmp_path / "both", ["a", "b"], other=["x", "y"]).name
     arguments = f"--data {both} --output {tmp_path}/out --image_size 16 --autoencoder vae --text_encoder clip".split()
     encode.main(arguments)  # reads the one with a usual name
     encode.main([*arguments, "--caption_column", "text"])
     capsys.readouterr()
-    line = bad([*arguments, "--caption_column", "other"], monkeypatch, capsys)
-    assert "out was begun with caption_column 'text', got 'other': use another --output" in line
+    line = refused("encode", [*arguments, "--caption_column", "other"], monkeypatch, capsys)
+    assert "out was started with caption_column 'text', got 'other': use another --output" in line
 
 
-def test_a_killed_command_goes_on(place, tmp_path, monkeypatch):
+def test_a_killed_command_goes_on(encoded, tmp_path, monkeypatch):
     """Killed with SIGKILL once a shard is there; afterwards all is equal to what an uninterrupted command makes."""
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(encoded)
     arguments = [*SHARED, "--text_encoder", "clip", "--output", str(tmp_path / "killed")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, str(ROOT / "encode.py"), *arguments], env=environment)
@@ -162,16 +161,16 @@ def test_a_killed_command_goes_on(place, tmp_path, monkeypatch):
     encode.main(arguments)
     assert first.stat().st_mtime_ns == done
     names = set(files_of(tmp_path / "killed"))
-    assert names == set(files_of(place / "latents"))
+    assert names == set(files_of(encoded / "latents"))
     ours, whole = (load_latents(config_of(folder), MODEL) for folder in (tmp_path / "killed", "latents"))
     every = range(4000)
     ours, whole = (data.read(every, np.random.default_rng(0)).images for data in (ours, whole))
     torch.testing.assert_close(ours, whole, rtol=2e-3, atol=2e-3)
 
 
-def test_a_source_that_changed_is_not_gone_on_with(tmp_path, place, monkeypatch):
+def test_a_source_that_changed_is_not_gone_on_with(tmp_path, encoded, monkeypatch):
     """As many images, but not the same: rows would be missing and others doubled."""
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(encoded)
     save_folder(tmp_path / "some")
     shared = ["--image_size", "16", "--autoencoder", "vae", "--output", str(tmp_path / "out"), "--shard_size", "2"]
     encode.main(["--data", f"{tmp_path}/some/", *shared])
@@ -183,40 +182,32 @@ def test_a_source_that_changed_is_not_gone_on_with(tmp_path, place, monkeypatch)
     encode.main(["--data", f"{tmp_path}/some", *shared])
     assert last.read_bytes() == whole  # a cut shard is made anew
     (tmp_path / "some/cat/0.png").rename(tmp_path / "some/dog/9.png")
-    with pytest.raises(InputError, match=r"was begun with fingerprint '.*', got '.*': use another --output"):
+    with pytest.raises(InputError, match=r"was started with fingerprint '.*', got '.*': use another --output"):
         encode.main(["--data", f"{tmp_path}/some", *shared])
 
 
-def test_moments_that_half_precision_cannot_hold(tmp_path, place, monkeypatch):
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(Autoencoder, "encode", lambda self, images: torch.full((len(images), 8, 8, 8), 1e6))
-    with pytest.raises(InputError, match="autoencoder 'vae' gives moments that float16 cannot hold"):
-        encode.main(["--data", "photos", "--image_size", "16", "--autoencoder", "vae", "--output", f"{tmp_path}/out"])
+def test_moments_that_half_precision_cannot_hold(tmp_path, workdir):
+    network = make_autoencoder(tmp_path / "vae")
+    torch.nn.init.constant_(network.quant_conv.bias, 1e6)
+    network.save_pretrained(tmp_path / "vae")
+    shared = ["--data", "photos", "--image_size", "16", "--output", f"{tmp_path}/out"]
+    with pytest.raises(InputError, match=r"autoencoder '.*vae' gives moments that float16 cannot hold"):
+        encode.main([*shared, "--autoencoder", f"{tmp_path}/vae"])
     assert not list((tmp_path / "out").glob("shard*"))
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(place, tmp_path, monkeypatch):
-    monkeypatch.chdir(place)
+def test_two_processes_share_the_work(encoded, tmp_path, monkeypatch):
+    monkeypatch.chdir(encoded)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "encode.py")]
-    result = command(*launch, *SHARED, "--output", str(tmp_path / "two"), cwd=place)
+    result = run_python(*launch, *SHARED, "--output", str(tmp_path / "two"), cwd=encoded)
     assert result.returncode == 0, result.stderr
     assert "2000/2000" in result.stderr and "4000/4000" not in result.stderr  # each process had its half
     ours, whole = (load_latents(config_of(folder), MODEL) for folder in (tmp_path / "two", "latents"))
     every = range(4000)
     ours, whole = (data.read(every, np.random.default_rng(0)).images for data in (ours, whole))
     torch.testing.assert_close(ours, whole, rtol=2e-3, atol=2e-3)
-
-
-def bad(arguments, monkeypatch, capsys, main=encode.main):
-    monkeypatch.setattr(sys, "argv", ["script", *arguments])
-    with pytest.raises(SystemExit) as exit:
-        run(main)
-    bar = re.compile(r"\s*|.*image(/s)?\]")
-    lines = [line for line in capsys.readouterr().err.splitlines() if not bar.fullmatch(line)]
-    assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -235,22 +226,21 @@ def bad(arguments, monkeypatch, capsys, main=encode.main):
         ("--data photos --output new --num_captions 5", "num_captions must be 1 without text_encoder, got 5"),
         (
             "--data photos --output latents --autoencoder vae --image_size 32",
-            "latents was begun with shard_size 1000, got 2048: use another --output",
+            "latents was started with shard_size 1000, got 2048: use another --output",
         ),
         ("--data photos --output latent.py/x --autoencoder vae", "cannot write to latent.py/x"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(arguments, message, inside, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    before = files_of(inside)
-    assert message in bad(arguments.split(), monkeypatch, capsys)
-    assert files_of(inside) == before
+@pytest.mark.usefixtures("offline")
+def test_bad_input_is_one_line_and_exit_2(arguments, message, workdir, monkeypatch, capsys):
+    before = files_of(workdir)
+    assert message in refused("encode", arguments, monkeypatch, capsys)
+    assert files_of(workdir) == before
 
 
-def test_latents_of_another_autoencoder(inside, monkeypatch, capsys):
+def test_latents_of_another_autoencoder(workdir, monkeypatch, capsys):
     torch.manual_seed(1)
-    other = make_autoencoder(inside / "other")
+    other = make_autoencoder(workdir / "other")
     torch.nn.init.normal_(other.decoder.conv_out.weight)
     other.save_pretrained("decoder")  # another decoder is no other encoder
     shared = ["latent.py", "--train.run_dir", "runs/decoder", "--train.num_steps", "1"]
@@ -258,26 +248,24 @@ def test_latents_of_another_autoencoder(inside, monkeypatch, capsys):
     torch.nn.init.normal_(other.encoder.conv_in.weight)
     other.save_pretrained("other")
     capsys.readouterr()
-    line = bad(["latent.py", "--data.autoencoder", "other", "--train.run_dir", "new"], monkeypatch, capsys, train.main)
+    line = refused("train", "latent.py --data.autoencoder other --train.run_dir new", monkeypatch, capsys)
     assert "data 'latents' was encoded by autoencoder 'vae' (weights " in line and ", got 'other' (weights " in line
     assert not Path("new").exists()
 
 
-def test_a_full_disk_keeps_what_is_whole(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(place)
+def test_a_full_disk_keeps_what_is_whole(tmp_path, workdir):
     arguments = [*SHARED, "--output", str(tmp_path / "full")]
-    original, calls = encode.encode_batch, []
 
-    def full(*given):
-        calls.append(given)
-        if len(calls) > 6:  # in the second shard
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(*given)
+    def fill(_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(encode, "encode_batch", full)
-        line = bad(arguments, patch, capsys)
-    assert "shard-00001-of-00004.arrow: No space left on device" in line
-    assert sorted(files_of(tmp_path / "full")) == ["manifest.json", "shard-00000-of-00004.arrow"]
+    def prepare():  # the disk is full once the first shard is there
+        on_event("os.rename", lambda path: path.name == "shard-00000-of-00004.arrow", fill)
+
+    status, lines = run_forked(encode.main, arguments, tmp_path / "log", prepare)
+    assert status == 2 and len(lines) == 1
+    assert lines[0].startswith("error: cannot write to ") and "shard-0000" in lines[0] and "File too large" in lines[0]
+    whole = sorted(files_of(tmp_path / "full"))
+    assert "manifest.json" in whole and "shard-00000-of-00004.arrow" in whole and len(whole) <= 3
     encode.main(arguments)
     assert len(load_latents(config_of(tmp_path / "full"), MODEL)) == 4000

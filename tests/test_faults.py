@@ -1,36 +1,46 @@
-"""Runs that are killed, stopped, starved of disk or fed with numbers that are none, against one that never was."""
+"""Runs that are killed, stopped, starved of disk or fed with wrong numbers, against one that nothing happened to."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import uvit.checkpoint
-import uvit.loader
-import uvit.resume
-from lives import assert_same, assert_same_run, at_step, end, live, live_together, metrics_of, start
-from test_cli import ROOT, TINY
+from helpers.commands import run_python
+from helpers.faults import (
+    acting_loss,
+    die,
+    die_leaving,
+    no_room,
+    no_room_for_the_rest,
+    on_event,
+    read_only,
+    spoiled_loss,
+    steep_loss,
+)
+from helpers.forks import start_training, train_forked, train_in_two_forks, wait_for
+from helpers.runs import ROOT, TINY
+from helpers.same_runs import assert_same, assert_same_run, metrics_of
 
-import train
 from uvit.common.errors import InputError
-from uvit.config import load_config
+from uvit.config import METRICS_FILE, WEIGHTS_FILE, checkpoint_dirs, load_config
+from uvit.data.batch import Batch
 from uvit.data.loader import StepSampler
-from uvit.training.checkpoint import checkpoint_dirs, load_checkpoint, save_checkpoint
+from uvit.training.checkpoint import MARKER_FILE, STATE_FILE, load_checkpoint, save_checkpoint
+from uvit.training.trainer import Trainer
+from uvit.weights.tensors import read_weights
 
 # With workers, flips and parts of a batch, in the middle of a fourth epoch, checkpoints and log lines out of step.
 OPTIONS = (
     "--data.num_workers 1 --data.flip True --train.accumulation_steps 2 --train.batch_size 600 --train.num_steps 7 "
     "--train.save_every 2 --train.log_every 3 --train.sample_every 5 --train.tracker none"
 ).split()
+PARTS = 2
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +48,7 @@ def whole(tmp_path_factory) -> Path:
     """The folder of a config, tiny.py, and of a run of it that nothing happened to, whole."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "tiny.py").write_text(TINY)
-    assert live(arguments_of(folder, folder / "whole"), folder / "whole.log")[0] == 0
+    assert train_forked(arguments_of(folder, folder / "whole"), folder / "whole.log")[0] == 0
     return folder
 
 
@@ -46,64 +56,84 @@ def arguments_of(folder, run_dir, *more):
     return [folder / "tiny.py", "--train.run_dir", run_dir, *OPTIONS, *more]
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+def in_step(step, act, loss_of=None):
+    """What makes a run act in the middle of a step."""
+    return {"loss_of": acting_loss(step, act, PARTS, **({"loss_of": loss_of} if loss_of else {}))}
 
 
-def die_in_a_state_file():
-    original, calls = torch.save, []
-
-    def save(state, file):
-        calls.append(state)
-        if len(calls) == 2:
-            file.write(b"half")
-            file.flush()
-            die()
-        original(state, file)
-
-    torch.save = save
+def at_event(event, matches, act=die, count=1):
+    """What makes a run act right before a file operation."""
+    return {"prepare": lambda: on_event(event, matches, act, count)}
 
 
-def die_before(module, name, count):
-    """Dies at the count-th call of a function of a module."""
-    original, calls = getattr(module, name), []
-
-    def call(*arguments, **named):
-        calls.append(arguments)
-        if len(calls) == count:
-            die()
-        return original(*arguments, **named)
-
-    setattr(module, name, call)
+def in_a_line_of_metrics():
+    """What kills a run that has written half of its first line."""
+    armed = []
+    how = at_event("write", lambda path: bool(armed) and path.name == METRICS_FILE, die_leaving('{"step": 3, "lo'))
+    return how | in_step(3, lambda: armed.append(True))
 
 
-def die_in_a_line():
-    def append_lines(path, lines):
-        path.open("a").write(json.dumps({"step": 3})[:-4])
-        die()
-
-    uvit.resume.append_lines = append_lines
+def saved_steps(run_dir):
+    """Steps of the checkpoints that have their names."""
+    return [int(folder.name[-8:]) for folder in checkpoint_dirs(run_dir)]
 
 
+def half_written(run_dir):
+    """The one checkpoint that has no name yet."""
+    (folder,) = (run_dir / "checkpoints").glob(".step_*")
+    return folder
+
+
+def holds_weights_without_their_checkpoint(run_dir):
+    weights, state = read_weights(run_dir / WEIGHTS_FILE), load_checkpoint(run_dir)
+    return state["step"] == 4 and not torch.equal(weights["pos_embed"], state["ema"]["pos_embed"])
+
+
+# For each moment, what brings it about, and what shows afterwards that it was this one.
 MOMENTS = {
-    "before the first step is done": lambda: at_step(1, die),
-    "between checkpoints": lambda: at_step(4, die),
-    "in a state file": die_in_a_state_file,
-    "before the marker": lambda: die_before(uvit.checkpoint, "_describe", 4),
-    "before the checkpoint gets its name": lambda: die_before(uvit.checkpoint, "sync", 7),
-    "before old checkpoints go": lambda: die_before(uvit.checkpoint, "checkpoint_dirs", 3),
-    "in a line of metrics": die_in_a_line,
-    "between weights and checkpoint": lambda: die_before(train, "save_checkpoint", 3),
-    "between the last grid and the last checkpoint": lambda: die_before(train, "save", 4),
+    "in the first step": (in_step(1, die), lambda run: (run / "config.json").is_file() and not saved_steps(run)),
+    "between checkpoints": (
+        in_step(4, die),
+        lambda run: saved_steps(run) == [2] and metrics_of(run)[-1]["step"] == 3,
+    ),
+    "in a state file": (
+        at_event("write", lambda path: path.name == STATE_FILE, die_leaving("half"), count=2),
+        lambda run: saved_steps(run) == [2] and (half_written(run) / STATE_FILE).read_bytes() == b"half",
+    ),
+    "before the marker": (
+        at_event("write", lambda path: path.name == MARKER_FILE, count=2),
+        lambda run: (half_written(run) / STATE_FILE).is_file() and not (half_written(run) / MARKER_FILE).exists(),
+    ),
+    "before the checkpoint gets its name": (
+        at_event("os.rename", lambda path: path.name == "step_00000004"),
+        lambda run: saved_steps(run) == [2] and (half_written(run) / MARKER_FILE).is_file(),
+    ),
+    "before old checkpoints go": (
+        at_event("shutil.rmtree", lambda path: path.name == "step_00000002" and path.exists()),
+        lambda run: saved_steps(run) == [2, 4, 6],
+    ),
+    "in a line of metrics": (
+        in_a_line_of_metrics(),
+        lambda run: (run / METRICS_FILE).read_text() == '{"step": 3, "lo',
+    ),
+    "between weights and checkpoint": (
+        at_event("os.mkdir", lambda path: path.name.startswith(".step_00000006")),
+        holds_weights_without_their_checkpoint,
+    ),
+    "between the last grid and the last checkpoint": (
+        at_event("write", lambda path: path.name.startswith(".model-"), count=4),
+        lambda run: (run / "samples/step_00000007.png").is_file() and saved_steps(run) == [4, 6],
+    ),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_at_any_moment_ends_as_a_whole_one(moment, whole, tmp_path):
-    arguments = arguments_of(whole, tmp_path / "run")
-    status, _ = live(arguments, tmp_path / "log", MOMENTS[moment])
-    assert status == -signal.SIGKILL
-    status, _ = live(arguments, tmp_path / "log")
+    arguments, (how, was_hit) = arguments_of(whole, tmp_path / "run"), MOMENTS[moment]
+    status, lines = train_forked(arguments, tmp_path / "log", **how)
+    assert status == -signal.SIGKILL, lines
+    assert was_hit(tmp_path / "run")
+    status, _ = train_forked(arguments, tmp_path / "log")
     assert status == 0
     assert_same_run(tmp_path / "run", whole / "whole")
 
@@ -117,53 +147,54 @@ def test_the_run_of_these_tests_crosses_epochs():
 def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(signum, status, whole, tmp_path):
     """The signal goes to the workers too, as a terminal and a cluster send it."""
 
-    def prepare():
-        os.setpgid(0, 0)
-        at_step(3, lambda: os.killpg(0, signum))
-
     arguments = arguments_of(whole, tmp_path / "run")
-    found, lines = live(arguments, tmp_path / "log", prepare)
-    name = signal.Signals(signum).name
+    how = in_step(3, lambda: os.killpg(0, signum))
+    found, lines = train_forked(arguments, tmp_path / "log", lambda: os.setpgid(0, 0), **how)
     assert found == status
-    assert lines == [
-        f"stopped by {name} at step {load_checkpoint(tmp_path / 'run')['step']} of 7 in {tmp_path / 'run'}, saved"
-    ]
-    assert load_checkpoint(tmp_path / "run")["step"] in (3, 4)
-    assert live(arguments, tmp_path / "log")[0] == 0
+    assert lines == [f"stopped by {signal.Signals(signum).name} at step 3 of 7 in {tmp_path / 'run'}, saved"]
+    assert load_checkpoint(tmp_path / "run")["step"] == 3
+    assert train_forked(arguments, tmp_path / "log")[0] == 0
     assert_same_run(tmp_path / "run", whole / "whole")
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(whole, tmp_path):
-    def prepare():
-        def twice():
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
 
-        at_step(3, twice)
-
-    status, lines = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log", prepare)
+    status, lines = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log", **in_step(3, twice))
     assert status == 130 and lines == ["stopped by Ctrl-C"]
     assert load_checkpoint(tmp_path / "run")["step"] == 2
 
 
+class FailingData:
+    """Data whose n-th batch, counted from the start of its process, cannot be read."""
+
+    def __init__(self, data, number, error):
+        self.data, self.number, self.error, self.count = data, number, error, 0
+        self.shape, self.class_names = data.shape, data.class_names
+
+    def __len__(self):
+        return len(self.data)
+
+    def read(self, indices, rng) -> Batch:
+        self.count += 1
+        if self.count == self.number:
+            raise self.error("no such image")
+        return self.data.read(indices, rng)
+
+
 @pytest.mark.parametrize(("error", "status"), [(InputError, 2), (ZeroDivisionError, 1)])
 def test_an_exception_in_a_worker_ends_the_run_and_its_workers(error, status, whole, tmp_path):
-    def prepare():
-        read = uvit.loader._Batches.__getitem__
-
-        def fail(self, draw):
-            if draw.key[1] == 6:
-                raise error("no such image")
-            return read(self, draw)
-
-        uvit.loader._Batches.__getitem__ = fail
+    def make_trainer(config, data, *rest, **named):
+        return Trainer(config, FailingData(data, 7, error), *rest, **named)  # the first part of step 4
 
     arguments = arguments_of(whole, tmp_path / "run")
-    found, lines = live(arguments, tmp_path / "log", prepare)
+    found, lines = train_forked(arguments, tmp_path / "log", make_trainer=make_trainer)
     assert found == status and "no such image" in lines[-1]
     assert len(lines) == 1 or error is not InputError
     assert load_checkpoint(tmp_path / "run")["step"] == 2
-    assert live(arguments, tmp_path / "log")[0] == 0
+    assert train_forked(arguments, tmp_path / "log")[0] == 0
     assert_same_run(tmp_path / "run", whole / "whole")
 
 
@@ -189,11 +220,11 @@ def lose_state(folder):
 def test_a_broken_checkpoint_is_named_and_passed_over(damage, whole, tmp_path):
     shutil.copytree(whole / "whole", tmp_path / "run")
     damage(tmp_path / "run/checkpoints/step_00000007")
-    status, lines = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log")
+    status, lines = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log")
     assert status == 0
     (warning,) = [line for line in lines if line.startswith("warning: ")]
-    assert "step_00000007 is not a whole checkpoint (" in warning and warning.endswith("): passed over")
-    assert any(line.startswith("going on from step 6 of 7") for line in lines)
+    assert "step_00000007 is not a complete checkpoint (" in warning and warning.endswith("): skipped")
+    assert any(line.startswith("resuming from step 6 of 7") for line in lines)
     shutil.rmtree(tmp_path / "run/checkpoints/broken_step_00000007")
     assert_same_run(tmp_path / "run", whole / "whole")
 
@@ -203,27 +234,19 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_over(whole, tmp_path):
     for folder in checkpoint_dirs(tmp_path / "run"):
         cut(folder)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    status, (line,) = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log")
+    status, (line,) = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log")
     assert status == 2 and line.startswith("error: ")
-    assert "step_00000007 is not a whole checkpoint" in line and "remove it to start anew" in line
+    assert "step_00000007 is not a complete checkpoint" in line and "remove it to start over" in line
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-def fill_the_disk(steps):
-    """Makes the saves of these steps fail as on a full disk, half-way."""
-    original = torch.save
-
-    def save(state, file):
-        if state["step"] in steps:
-            file.write(b"half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(state, file)
-
-    torch.save = save
+def full_disk_at_save(number):
+    """What makes a save, numbered from 1, fail half-way."""
+    return at_event("write", lambda path: path.name == STATE_FILE, no_room_for_the_rest, number)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole, tmp_path):
-    status, lines = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log", lambda: fill_the_disk([4]))
+    status, lines = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log", **full_disk_at_save(2))
     assert status == 0
     (warning,) = [line for line in lines if line.startswith("warning: ")]
     assert "step 4 could not be saved (cannot write " in warning and "No space left on device" in warning
@@ -233,64 +256,45 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole, tmp_path):
 
 def test_a_disk_that_is_full_at_the_end_is_an_error(whole, tmp_path):
     arguments = arguments_of(whole, tmp_path / "run")
-    status, lines = live(arguments, tmp_path / "log", lambda: fill_the_disk([7]))
+    status, lines = train_forked(arguments, tmp_path / "log", **full_disk_at_save(4))
     assert status == 1
     assert lines[-1].startswith("error: step 7 could not be saved") and "that of step 6" in lines[-1]
-    assert live(arguments, tmp_path / "log")[0] == 0
+    assert train_forked(arguments, tmp_path / "log")[0] == 0
     assert_same_run(tmp_path / "run", whole / "whole")
 
 
-def test_metrics_and_grids_that_cannot_be_written_are_written_later_or_not(whole, tmp_path):
+def test_metrics_that_cannot_be_written_are_written_later_and_grids_are_left_out(whole, tmp_path):
+    armed = []
+
     def prepare():
-        original = uvit.resume.append_lines
-        calls = []
+        on_event("write", lambda path: bool(armed) and path.name == METRICS_FILE, no_room)
+        on_event("write", lambda path: path.parent.name == "samples", read_only, count=None)
 
-        def append_lines(path, lines):
-            calls.append(path)
-            if len(calls) == 1:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            original(path, lines)
-
-        uvit.resume.append_lines = append_lines
-        train.atomic_write = lambda path: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system"))
-
-    status, lines = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log", prepare)
+    how = in_step(3, lambda: armed.append(True))
+    status, lines = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log", prepare, **how)
     assert status == 0
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert len(warnings) == 3 and "metrics.jsonl, training continues: [Errno 28] No space left" in warnings[0]
-    assert all(".png, training continues: [Errno 30]" in line for line in warnings[1:])
+    assert all(".png, training continues: " in line and "Read-only file system" in line for line in warnings[1:])
     assert metrics_of(tmp_path / "run") == metrics_of(whole / "whole")
 
 
 def test_a_vanished_folder_is_made_again(whole, tmp_path):
-    def prepare():
-        at_step(5, lambda: shutil.rmtree(tmp_path / "run"))
-
-    status, lines = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log", prepare)
+    how = in_step(5, lambda: shutil.rmtree(tmp_path / "run"))
+    status, lines = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log", **how)
     assert status == 0
     assert any(line.startswith("warning: ") and "config.json is gone" in line for line in lines)
     assert_same(load_checkpoint(tmp_path / "run"), load_checkpoint(whole / "whole"))
     assert json.loads((tmp_path / "run/config.json").read_text())["train"]["num_steps"] == 7
 
 
-def spoil(numbers, factor=math.nan):
-    """Makes the losses of these calls of training_loss not finite."""
-    original, calls = train.training_loss, []
-
-    def training_loss(*arguments):
-        calls.append(arguments)
-        return original(*arguments) * (factor if len(calls) in numbers else 1)
-
-    train.training_loss = training_loss
-
-
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_left_out_and_told_of(factor, whole, tmp_path):
+def test_a_step_that_is_not_finite_is_left_out_and_reported(factor, whole, tmp_path):
     arguments = arguments_of(whole, tmp_path / "run", "--train.save_every", "1", "--train.keep", "9")
-    status, lines = live(arguments, tmp_path / "log", lambda: spoil({8}, factor))  # a part of step 4
+    status, lines = train_forked(arguments, tmp_path / "log", loss_of=spoiled_loss({8}, factor))  # a part of step 4
     assert status == 0
     (warning,) = [line for line in lines if line.startswith("warning: ")]
-    assert warning.startswith(f"warning: step 4 is left out: loss {factor}, norm of the gradient nan")
+    assert warning.startswith(f"warning: step 4 is skipped: loss {factor}, gradient norm nan")
     third, fourth, fifth = (load(tmp_path / "run", step) for step in (3, 4, 5))
     for part in ("model", "ema", "optimizer"):
         if part == "optimizer":
@@ -308,19 +312,7 @@ def load(run_dir, step):
 
 
 def test_a_gradient_that_is_not_finite_is_enough(whole, tmp_path):
-    def prepare():
-        original = train.training_loss
-        calls = []
-
-        def training_loss(network, *arguments):
-            calls.append(0)
-            loss = original(network, *arguments)
-            root = next(network.parameters()).flatten()[0]
-            return loss + ((root - root.detach()).abs().sqrt() if len(calls) == 8 else 0)  # 0, of infinite slope
-
-        train.training_loss = training_loss
-
-    status, _ = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log", prepare)
+    status, _ = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log", loss_of=steep_loss(8))
     assert status == 0
     assert metrics_of(tmp_path / "run")[1]["skipped"] and math.isfinite(metrics_of(tmp_path / "run")[1]["loss"])
 
@@ -332,40 +324,36 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_also_across_a_kill(whole, tmp_
         "the last good checkpoint is that of step 2"
     )
 
-    def prepare():
-        spoil(range(7, 99))  # from step 4 on
-        at_step(6, die)
-
-    assert live(arguments, tmp_path / "log", prepare)[0] == -signal.SIGKILL
-    status, lines = live(arguments, tmp_path / "log", lambda: spoil(range(99)))
+    from_step_4 = range(7, 99)
+    how = in_step(6, die, spoiled_loss(from_step_4))
+    assert train_forked(arguments, tmp_path / "log", **how)[0] == -signal.SIGKILL
+    status, lines = train_forked(arguments, tmp_path / "log", loss_of=spoiled_loss(range(99)))
     assert (status, lines[-1]) == (1, message)
-    alone = live(
-        arguments_of(whole, tmp_path / "alone", "--train.max_bad_steps", "3"),
-        tmp_path / "log",
-        lambda: spoil(range(7, 99)),
-    )
-    assert (alone[0], alone[1][-1]) == (1, message)
+    alone = arguments_of(whole, tmp_path / "alone", "--train.max_bad_steps", "3")
+    status, lines = train_forked(alone, tmp_path / "log", loss_of=spoiled_loss(from_step_4))
+    assert (status, lines[-1]) == (1, message)
     assert load_checkpoint(tmp_path / "run")["step"] == 4
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "alone")
-    assert live(arguments, tmp_path / "log")[0] == 0  # what was wrong is put right
+    assert train_forked(arguments, tmp_path / "log")[0] == 0  # what was wrong is put right
 
 
 def test_steps_that_go_wrong_cost_no_checkpoint_from_before(whole, tmp_path):
     every = ["--train.save_every", "1", "--train.keep", "1"]
-    status, lines = live(arguments_of(whole, tmp_path / "run", *every), tmp_path / "log", lambda: spoil(range(7, 99)))
+    arguments = arguments_of(whole, tmp_path / "run", *every)
+    status, lines = train_forked(arguments, tmp_path / "log", loss_of=spoiled_loss(range(7, 99)))
     message = "error: 4 steps in a row had a loss or gradient that is not finite, the last step 7; "
     assert (status, lines[-1]) == (1, f"{message}the last good checkpoint is that of step 3")
     assert [path.name[-1] for path in checkpoint_dirs(tmp_path / "run")] == ["3", "4", "5", "6", "7"]
     for folder in checkpoint_dirs(tmp_path / "run")[1:]:
         shutil.rmtree(folder)
-    assert live(arguments_of(whole, tmp_path / "run", *every), tmp_path / "log")[0] == 0
+    assert train_forked(arguments, tmp_path / "log")[0] == 0
     assert [path.name[-1] for path in checkpoint_dirs(tmp_path / "run")] == ["7"]
 
 
 def test_without_its_config_a_run_is_still_known_by_its_checkpoint(whole, tmp_path):
     shutil.copytree(whole / "whole", tmp_path / "run")
     (tmp_path / "run/config.json").unlink()
-    status, (line,) = live(arguments_of(whole, tmp_path / "run", "--optim.lr", "0.5"), tmp_path / "log")
+    status, (line,) = train_forked(arguments_of(whole, tmp_path / "run", "--optim.lr", "0.5"), tmp_path / "log")
     assert status == 2 and "holds a run with optim.lr 0.01, got 0.5" in line
 
 
@@ -387,31 +375,31 @@ def test_a_checkpoint_with_something_else_in_it_does_not_fit(part, value, messag
     else:
         state[part] = state[part] | value if isinstance(value, dict) else value
     save_checkpoint(tmp_path / "run", load_config(tmp_path / "run/config.json"), 7, state, keep=1)
-    status, (line,) = live(arguments_of(whole, tmp_path / "run"), tmp_path / "log")
+    status, (line,) = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log")
     assert status == 2 and "does not fit the config: " in line and message in line
 
 
 def test_all_fields_that_make_another_run_are_named_and_may_be_overruled(whole, tmp_path):
     shutil.copytree(whole / "whole", tmp_path / "run")
     other = "--optim.lr 0.5 --train.seed 3 --train.log_every 1 --train.num_steps 8".split()
-    status, (line,) = live(arguments_of(whole, tmp_path / "run", *other), tmp_path / "log")
+    status, (line,) = train_forked(arguments_of(whole, tmp_path / "run", *other), tmp_path / "log")
     assert status == 2
     assert "holds a run with optim.lr 0.01, got 0.5; train.seed 0, got 3: use another --train.run_dir, or" in line
     more = [*other, "--train.resume_anyway", "True"]
-    status, lines = live(arguments_of(whole, tmp_path / "run", *more), tmp_path / "log")
+    status, lines = train_forked(arguments_of(whole, tmp_path / "run", *more), tmp_path / "log")
     assert status == 0
-    (line,) = [line for line in lines if line.startswith("going on from step 7 of 8")]
+    (line,) = [line for line in lines if line.startswith("resuming from step 7 of 8")]
     assert "optim.lr 0.01, got 0.5; train.seed 0, got 3;" in line and "train.log_every 3, got 1" in line
     assert metrics_of(tmp_path / "run")[-1]["lr"] == 0.5
     wrong = [*more, "--train.num_steps", "9", "--optim.name", "adamw"]
-    status, lines = live(arguments_of(whole, tmp_path / "run", *wrong), tmp_path / "log")
-    assert status == 2 and lines[-1].endswith("does not fit the config: its optimizer is another one")
+    status, lines = train_forked(arguments_of(whole, tmp_path / "run", *wrong), tmp_path / "log")
+    assert status == 2 and lines[-1].endswith("does not fit the config: its optimizer is a different one")
 
 
-def test_a_longer_decay_is_told_of(whole, tmp_path):
+def test_a_longer_decay_is_reported(whole, tmp_path):
     arguments = arguments_of(whole, tmp_path / "run", "--optim.decay", "cosine")
-    assert live([*arguments, "--train.num_steps", "2"], tmp_path / "log")[0] == 0
-    status, lines = live(arguments, tmp_path / "log")
+    assert train_forked([*arguments, "--train.num_steps", "2"], tmp_path / "log")[0] == 0
+    status, lines = train_forked(arguments, tmp_path / "log")
     assert status == 0
     assert any("train.num_steps 2, got 7; so the cosine decay" in line for line in lines)
 
@@ -420,28 +408,25 @@ def test_the_second_run_in_a_folder_stops_and_a_crash_frees_it(whole, tmp_path):
     arguments = arguments_of(whole, tmp_path / "run")
     reading, writing = os.pipe()
 
-    def prepare():
-        def wait():
-            os.write(writing, b"x")
-            signal.pause()
+    def wait():
+        os.write(writing, b"x")
+        signal.pause()
 
-        at_step(3, wait)
-
-    pid = start(arguments, tmp_path / "first", prepare)
+    pid = start_training(arguments, tmp_path / "first", **in_step(3, wait))
     os.read(reading, 1)
-    status, (line,) = live(arguments, tmp_path / "second")
+    status, (line,) = train_forked(arguments, tmp_path / "second")
     assert status == 2
     assert line.startswith(f"error: {tmp_path / 'run'} is in use by process {pid} on ")
     os.kill(pid, signal.SIGKILL)  # its worker lives on for some seconds
-    end(pid)
-    assert live(arguments, tmp_path / "second")[0] == 0
+    wait_for(pid)
+    assert train_forked(arguments, tmp_path / "second")[0] == 0
     assert_same_run(tmp_path / "run", whole / "whole")
 
 
 @pytest.fixture(scope="module")
 def shared(whole) -> Path:
     """A run of two processes that nothing happened to."""
-    assert live_together(arguments_of(whole, whole / "shared"), whole) == [0, 0]
+    assert train_in_two_forks(arguments_of(whole, whole / "shared"), whole) == [0, 0]
     return whole / "shared"
 
 
@@ -449,9 +434,9 @@ def shared(whole) -> Path:
 def test_two_processes_killed_and_resumed_equal_two_that_were_not(shared, whole, tmp_path):
     arguments = arguments_of(whole, tmp_path / "run")
     for step in (3, 4):
-        statuses = live_together(arguments, tmp_path, lambda rank, step=step: at_step(step, die))
+        statuses = train_in_two_forks(arguments, tmp_path, lambda rank, step=step: in_step(step, die))
         assert statuses == [-signal.SIGKILL] * 2
-    assert live_together(arguments, tmp_path) == [0, 0]
+    assert train_in_two_forks(arguments, tmp_path) == [0, 0]
     assert_same_run(tmp_path / "run", shared)
 
 
@@ -459,34 +444,32 @@ def test_two_processes_killed_and_resumed_equal_two_that_were_not(shared, whole,
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("reached", [0, 1])
 def test_a_signal_to_one_process_ends_both_at_the_same_step(signum, status, reached, shared, whole, tmp_path):
-    def prepare(rank):
-        if rank == reached:
-            at_step(3, lambda: os.kill(os.getpid(), signum))
+    def how(rank):
+        return in_step(3, lambda: os.kill(os.getpid(), signum)) if rank == reached else {}
 
     arguments = arguments_of(whole, tmp_path / "run")
-    assert live_together(arguments, tmp_path, prepare) == [status] * 2
-    assert load_checkpoint(tmp_path / "run")["step"] in (3, 4)
+    assert train_in_two_forks(arguments, tmp_path, how) == [status] * 2
+    assert load_checkpoint(tmp_path / "run")["step"] == 3
     assert "Traceback" not in (tmp_path / "rank_0.log").read_text() + (tmp_path / "rank_1.log").read_text()
-    assert live_together(arguments, tmp_path) == [0, 0]
+    assert train_in_two_forks(arguments, tmp_path) == [0, 0]
     assert_same_run(tmp_path / "run", shared)
 
 
 @pytest.mark.slow
 def test_a_bad_number_in_one_process_is_left_out_by_both(shared, whole, tmp_path):
-    def prepare(rank):
-        if rank == 1:
-            spoil({7})
+    def how(rank):
+        return {"loss_of": spoiled_loss({7})} if rank == 1 else {}
 
     arguments = arguments_of(whole, tmp_path / "run", "--train.save_every", "1", "--train.keep", "9")
-    assert live_together(arguments, tmp_path, prepare) == [0, 0]
+    assert train_in_two_forks(arguments, tmp_path, how) == [0, 0]
     assert metrics_of(tmp_path / "run")[1] == {"step": 4, "skipped": True, "loss": "nan", "grad_norm": "nan"}
     assert_same(load(tmp_path / "run", 3)["model"], load(tmp_path / "run", 4)["model"])
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_is_told_of(whole, tmp_path):
+def test_another_number_of_processes_is_reported(whole, tmp_path):
     shutil.copytree(whole / "whole", tmp_path / "run")
-    assert live_together(arguments_of(whole, tmp_path / "run", "--train.num_steps", "8"), tmp_path) == [0, 0]
+    assert train_in_two_forks(arguments_of(whole, tmp_path / "run", "--train.num_steps", "8"), tmp_path) == [0, 0]
     assert "train.num_steps 7, got 8; num_processes 1, got 2" in (tmp_path / "rank_0.log").read_text()
     assert load_checkpoint(tmp_path / "run")["progress"]["num_processes"] == 2
 
@@ -494,9 +477,8 @@ def test_another_number_of_processes_is_told_of(whole, tmp_path):
 @pytest.mark.slow
 def test_fifty_kills_lose_no_more_than_the_steps_since_a_checkpoint(tmp_path):
     """The script itself raises where a run ends unequal, or a kill costs more."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, str(ROOT / "benchmarks/faults.py"), "--output", str(tmp_path / "faults.json")]
-    result = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    script = str(ROOT / "benchmarks/faults.py")
+    result = run_python(script, "--output", str(tmp_path / "faults.json"), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "faults.json").read_text())
     assert found["kills"] == 50 and found["kills_while_a_checkpoint_was_written"] > 0

@@ -5,7 +5,7 @@ import sys
 import pytest
 import timm
 import torch
-from malicious import PICKLE, WORDS
+from helpers.malicious import PICKLE, WORDS
 
 from uvit.common.errors import InputError
 from uvit.evaluation.features import InceptionFeatures, TimmFeatures, build_features

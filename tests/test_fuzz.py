@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import types
-from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
+from helpers.runs import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import encode
-import evaluate
-import sample
-import train
-from uvit import checkpoint
+import uvit.__main__
+from uvit.commands import app, card, convert, encode, evaluate, export, push, sample, train
 from uvit.common.cli import parse
 from uvit.common.errors import InputError
 from uvit.config import Config, ProcessConfig, SampleConfig, Section, UViTConfig, from_dict, load_config, to_json
 from uvit.data.manifest import Manifest
 from uvit.diffusion.samplers import sampling_times
+from uvit.evaluation.measure import MeasureArguments
 
 FUZZ = settings(
     max_examples=150,
@@ -30,10 +27,9 @@ FUZZ = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-TINY = Path(__file__).parent.parent / "configs" / "digits.py"
+DIGITS = ROOT / "configs" / "digits.py"
 ODD_NUMBERS = [0, -1, 1, 2, 3, 10**6, 10**9, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, 5e-324, True, False]
 ODD_TEXTS = ["", " ", "auto", "none", "nan", "\x00", "\x1b[31m", "\ud800", "../..", "a\nb", "n" * 300, "tru", "1e3"]
-
 odd = st.sampled_from([*ODD_NUMBERS, *ODD_TEXTS, None, [], {}, [1, 2], [[1], [2]], [0.5, "x"], float("nan")])
 leaves = odd | st.integers() | st.floats() | st.text(max_size=8)
 values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
@@ -100,7 +96,7 @@ def test_any_fields_make_a_section_or_are_refused(cls):
 @given(st.data())
 def test_any_change_of_a_whole_config_file(tmp_path, data):
     """One value of a valid config.json is replaced, or the text is cut, doubled or overwritten."""
-    raw = json.loads(to_json(load_config(TINY)))
+    raw = json.loads(to_json(load_config(DIGITS)))
     section = raw[data.draw(st.sampled_from(sorted(raw)))]
     section[data.draw(st.sampled_from(sorted(section)))] = data.draw(values)
     text = json.dumps(raw)
@@ -147,25 +143,31 @@ def option_names(cls, prefix="--"):
             yield prefix + name
 
 
-CONVERT = [f"--{field.name}" for field in dataclasses.fields(checkpoint.ConvertArguments)]
+def parser_of(cls):
+    """A command's parser, and its options."""
+    return lambda words: parse(cls, words), list(option_names(cls))
+
+
 PARSERS = {
-    "train": (lambda words: train.read_arguments([str(TINY), *words]), list(option_names(Config))),
-    "sample": (lambda words: parse(sample.Arguments, words, "", ""), list(option_names(sample.Arguments))),
-    "evaluate": (lambda words: parse(evaluate.Arguments, words, "", ""), list(option_names(evaluate.Arguments))),
-    "stats": (
-        lambda words: parse(evaluate.StatisticsArguments, words, "", ""),
-        list(option_names(evaluate.StatisticsArguments)),
-    ),
-    "encode": (lambda words: parse(encode.Arguments, words, "", ""), list(option_names(encode.Arguments))),
-    "checkpoint": (checkpoint.main, [*CONVERT, "convert", "nowhere/at/all"]),
+    "train": (lambda words: train.read_arguments([str(DIGITS), *words]), list(option_names(Config))),
+    "sample": parser_of(sample.Arguments),
+    "evaluate": parser_of(MeasureArguments),
+    "stats": parser_of(evaluate.StatisticsArguments),
+    "encode": parser_of(encode.Arguments),
+    "app": parser_of(app.Arguments),
+    "export": parser_of(export.Arguments),
+    "push": parser_of(push.Arguments),
+    "card": parser_of(card.Arguments),
+    "convert": (convert.main, [*option_names(convert.Arguments), "nowhere/at/all"]),
+    "uvit": (uvit.__main__.main, ["convert", "trian", "nowhere/at/all"]),
 }
 
 
 @pytest.mark.parametrize("name", PARSERS)
+@pytest.mark.usefixtures("offline")
 def test_any_command_line(name, tmp_path, monkeypatch):
     read, options = PARSERS[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     words = st.sampled_from([*map(str, ODD_NUMBERS), *ODD_TEXTS, "-", "--", "=", "{}", "None"]) | st.text(max_size=4)
     pair = st.tuples(st.sampled_from(options), words).map(list)
     line = st.lists(pair | words.map(lambda word: [word]), max_size=5)

@@ -1,163 +1,149 @@
 from __future__ import annotations
 
-import json
-import sys
+import dataclasses
+import pickle
 
+import datasets
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from encoders import make_autoencoder, make_text_encoder
-from malicious import PICKLE, WORDS
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig
+from helpers.latents import MANIFEST, latent_config, write_latents
 
 from uvit.common.errors import InputError
-from uvit.config import DataConfig, UViTConfig
-from uvit.networks.encoders import CACHED_CAPTIONS, NO_ENCODERS, Autoencoder, TextEncoder, load_encoders
+from uvit.config import UViTConfig
+from uvit.data.latents import load_latents
+from uvit.data.manifest import EMPTY_CONTEXT_FILE, start_encoding, write_shard
 
-TEXT = UViTConfig(img_size=8, in_chans=1, context_dim=8, num_context_tokens=12)
-LATENT = UViTConfig(img_size=4, in_chans=4)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    make_text_encoder(folder, num_tokens=12, width=8)
-    return folder
+LABELLED = UViTConfig(img_size=4, in_chans=2, num_classes=2)
+TEXT = UViTConfig(img_size=4, in_chans=2, context_dim=6, num_context_tokens=5)
 
 
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("autoencoder")
-    make_autoencoder(folder)
-    return folder
+@pytest.fixture
+def folder(tmp_path):
+    """Ten rows in three shards."""
+    write_latents(tmp_path)
+    return tmp_path
 
 
-def test_context_is_the_last_hidden_state_of_padded_captions(clip):
-    """As the published text models were trained: no mask, padded and cut to one length."""
-    captions = ["a cat", "", "a caption far longer than twelve letters", "a cat"]
-    tokenizer, network = AutoTokenizer.from_pretrained(clip), CLIPTextModel.from_pretrained(clip)
-    tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=12, return_tensors="pt").input_ids
-    assert tokens.shape == (4, 12)
-    context = TextEncoder(str(clip))(captions)
-    assert context.shape == (4, 12, 8) and not context.requires_grad
-    torch.testing.assert_close(context, network(tokens).last_hidden_state.detach(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(context[0], context[3]) and not torch.allclose(context[0], context[1])
+def test_rows_are_read_by_position(folder):
+    data = load_latents(latent_config(folder), LABELLED)
+    assert len(data) == 10 and data.class_names == ("a", "b")
+    batch = data.read([9, 0, 3, 4, 3], np.random.default_rng(0))
+    assert batch.images.shape == (5, 4, 4, 4) and batch.images.dtype == torch.float16
+    assert batch.images.flatten(1).unique(dim=1).flatten().tolist() == [9, 0, 3, 4, 3]
+    assert batch.labels.tolist() == [1, 0, 1, 0, 1] and batch.captions == [] and batch.context is None
 
 
-def test_many_captions(clip):
-    """More than are kept: what was forgotten comes out the same again."""
-    encoder = TextEncoder(str(clip))
-    captions = [f"cat {number}" for number in range(CACHED_CAPTIONS + 44)]
-    whole = encoder(captions)
-    parts = torch.cat([encoder(captions[start : start + 7]) for start in range(0, len(captions), 7)])
-    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+def test_mirror_images_are_drawn_where_asked(folder):
+    data = load_latents(latent_config(folder, flip=True), LABELLED)
+    drawn = data.read([2] * 200, np.random.default_rng(0)).images[:, 0, 0, 0]
+    assert set(drawn.tolist()) == {2.0, 2.5} and 70 < (drawn == 2.5).sum() < 130
+    assert torch.equal(drawn, data.read([2] * 200, np.random.default_rng(0)).images[:, 0, 0, 0])
 
 
-def test_a_whole_clip_gives_its_text_model(clip, tmp_path):
-    text = CLIPTextModel.from_pretrained(clip)
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+def test_a_caption_comes_with_its_own_features(folder):
+    data = load_latents(latent_config(folder), TEXT)
+    batch = data.read([1] * 60 + [7], np.random.default_rng(0))
+    share = {"x": 0.0, "y": 0.25, "z": 0.75}
+    for (caption,), context in zip(batch.captions, batch.context):
+        index, text = caption.split()
+        assert context.shape == (5, 6) and context.unique().tolist() == [int(index) + share[text]]
+    assert {caption for (caption,) in batch.captions} == {"1 x", "1 y", "1 z", batch.captions[-1][0]}
+    assert batch.captions[-1][0].startswith("7 ")
+    assert batch.empty_context.shape == (1, 5, 6) and batch.empty_context.unique().tolist() == [-1]
+
+
+def test_workers_that_are_not_forked_get_a_copy(folder):
+    data = load_latents(latent_config(folder), TEXT)
+    copy = pickle.loads(pickle.dumps(data))
+    ours, theirs = (each.read([1, 8], np.random.default_rng(0)) for each in (data, copy))
+    assert torch.equal(ours.images, theirs.images) and torch.equal(ours.context, theirs.context)
+
+
+def test_shards_are_the_ecosystems(folder):
+    rows = datasets.concatenate_datasets(
+        [datasets.Dataset.from_file(str(path)) for path in sorted(folder.glob("shard*"))]
     )
-    whole = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision.to_dict()))
-    whole.text_model.load_state_dict(text.state_dict())
-    whole.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(clip).save_pretrained(tmp_path)
-    captions = ["a dog", ""]
-    torch.testing.assert_close(TextEncoder(str(tmp_path))(captions), TextEncoder(str(clip))(captions))
+    assert rows.num_rows == 10 and rows.features["label"].names == ["a", "b"]
+    assert rows[6]["captions"] == ["6 x", "6 y", "6 z"] and set(rows[6]["moments"]) == {6.0, 6.5}
 
 
-def test_nothing_is_printed(clip, autoencoder, capfd):
-    TextEncoder(str(clip))
-    Autoencoder(str(autoencoder), 1.0)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_decoding_undoes_the_scale_and_the_slices(autoencoder, tmp_path):
-    network = make_autoencoder(tmp_path)
-    latents = torch.randn(11, 4, 4, 4)
-    images = Autoencoder(str(autoencoder), 0.25).decode(latents)
-    assert images.shape == (11, 3, 8, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(images, network.decode(latents / 0.25).sample, rtol=1e-5, atol=1e-5)
-
-
-def test_a_run_loads_what_it_needs(clip, autoencoder):
-    assert load_encoders(DataConfig(), UViTConfig(in_chans=1)) == NO_ENCODERS
-    encoders = load_encoders(DataConfig(text_encoder=str(clip)), TEXT)
-    assert isinstance(encoders.text, TextEncoder) and encoders.image is None
-    encoders = load_encoders(DataConfig(autoencoder=str(autoencoder), scale_factor=0.5), LATENT)
-    assert encoders.text is None and encoders.image.scale_factor == 0.5
-    with pytest.raises(InputError, match=r"in_chans 4 needs data.autoencoder to make images, got None"):
-        load_encoders(DataConfig(), LATENT)
-
-
-def test_an_encoder_that_does_not_fit_the_model(clip, autoencoder):
-    for model in (UViTConfig(context_dim=8, num_context_tokens=77), UViTConfig(context_dim=768, num_context_tokens=12)):
-        expected = f"model.num_context_tokens {model.num_context_tokens} and model.context_dim {model.context_dim}"
-        with pytest.raises(InputError, match=f"gives 12 tokens of width 8, expected {expected}"):
-            load_encoders(DataConfig(text_encoder=str(clip)), model)
-    with pytest.raises(InputError, match=r"has latents of 4 channels, expected model.in_chans 16"):
-        load_encoders(DataConfig(autoencoder=str(autoencoder)), UViTConfig(in_chans=16))
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage", PICKLE])
-def test_broken_weights(content, clip, autoencoder, tmp_path, capsys):
-    for name, folder in (("text", clip), ("image", autoencoder)):
-        broken = tmp_path / name
-        broken.mkdir()
-        for file in folder.iterdir():
-            (broken / file.name).write_bytes(content if file.suffix == ".safetensors" else file.read_bytes())
-    with pytest.raises(InputError, match=r"text encoder '.*text' cannot be loaded"):
-        TextEncoder(str(tmp_path / "text"))
-    with pytest.raises(InputError, match=r"autoencoder '.*image' cannot be loaded"):
-        Autoencoder(str(tmp_path / "image"), 1.0)
-    assert WORDS not in capsys.readouterr().out
-
-
-def test_pickles_are_not_read(clip, autoencoder, tmp_path, capsys):
-    for name, folder, pickled in (
-        ("text", clip, "pytorch_model.bin"),
-        ("image", autoencoder, "diffusion_pytorch_model.bin"),
+def test_latents_that_do_not_fit(folder):
+    for model, fields, message in (
+        (dataclasses.replace(LABELLED, img_size=8), {}, r"img_size\) \(2, 4, 4\), got \(2, 8, 8\)"),
+        (dataclasses.replace(LABELLED, in_chans=4), {}, r"img_size\) \(2, 4, 4\), got \(4, 4, 4\)"),
+        (LABELLED, {"scale_factor": 0.18215}, "encoded with data.scale_factor 0.5, got 0.18215"),
+        (LABELLED, {"crop": "random"}, "encoded with data.crop center, got random"),
+        (LABELLED, {"autoencoder": None}, "has latents of autoencoder 'vae', got data.autoencoder None"),
+        (dataclasses.replace(TEXT, context_dim=7), {}, r"context_dim\) \(5, 6\), got \(5, 7\)"),
     ):
-        (tmp_path / name).mkdir()
-        for file in folder.glob("*.json"):
-            (tmp_path / name / file.name).write_bytes(file.read_bytes())
-        (tmp_path / name / pickled).write_bytes(PICKLE)
-    with pytest.raises(InputError, match="cannot be loaded"):
-        TextEncoder(str(tmp_path / "text"))
-    with pytest.raises(InputError, match="cannot be loaded"):
-        Autoencoder(str(tmp_path / "image"), 1.0)
-    assert WORDS not in capsys.readouterr().out
+        with pytest.raises(InputError, match=message):
+            load_latents(latent_config(folder, **fields), model)
 
 
-def test_another_architecture(clip, autoencoder, tmp_path):
-    """Sizes may fit by chance; then the names of the tensors do not."""
-    for file in clip.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "model.safetensors").write_bytes((autoencoder / "diffusion_pytorch_model.safetensors").read_bytes())
-    with pytest.raises(InputError, match=r"is not a CLIP: it has no embeddings.position_embedding.weight"):
-        TextEncoder(str(tmp_path))
-    config = json.loads((autoencoder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "latent_channels": 8}))
-    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
-    with pytest.raises(InputError, match=r"has weights of 15,223 values, expected 16,347 by its config.json"):
-        Autoencoder(str(tmp_path), 1.0)
+def test_missing_and_broken_shards(folder):
+    middle = folder / MANIFEST.shard_file(1)
+    whole = middle.read_bytes()
+    with pa.memory_map(str(middle)) as mapped:
+        stream = pa.ipc.open_stream(mapped)
+        stream.read_next_batch()
+        between_messages = mapped.tell()
+    assert len(load_latents(latent_config(folder), LABELLED)) == 10 and between_messages < len(whole) - 8
+    for content in (b"", b"garbage", whole[: len(whole) // 2], whole[:between_messages], whole[:-8]):
+        middle.write_bytes(content)
+        with pytest.raises(InputError, match=r"shard-00001-of-00003.arrow is not a complete shard of latents"):
+            load_latents(latent_config(folder), LABELLED)
+    middle.write_bytes(whole)
+    (folder / EMPTY_CONTEXT_FILE).write_bytes(b"garbage")
+    with pytest.raises(InputError, match=r"empty_context.npy cannot be read \(.*run the same encode.py command again"):
+        load_latents(latent_config(folder), TEXT)
+    np.save(folder / EMPTY_CONTEXT_FILE, np.zeros((5, 7), np.float16))
+    with pytest.raises(
+        InputError, match=r"empty_context.npy must hold float16 numbers of shape \(5, 6\), got \(5, 7\) float16"
+    ):
+        load_latents(latent_config(folder), TEXT)
+    middle.unlink()
+    with pytest.raises(InputError, match=r"has 2 of 3 shards, shard-00001-of-00003.arrow is not there: run the same"):
+        load_latents(latent_config(folder), LABELLED)
 
 
-def test_names_that_cannot_be_had(clip, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"text encoder 'nobody/nothing' is not a folder on disk"):
-        TextEncoder("nobody/nothing")
-    with pytest.raises(InputError, match=r"autoencoder 'nobody/nothing/vae' is not a folder on disk"):
-        Autoencoder("nobody/nothing/vae", 1.0)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "encoder").mkdir()
-    with pytest.raises(InputError, match=r"text encoder not found: encodr, did you mean 'encoder'?"):
-        TextEncoder("encodr")
-    with pytest.raises(InputError, match=r"text encoder 'encoder' has no config.json"):
-        TextEncoder("encoder")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"latent_shape": (2, 2, 4)}, r"moments of type .*\[128\], got .*\[64\]"),
+        ({"context_shape": (5, 7)}, r"context of type .*\[90\], got .*\[105\]"),
+        ({"num_captions": 0}, "captions of type .*, got None"),
+        ({"shard_size": 8}, "must have 4 rows at most, got 8"),
+        ({"encoder_hash": "xyz"}, 'is of another encoding: encoder_hash must be "abc", got "xyz"'),
+        ({"text_encoder_hash": "xyz"}, 'text_encoder_hash must be "def", got "xyz"'),
+        ({"image_shape": (8, 9)}, r"image_shape must be \[8, 8\], got \[8, 9\]"),
+        ({"caption_column": "text"}, 'caption_column must be null, got "text"'),
+        ({"source": "other"}, 'source must be "made up", got "other"'),
+    ],
+)
+def test_a_shard_of_another_encoding(folder, tmp_path_factory, fields, message):
+    """Put in the place of one of ours."""
+    other, elsewhere = dataclasses.replace(MANIFEST, **fields), tmp_path_factory.mktemp("other")
+    size = min(other.shard_size, other.num_images)
+    columns = {
+        "moments": np.zeros((size, 2, *other.moments_shape), np.float16),
+        "label": np.zeros(size, np.int64),
+        "captions": [["x"] * 3] * size,
+        "context": np.zeros((size, 3, *other.context_shape), np.float16),
+    }
+    with write_shard(elsewhere, other, 0) as add:
+        add(columns)
+    (elsewhere / other.shard_file(0)).replace(folder / MANIFEST.shard_file(1))
+    with pytest.raises(InputError, match=rf"shard-00001-of-00003.arrow .*{message}"):
+        load_latents(latent_config(folder), LABELLED)
 
 
-def test_missing_packages(clip, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match="needs the package transformers, which is not installed"):
-        TextEncoder(str(clip))
+def test_one_version_of_each_image_is_not_mirrored(tmp_path):
+    once = dataclasses.replace(MANIFEST, flips=1, num_images=2, num_captions=0)
+    start_encoding(tmp_path, once, None)
+    with write_shard(tmp_path, once, 0) as add:
+        add({"moments": np.ones((2, 1, 4, 4, 4), np.float16), "label": np.array([0, 1])})
+    assert len(load_latents(latent_config(tmp_path), LABELLED)) == 2
+    with pytest.raises(InputError, match=r"was encoded without mirror images, got data\.flip True"):
+        load_latents(latent_config(tmp_path, flip=True), LABELLED)

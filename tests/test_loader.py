@@ -6,8 +6,8 @@ import sys
 import datasets
 import pytest
 import torch
+from helpers.images import save_captions, save_folder
 from PIL import Image
-from test_data import save_captions, save_folder
 
 from uvit import Config, UViTConfig
 from uvit.common.cli import run

@@ -5,7 +5,7 @@ import torch
 
 from uvit import UViT
 from uvit.config import OptimConfig
-from uvit.training.optim import build_optimizer, build_scheduler, lr_factor
+from uvit.training.optim import build_optimizer, build_schedule, load_optimizer_state, lr_factor
 
 
 def test_adamw_decays_every_parameter(tiny):
@@ -52,12 +52,41 @@ def test_the_first_update_of_a_warm_up_changes_nothing(tiny):
     model = UViT(tiny)
     config = OptimConfig(lr=1e-3, warmup_steps=10)
     optimizer = build_optimizer(model, config)
-    scheduler = build_scheduler(optimizer, config, 100)
+    set_learning_rate = build_schedule(optimizer, config, 100)
     before = model.mid_block.mlp.fc1.weight.detach().clone()
     model(torch.randn(2, 1, 8, 8), torch.tensor([5.0, 500.0])).square().sum().backward()
+    assert set_learning_rate(0) == 0
     optimizer.step()
-    scheduler.step()
     assert torch.equal(model.mid_block.mlp.fc1.weight, before)
-    assert scheduler.get_last_lr() == [pytest.approx(1e-4)] * len(scheduler.get_last_lr())
+    assert set_learning_rate(1) == pytest.approx(1e-4)
     optimizer.step()
     assert not torch.equal(model.mid_block.mlp.fc1.weight, before)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+def test_learning_rates_are_the_peak_times_the_factor_also_after_resuming(tiny, name, decay):
+    """With a scaled rate for the part that Muon leaves to AdamW, and a state that another schedule has left behind."""
+    config = OptimConfig(name=name, lr=1e-2, warmup_steps=2, decay=decay, fallback_lr_scale=0.5)
+    model = UViT(tiny)
+    optimizer, resumed = build_optimizer(model, config), build_optimizer(UViT(tiny), config)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    set_learning_rate = build_schedule(optimizer, config, 6)
+    model(torch.randn(2, 1, 8, 8), torch.tensor([5.0, 500.0])).square().sum().backward()
+    for step in range(6):
+        if step == 3:
+            load_optimizer_state(resumed, optimizer.state_dict())
+            set_resumed = build_schedule(resumed, config, 6)
+        factor = lr_factor(step, 6, config)
+        assert set_learning_rate(step) == peaks[0] * factor
+        assert [group["lr"] for group in optimizer.param_groups] == [peak * factor for peak in peaks]
+        optimizer.step()
+        if step >= 3:
+            assert set_resumed(step) == peaks[0] * factor
+            assert [group["lr"] for group in resumed.param_groups] == [peak * factor for peak in peaks]
+
+
+def test_a_state_of_another_optimizer_does_not_load(tiny):
+    adamw, muon = (build_optimizer(UViT(tiny), OptimConfig(name=name)) for name in ("adamw", "muon"))
+    with pytest.raises(ValueError, match="its optimizer is a different one"):
+        load_optimizer_state(adamw, muon.state_dict())

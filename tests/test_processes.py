@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_cli import ROOT, TINY, command, deterministic_loss
-from torch.distributed.tensor import DTensor
+from helpers.commands import run_python
+from helpers.runs import ROOT, TINY
 
 from uvit.training.checkpoint import load_checkpoint
 from uvit.weights.tensors import read_weights
@@ -21,30 +18,10 @@ pytestmark = pytest.mark.slow
 OPTIONS = "--optim.name adamw --train.num_steps 2 --train.sample_every 0 --train.tracker none --optim.grad_clip 0"
 
 
-def main() -> None:
-    """Trains with a loss that does not depend on how a batch is shared, and writes what the gradients were."""
-    import train
-
-    grads, sizes = [], []
-    original = torch.optim.AdamW.step
-
-    def spy(self, *arguments, **named):
-        parts = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
-        grads.append(torch.cat([part.flatten() for part in whole]))
-        sizes.append(sum((part.to_local() if isinstance(part, DTensor) else part).numel() for part in parts))
-        return original(self, *arguments, **named)
-
-    torch.optim.AdamW.step = spy
-    train.training_loss = deterministic_loss
-    train.main(sys.argv[1:])
-    folder = Path(sys.argv[sys.argv.index("--train.run_dir") + 1])
-    torch.save({"grads": torch.stack(grads), "size": sizes[0]}, folder / f"seen_{os.environ.get('RANK', 0)}.pt")
-
-
-def run_on(count, script, cwd, *arguments):
+def run_on(count, program, cwd, *arguments):
+    """Runs a script, or `-m` and a module, in one process or several."""
     launch = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-    result = command(*launch, str(script), *arguments, cwd=cwd)
+    result = run_python(*launch, *map(str, program), *arguments, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -58,10 +35,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_two_processes_share_a_run(folder):
+    run_on(2, [ROOT / "train.py"], folder, "tiny.py")
+    assert load_checkpoint(folder / "runs/tiny")["step"] == 4
+    assert len((folder / "runs/tiny/metrics.jsonl").read_text().splitlines()) == 2
+
+
 def train_on(count, folder, options=OPTIONS):
     """What each process saw, the losses, and the run."""
     run_dir = folder / f"run_{count}"
-    run_on(count, __file__, folder, "tiny.py", *options.split(), "--train.run_dir", str(run_dir))
+    run_on(count, ("-m", "helpers.training"), folder, "tiny.py", *options.split(), "--train.run_dir", str(run_dir))
     losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [torch.load(run_dir / f"seen_{rank}.pt") for rank in range(count)], losses, run_dir
 
@@ -94,7 +77,7 @@ def test_a_run_that_was_shared_out_goes_on(optimizer, share, folder):
         options = (
             f"{OPTIONS} --optim.name {optimizer} --train.shard {share} --train.save_every 1 --train.sample_every 1"
         )
-        run_on(2, ROOT / "train.py", folder, "tiny.py", *options.split(), "--train.run_dir", name)
+        run_on(2, [ROOT / "train.py"], folder, "tiny.py", *options.split(), "--train.run_dir", name)
         return load_checkpoint(folder / name)
 
     expected = train("straight", True)
@@ -109,7 +92,7 @@ def test_a_run_that_was_shared_out_goes_on(optimizer, share, folder):
 def figures_of(count, cwd, *arguments):
     """What evaluate.py prints, shows as progress and saves, on so many processes."""
     output = cwd / "figures.json"
-    result = run_on(count, ROOT / "evaluate.py", cwd, *arguments, "--output", str(output))
+    result = run_on(count, [ROOT / "evaluate.py"], cwd, *arguments, "--output", str(output))
     return result.stdout, result.stderr, json.loads(output.read_text())
 
 
@@ -140,7 +123,3 @@ def test_three_processes_measure_five_images_as_one_does(folder, inception):
     (*_, alone), (*_, together) = (figures_of(count, folder, *shared) for count in (1, 3))
     assert alone.pop("protocol") == together.pop("protocol")
     assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)
-
-
-if __name__ == "__main__":
-    main()

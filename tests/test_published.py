@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import FACTS
+from helpers.golden import FACTS, config_of
 
 from uvit import UViT
 from uvit.config import load_config
 from uvit.diffusion.samplers import num_evaluations
-from uvit.weights.published import PUBLISHED, SD_AUTOENCODER, SD_AUTOENCODER_EMA
+from uvit.weights.published import PUBLISHED, SD_AUTOENCODER, SD_AUTOENCODER_EMA, infer_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
 
 # steps (thousands), batch, lr, betas, warm-up, label dropout, schedule, sampler, evaluations, w
 TABLE = {
@@ -75,3 +76,23 @@ def test_models_have_the_published_parameters(name):
 def test_configs_and_published_models_are_the_same():
     assert PUBLISHED.keys() == TABLE.keys()
     assert all(load_config(CONFIGS / f"{name}.py").model == model for name, model in PUBLISHED.items())
+
+
+def known_of(name):
+    """What the tensors of a published model do not tell."""
+    config = config_of(FACTS["parameter_counts"][name]["kwargs"])
+    if not name.startswith("tiny"):
+        return {}
+    return {"num_heads": config.num_heads, "num_context_tokens": config.num_context_tokens}
+
+
+@pytest.mark.parametrize("name", FACTS["parameter_counts"])
+def test_sizes_are_read_off_the_tensors(name):
+    config = config_of(FACTS["parameter_counts"][name]["kwargs"])
+    with torch.device("meta"):
+        weights = UViT(config).state_dict()
+    inferred = infer_config(weights, **known_of(name))
+    if config.num_classes == 1001:
+        assert (inferred.num_classes, inferred.null_class) == (1000, True)
+        inferred = infer_config(weights, null_class=False)
+    assert inferred == config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import resource
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -12,30 +13,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoders import make_autoencoder, make_text_encoder
-from malicious import write_malicious
+from helpers.commands import refused
+from helpers.encoders import make_autoencoder, make_text_encoder
+from helpers.faults import on_event
+from helpers.forks import in_a_fork
+from helpers.malicious import write_malicious
+from helpers.runs import TEXT, TINY
 from PIL import Image
-from test_cli import SCRIPTS, TEXT, TINY
+from safetensors.torch import load_file, save_file
 
-from uvit import UViT, UViTConfig, checkpoint
-from uvit.common.cli import run
+from uvit import UViT, UViTConfig
 from uvit.common.errors import InputError, printable
 from uvit.common.files import append_new_lines
 from uvit.common.hub import find_folder
-from uvit.config import Config, from_dict, read_json, to_json
+from uvit.config import MAX_JSON_BYTES, Config, DataConfig, from_dict, read_json, to_json
 from uvit.data.latents import load_latents
-from uvit.data.manifest import EMPTY_CONTEXT_FILE, Manifest, read_manifest
+from uvit.data.manifest import EMPTY_CONTEXT_FILE, Manifest, read_manifest, start_encoding, write_shard
 from uvit.evaluation.features import build_features
 from uvit.networks.encoders import Autoencoder, TextEncoder
 from uvit.sampling.grid import image_grid
 from uvit.training.checkpoint import STATE_FILE
 from uvit.weights.tensors import read_pth
 
-MAIN = {**{name: script.main for name, script in SCRIPTS.items()}, "checkpoint": checkpoint.main}
-
 
 @pytest.fixture
-def inside(tmp_path, monkeypatch) -> Path:
+def workdir(tmp_path, monkeypatch, offline) -> Path:
     """A folder with a config, a run that stands at a checkpoint, encoders and images; the hub is out of reach."""
     (tmp_path / "tiny.py").write_text(TINY)
     config = from_dict(Config, {"model": {"img_size": 8, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}})
@@ -47,19 +49,7 @@ def inside(tmp_path, monkeypatch) -> Path:
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / f"images/{number}.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     return tmp_path
-
-
-def refused(name, arguments, monkeypatch, capsys) -> str:
-    """Runs a command that must end with one line and exit status 2; returns the line."""
-    monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
-    with pytest.raises(SystemExit) as exit:
-        run(MAIN[name])
-    lines = capsys.readouterr().err.splitlines()
-    assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 READ_IMAGES = "--reference images --features pixels"
@@ -97,19 +87,19 @@ PLACES = [
     ),
     ("train", f"tiny.py {' '.join(TEXT)} --data.text_encoder binary --train.run_dir new", "binary/pytorch_model.bin"),
     ("encode", "--data images --image_size 8 --autoencoder vae --output begun", "begun/manifest.json"),
-    ("checkpoint", "convert weights.pth out", "weights.pth"),
+    ("convert", "weights.pth out", "weights.pth"),
 ]
 
 
 @pytest.mark.parametrize(("name", "arguments", "place"), PLACES)
-def test_a_pickle_is_never_run(name, arguments, place, inside, monkeypatch, capsys):
-    config, proof = (inside / place).parent / "config.json", inside / "proof"
+def test_a_pickle_is_never_run(name, arguments, place, workdir, monkeypatch, capsys):
+    config, proof = (workdir / place).parent / "config.json", workdir / "proof"
     if config.parent.name == "binary":
         config.parent.mkdir()
         of = "vae" if "diffusion" in place else "clip"
-        for file in (inside / of).glob("*.json"):
+        for file in (workdir / of).glob("*.json"):
             (config.parent / file.name).write_bytes(file.read_bytes())
-    write_malicious(inside / place, proof)
+    write_malicious(workdir / place, proof)
     if config.parent.name == "scripted":  # what data sets came with once
         (config.parent / "scripted.py").write_text(f"import os\nos.mkdir({str(proof)!r})\n")
     line = refused(name, arguments, monkeypatch, capsys)
@@ -147,9 +137,6 @@ def test_a_context_that_is_a_pickle_is_not_read(tmp_path, monkeypatch):
         num_captions=1,
         context_shape=(24, 8),
     )
-    from uvit.config import DataConfig
-    from uvit.data.manifest import write_shard
-
     start_encoding(tmp_path, manifest, torch.zeros(24, 8))
     with write_shard(tmp_path, manifest, 0) as add:
         moments, context = np.zeros((2, 2, 8, 4, 4), np.float16), np.zeros((2, 1, 24, 8), np.float16)
@@ -167,17 +154,24 @@ def test_a_context_that_is_a_pickle_is_not_read(tmp_path, monkeypatch):
 
 
 def test_inceptions_cached_download_is_not_run(tmp_path, monkeypatch):
-    """What torch-fidelity keeps on disk, and what it reads again after it was checked."""
+    """What torch-fidelity keeps on disk."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     write_malicious(tmp_path / "hub/checkpoints" / URL_INCEPTION_V3.rpartition("/")[2], tmp_path / "proof")
     with pytest.raises(InputError, match="Weights only load failed"):
         build_features("inception", None, (3, 8, 8))
-    monkeypatch.setattr("uvit.features.read_pth", lambda path: {})
-    write_malicious(tmp_path / "w.pth", tmp_path / "proof")
+    assert not (tmp_path / "proof").exists()
+
+
+@in_a_fork
+def test_inceptions_file_is_not_run_where_it_is_replaced_after_it_was_checked(tmp_path, inception):
+    """torch-fidelity reads it again."""
+    path = shutil.copy(inception, tmp_path / "w.pth")
+    write_malicious(tmp_path / "other.pth", tmp_path / "proof")
+    on_event("read", lambda each: each == path, (tmp_path / "other.pth").replace, count=2)
     with pytest.raises(InputError, match="Weights only load failed"):
-        build_features("inception", str(tmp_path / "w.pth"), (3, 8, 8))
+        build_features("inception", str(path), (3, 8, 8))
     assert not (tmp_path / "proof").exists()
 
 
@@ -209,9 +203,9 @@ HUGE = [
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 @pytest.mark.parametrize(("fields", "message"), HUGE)
 @pytest.mark.usefixtures("little_memory")
-def test_a_config_cannot_take_memory_that_its_weights_do_not_need(fields, message, inside):
-    config = read_json(inside / "run/config.json")["model"]
-    (inside / "run/config.json").write_text(json.dumps({**config, **fields}))
+def test_a_config_cannot_take_memory_that_its_weights_do_not_need(fields, message, workdir):
+    config = read_json(workdir / "run/config.json")["model"]
+    (workdir / "run/config.json").write_text(json.dumps({**config, **fields}))
     with pytest.raises(InputError, match=message):
         UViT.from_pretrained("run")
 
@@ -230,17 +224,15 @@ def test_a_config_cannot_take_memory_that_its_weights_do_not_need(fields, messag
     ],
 )
 @pytest.mark.usefixtures("little_memory")
-def test_an_encoders_config_neither(folder, fields, message, inside):
-    path = inside / folder / "config.json"
+def test_an_encoders_config_cannot_either(folder, fields, message, workdir):
+    path = workdir / folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     with pytest.raises(InputError, match=message):
         Autoencoder(folder, 1.0) if folder == "vae" else TextEncoder(folder)
 
 
-def test_an_autoencoder_without_one_of_its_weights_is_refused(inside):
-    from safetensors.torch import load_file, save_file
-
-    path = inside / "vae/diffusion_pytorch_model.safetensors"
+def test_an_autoencoder_without_one_of_its_weights_is_refused(workdir):
+    path = workdir / "vae/diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     weights["other"] = weights.pop("decoder.conv_in.weight")
     save_file(weights, path)
@@ -263,9 +255,9 @@ def test_a_pickles_tensor_that_repeats_one_value_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [[10**12], [2**63], [2**40, 2**40]])
-def test_a_header_that_claims_huge_tensors(shape, inside):
+def test_a_header_that_claims_huge_tensors(shape, workdir):
     header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}).encode()
-    (inside / "run/model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    (workdir / "run/model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(InputError, match="is not a valid safetensors file"):
         UViT.from_pretrained("run")
 
@@ -292,17 +284,17 @@ BAD_JSON = [
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_JSON, ids=range(len(BAD_JSON)))
-def test_json_that_is_no_config(text, message, inside, monkeypatch, capsys):
-    (inside / "run/config.json").write_bytes(text.encode(errors="surrogateescape"))
-    (inside / "run/checkpoints").mkdir()
+def test_json_that_is_no_config(text, message, workdir, monkeypatch, capsys):
+    (workdir / "run/config.json").write_bytes(text.encode(errors="surrogateescape"))
+    (workdir / "run/checkpoints").mkdir()
     line = refused("train", "tiny.py --train.run_dir run", monkeypatch, capsys)
     assert message in line and len(line) < 500 and printable(line) == line
 
 
-def test_a_huge_json_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("uvit.config.MAX_JSON_BYTES", 100)
-    (tmp_path / "a.json").write_text("[" + "1," * 100 + "1]")
-    with pytest.raises(InputError, match="must have at most 100 bytes, got more"):
+def test_a_huge_json_is_not_read(tmp_path):
+    with open(tmp_path / "a.json", "wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    with pytest.raises(InputError, match="must have at most 67,108,864 bytes, got more"):
         read_json(tmp_path / "a.json")
 
 
@@ -328,7 +320,7 @@ def test_a_manifest_that_cannot_be(fields, message, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["user/model/../../..", "../nowhere", "user/..", "n" * 300, "a/" + "n" * 300])
-def test_names_do_not_lead_out_of_the_hubs_folder(name, inside):
+def test_names_do_not_lead_out_of_the_hubs_folder(name, workdir):
     with pytest.raises(InputError, match=r"not found: |is not a folder on disk"):
         find_folder(name, "checkpoint", ("*",))
 

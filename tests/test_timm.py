@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 
-import uvit.integrations.timm  # noqa: F401
 from uvit import UViT
 from uvit.common.errors import InputError
 from uvit.weights.published import PUBLISHED
@@ -108,22 +107,6 @@ def test_features_only_gives_the_chosen_blocks():
     named = dict(features.model.named_modules())
     assert all(name in named for name in features.feature_info.module_name())
     assert timm.create_model(SMALL, **sizes, features_only=True).feature_info.out_indices == (2, 3, 4)
-
-
-def test_what_is_left_of_a_pruned_model_is_no_model(tmp_path):
-    model = UViT(embed_dim=32, depth=4, num_heads=4, num_classes=0)
-    model.prune_intermediate_layers([3], prune_head=False)
-    for use in (lambda: model(torch.randn(1, 3, 32, 32), torch.zeros(1)), lambda: model.save_pretrained(tmp_path)):
-        with pytest.raises(InputError, match="a pruned model only gives intermediates"):
-            use()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("indices", ["abc", 1.5, ["1"], [0.5]])
-def test_blocks_are_whole_numbers(indices):
-    model = UViT(embed_dim=32, depth=4, num_heads=4, num_classes=0)
-    with pytest.raises(InputError, match="indices must be whole numbers, got"):
-        model.forward_intermediates(torch.randn(1, 3, 32, 32), indices)
 
 
 @pytest.mark.parametrize("block", [0, 2, 3])

@@ -1,6 +1,6 @@
 """A headless Chromium, and the page of app.py in it.
 
-`python tests/browser.py runs docs/app.png` makes the README's screenshot from a well-trained runs/digits.
+`python tests/helpers/browser.py runs docs/app.png` makes the README's screenshot from a well-trained runs/digits.
 """
 
 from __future__ import annotations
@@ -134,5 +134,4 @@ def main(runs: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     main(*sys.argv[1:])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uvit import UViT, UViTConfig
 
-FOLDER = Path(__file__).parent / "goldens"
+FOLDER = Path(__file__).parent.parent / "goldens"
 FACTS = json.loads((FOLDER / "uvit.json").read_text())
 ARRAYS = np.load(FOLDER / "uvit.npz")
 

@@ -1,0 +1,41 @@
+"""The tiny run that most tests train, and what run folders hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+
+TINY = """
+from uvit.config import *
+
+config = Config(
+    model=UViTConfig(img_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=10, null_class=True),
+    optim=OptimConfig(name="muon", lr=1e-2, warmup_steps=2, grad_clip=1.0),
+    train=TrainConfig(
+        num_steps=4, batch_size=8, label_dropout=0.2, ema_decay=0.5, log_every=2, sample_every=4, save_every=2
+    ),
+    sample=SampleConfig(num_steps=2, guidance=1.5),
+)
+"""
+"""A config file of a network that learns digits in some seconds."""
+TEXT = "--model.num_classes 0 --model.null_class False --model.context_dim 8 --model.num_context_tokens 24".split()
+"""What makes a text model of it."""
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Returns the content of every file in a folder; folders inside it are listed as empty."""
+    found = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in found}
+
+
+def lines_of_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    """Returns the loss of each line of metrics.jsonl."""
+    return [line["loss"] for line in lines_of_metrics(run_dir)]

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import torch
+
+from uvit import UViT
+from uvit.networks.layers import timestep_embedding
+
+
+def test_adaln_is_the_papers_formula(tiny):
+    model = UViT(tiny, time_conditioning="adaln")
+    norm, time, h = model.in_blocks[0].norm1, torch.randn(2, 32), torch.randn(2, 5, 32)
+    scale, shift = norm.proj(time).chunk(2, dim=-1)
+    expected = scale[:, None] * torch.nn.functional.layer_norm(h, (32,)) + shift[:, None]
+    torch.testing.assert_close(norm(h, time), expected)
+
+
+def test_time_embedding_is_cosines_then_sines_at_full_precision():
+    embedding = timestep_embedding(torch.tensor([500.0], dtype=torch.float64), 8)
+    frequencies = 10_000 ** (-torch.arange(4) / 4)
+    torch.testing.assert_close(embedding[0], torch.cat([(500 * frequencies).cos(), (500 * frequencies).sin()]))
+    assert timestep_embedding(torch.tensor([500.0], dtype=torch.bfloat16), 8).dtype == torch.float32

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.golden import ARRAYS
+
+from uvit.config import ProcessConfig
+from uvit.diffusion.process import SCHEDULES, combine, sample_times, separate, shift_time
+from uvit.diffusion.samplers import time_grid
+
+KINDS = ["noise", "data", "v", "flow"]
+INSIDE = torch.linspace(0.01, 0.99, 41, dtype=torch.float64)
+
+
+def test_vp_and_ldm_equal_the_reference():
+    alpha, sigma = SCHEDULES["vp"].alpha_sigma(torch.from_numpy(ARRAYS["schedule/t"]).double())
+    torch.testing.assert_close(alpha, torch.from_numpy(ARRAYS["schedule/vp_alpha"]).double(), rtol=1e-6, atol=1e-7)
+    # theirs is sqrt(1 - α²) in fp32, which cancels for small t
+    torch.testing.assert_close(sigma, torch.from_numpy(ARRAYS["schedule/vp_sigma"]).double(), rtol=1e-6, atol=2e-6)
+    steps = torch.from_numpy(ARRAYS["schedule/n"]).double()
+    alpha, sigma = SCHEDULES["ldm"].alpha_sigma(steps / 1000)
+    torch.testing.assert_close(alpha, torch.from_numpy(ARRAYS["schedule/sd_alpha"]).double(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(sigma, torch.from_numpy(ARRAYS["schedule/sd_sigma"]).double(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_go_from_data_to_noise(name):
+    schedule = SCHEDULES[name]
+    assert schedule.at(0.0) == (1.0, 0.0)
+    alpha, sigma = schedule.at(1.0)
+    assert sigma > 0.99
+    assert (alpha == 0) == schedule.singular_start
+    assert (schedule.log_snr(INSIDE).diff() < 0).all()
+    if name != "flow":
+        alpha, sigma = schedule.alpha_sigma(INSIDE)
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_time_at_inverts_log_snr(name):
+    schedule = SCHEDULES[name]
+    on_grid = torch.arange(5, 1000, 5, dtype=torch.float64) / 1000
+    torch.testing.assert_close(schedule.time_at(schedule.log_snr(on_grid)), on_grid, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_derivatives(name):
+    schedule, step = SCHEDULES[name], 1e-6
+    for t in (0.1003, 0.5003, 0.9003):
+        after, before = schedule.at(t + step), schedule.at(t - step)
+        expected = [(a - b) / (2 * step) for a, b in zip(after, before)]
+        assert schedule.derivative_at(t) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_round_trip(name, kind):
+    alpha, sigma = SCHEDULES[name].alpha_sigma(INSIDE)
+    x0, eps = torch.randn(2, *INSIDE.shape, dtype=torch.float64)
+    x_t = alpha * x0 + sigma * eps
+    again = separate(kind, combine(kind, x0, eps, alpha, sigma), x_t, alpha, sigma)
+    torch.testing.assert_close(again, (x0, eps), rtol=1e-8, atol=1e-8)
+
+
+def test_predictions_are_what_their_names_say():
+    x0, eps = torch.randn(2, 5)
+    alpha, sigma = 0.8, 0.6
+    assert torch.equal(combine("noise", x0, eps, alpha, sigma), eps)
+    assert torch.equal(combine("data", x0, eps, alpha, sigma), x0)
+    torch.testing.assert_close(combine("v", x0, eps, alpha, sigma), alpha * eps - sigma * x0)
+    torch.testing.assert_close(combine("flow", x0, eps, alpha, sigma), eps - x0)
+
+
+def test_ldm_is_trained_at_its_steps_only():
+    times = sample_times(ProcessConfig(schedule="ldm"), 20_000, torch.device("cpu"), torch.Generator().manual_seed(0))
+    steps = (times * 1000).round()
+    torch.testing.assert_close(steps, times * 1000, rtol=0, atol=1e-3)
+    assert steps.min() == 1 and steps.max() == 1000
+    counts = torch.bincount(steps.long(), minlength=1001)[1:]
+    assert counts.min() > 0 and counts.float().std() < 2 * 20**0.5
+
+
+def test_time_distributions():
+    generator = torch.Generator().manual_seed(0)
+    uniform = sample_times(ProcessConfig(), 100_000, torch.device("cpu"), generator)
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert uniform.std().item() == pytest.approx(12**-0.5, abs=0.01)
+    process = ProcessConfig(time_distribution="logit_normal", logit_mean=0.4, logit_std=1.2)
+    logits = torch.logit(sample_times(process, 100_000, torch.device("cpu"), generator).double())
+    assert logits.mean().item() == pytest.approx(0.4, abs=0.02)
+    assert logits.std().item() == pytest.approx(1.2, abs=0.02)
+
+
+def test_time_shift_keeps_the_ends_and_scales_the_log_snr_of_flow():
+    t = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    shifted = shift_time(t, 3.0)
+    assert shifted.tolist() == pytest.approx([0, 0.5, 0.75, 1])
+    flow = SCHEDULES["flow"]
+    torch.testing.assert_close(flow.log_snr(shifted[1:3]), flow.log_snr(t[1:3]) - torch.tensor(3.0).double().log())
+    assert time_grid(flow, 4, shift=3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0])

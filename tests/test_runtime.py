@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.forks import in_a_fork
+
+from uvit import UViT
+from uvit.common.errors import InputError
+from uvit.networks.runtime import MIN_BF16_WIDTH, check_compile, compile_model, resolve_precision, tf32
+
+SMALL = {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "no")])
+def test_auto_is_bf16_where_the_processor_has_it_and_the_model_is_wide(has_bf16, expected, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    assert resolve_precision("auto", "cpu", MIN_BF16_WIDTH) == expected
+    assert resolve_precision("auto", "cpu", MIN_BF16_WIDTH - 2) == "no"
+    assert resolve_precision("auto", "mps", 512) == "no"
+    assert resolve_precision("no", "cpu", 512) == "no"
+
+
+def test_what_cannot_run_is_refused(monkeypatch):
+    with pytest.raises(InputError, match="'fp16' needs a CUDA device, got 'cpu'"):
+        resolve_precision("fp16", "cpu", 512)
+    with pytest.raises(InputError, match="compile 'graphs' needs a CUDA device, got 'cpu'"):
+        check_compile("graphs", "cpu")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    check_compile("no", "cpu")
+    with pytest.raises(InputError, match="compile 'blocks' needs a C\\+\\+ compiler"):
+        check_compile("blocks", "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["blocks", "model"])
+def test_a_compiled_model_is_the_same_model(how):
+    model = UViT(**SMALL)
+    inputs = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]), torch.tensor([0, 2])
+    expected = model(*inputs)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    names = list(model.state_dict())
+    compile_model(model, how)
+    output = model(*inputs)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(output.square().sum(), list(model.parameters())), gradients, rtol=1e-3, atol=1e-4
+    )
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@in_a_fork
+def test_nothing_breaks_a_compiled_graph(checkpointing):
+    model = UViT(**SMALL, gradient_checkpointing=checkpointing)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=keep, fullgraph=True)
+    compiled(torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]), torch.tensor([0, 2])).sum().backward()
+    assert len(graphs) == 1 and all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_tf32_ends_with_its_block():
+    before = torch.get_float32_matmul_precision()
+    with tf32():
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before

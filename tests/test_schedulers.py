@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+
+from uvit.common.errors import InputError
+from uvit.config import ProcessConfig
+from uvit.diffusion.process import SCHEDULES
+from uvit.integrations.diffusers import check_scheduler, make_scheduler, set_times
+
+
+def test_times_of_a_table_are_the_networks_own():
+    """sample.py asks an ldm network at n, where diffusers counts n - 1."""
+    process = ProcessConfig(schedule="ldm", prediction="noise")
+    scheduler = make_scheduler(process)
+    assert set_times(scheduler, process, 4) == [1.0, 0.75, 0.5, 0.25]
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+TABLES = [(schedule, prediction) for schedule in ("vp", "ldm", "cosine") for prediction in ("noise", "data", "v")]
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), [*TABLES, ("flow", "flow"), ("flow", "noise")])
+def test_a_process_lives_in_a_schedulers_saved_config(schedule, prediction, tmp_path):
+    process = ProcessConfig(schedule=schedule, prediction=prediction)
+    scheduler = make_scheduler(process, "unipc")
+    scheduler.save_pretrained(tmp_path)
+    again = UniPCMultistepScheduler.from_pretrained(tmp_path)
+    check_scheduler(again, process)
+    if schedule != "flow":
+        t = torch.arange(1, len(again.alphas_cumprod) + 1, dtype=torch.float64) / 1000
+        alpha, _ = SCHEDULES[schedule].alpha_sigma(t)
+        torch.testing.assert_close(again.alphas_cumprod.double().sqrt(), alpha, rtol=0, atol=3e-4)
+        torch.testing.assert_close(again.alphas_cumprod.double().sqrt()[:990], alpha[:990], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampler", "message"),
+    [
+        ({"schedule": "vp", "prediction": "flow"}, "ddim", "take 'noise', 'data' or 'v' on schedule 'vp'"),
+        ({"schedule": "flow", "prediction": "v"}, "euler", "take 'noise', 'data' or 'flow' on schedule 'flow'"),
+        (
+            {"schedule": "ldm", "prediction": "v", "time_shift": 2.0},
+            "ddim",
+            "schedule 'flow', got time_shift 2 on 'ldm'",
+        ),
+        ({"schedule": "vp", "prediction": "v"}, "heun", "'vp' are ddim, dpmpp_2m, unipc, got sampler 'heun'"),
+        ({}, "euler_maruyama", "'flow' are euler, heun, dpmpp_2m, unipc, got sampler 'euler_maruyama'"),
+    ],
+)
+def test_what_diffusers_cannot_express(fields, sampler, message):
+    with pytest.raises(InputError, match=message):
+        make_scheduler(ProcessConfig(**fields), sampler)

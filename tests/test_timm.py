@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 
+import uvit.integrations.timm  # noqa: F401
 from uvit import UViT
 from uvit.common.errors import InputError
 from uvit.weights.published import PUBLISHED

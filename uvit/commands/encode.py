@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from uvit import __version__
 from uvit.common.cli import parse, process_state
 from uvit.common.errors import InputError
+from uvit.common.libraries import installed_versions
 from uvit.config import MAX_BATCH, MAX_SIDE, MAX_WORKERS, DataConfig, Section
 from uvit.data.batch import Batch, ImageData, ImageSpec
 from uvit.data.datasets import HubData, load_images
@@ -30,7 +30,7 @@ from uvit.networks.encoders import EMPTY_CAPTION, Autoencoder, TextEncoder
 from uvit.weights.published import SD_AUTOENCODER
 from uvit.weights.tensors import hash_weights
 
-PACKAGES = ("torch", "diffusers", "transformers", "datasets")
+LATENTS_DEPEND_ON = ("torch", "diffusers", "transformers", "datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def build_manifest(
         caption_column=data.caption_column if isinstance(data, HubData) else None,
         num_captions=given.num_captions if text_encoder else 0,
         context_shape=text_encoder.context_shape if text_encoder else (0, 0),
-        versions=(f"uvit {__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)),
+        versions=(f"uvit {__version__}", *installed_versions(LATENTS_DEPEND_ON)),
     )
 
 

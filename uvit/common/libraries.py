@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 Library = Literal["datasets", "diffusers", "huggingface_hub", "transformers", "xformers"]
@@ -65,3 +66,12 @@ def _datasets_without_bars() -> Iterator[None]:
     finally:
         if not were_disabled:
             datasets.enable_progress_bars()
+
+
+def installed_versions(packages: Iterable[str]) -> list[str]:
+    """Returns `NAME VERSION` of each package that is installed."""
+    found = []
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return found

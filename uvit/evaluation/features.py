@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from uvit.common.errors import InputError, missing_package, one_line
+from uvit.config import INCEPTION
 from uvit.data.images import to_unit_range
 from uvit.weights.tensors import hash_weights, read_pth, read_weights
 
 MAX_PIXEL_FEATURES = 4096
 """With more, their covariance needs more time and memory than a network's features."""
-PIXELS, INCEPTION, TIMM = "pixels", "inception", "timm:"
+PIXELS, TIMM = "pixels", "timm:"
 INCEPTION_FEATURES, INCEPTION_CLASSES = 2048, 1008
 
 

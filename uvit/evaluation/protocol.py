@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from uvit import __version__
+from uvit.common.libraries import installed_versions
 from uvit.config import Config, checkpoint_dirs
 from uvit.diffusion.samplers import resolve_spacing, sampling_times
 from uvit.evaluation.features import Features
@@ -18,7 +17,7 @@ from uvit.sampling.conditions import Condition
 from uvit.sampling.generate import describe_guidance
 from uvit.weights.tensors import hash_weights
 
-PACKAGES = ("torch", "timm", "torch-fidelity", "diffusers", "transformers")
+FIGURES_DEPEND_ON = ("torch", "timm", "torch-fidelity", "diffusers", "transformers")
 
 
 def describe_drawing(
@@ -76,9 +75,5 @@ def describe_features(name: str, network: Features) -> str:
 
 
 def versions() -> str:
-    """Returns the versions of the installed packages that figures depend on."""
-    found = [f"uvit {__version__}"]
-    for package in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return ", ".join(found)
+    """Returns the versions of the packages that figures depend on, as far as they are installed."""
+    return ", ".join([f"uvit {__version__}", *installed_versions(FIGURES_DEPEND_ON)])

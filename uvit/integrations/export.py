@@ -26,7 +26,7 @@ EXAMPLE_BATCH = 2  # an exporter would take a batch of 1 for a constant
 OUTPUT_NAME = "prediction"
 CONFIG_KEY = "uvit_config"
 """Key of the model's config in an ONNX file's metadata."""
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def example_inputs(network: Network, batch: int) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ def export_onnx(network: Network) -> torch.onnx.ONNXProgram:
         InputError: an attention backend that cannot be exported, or a package that is not installed.
     """
     _check_exportable(network)
-    for package in PACKAGES:
+    for package in ONNX_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise missing_package("ONNX", package)
     inputs, dynamic_shapes = _traced(network)

@@ -19,7 +19,7 @@ from uvit.common.errors import InputError, one_line, printable
 from uvit.config import CONFIG_FILE, Config, SolverName, from_dict, read_json
 from uvit.integrations.page_drawing import (
     MAX_GUIDANCE,
-    MAX_IMAGES,
+    MAX_PAGE_IMAGES,
     MAX_STEPS,
     Denoising,
     Drawing,
@@ -121,7 +121,7 @@ def build_page(folder: Path) -> gr.Blocks:
             model, sampling = config.model, config.sample
             guided = model.null_class or bool(model.context_dim)
             names = list(class_names(config))
-            chosen = names[:FIRST_CLASSES] if len(names) * Drawing.num_per_class > MAX_IMAGES else []
+            chosen = names[:FIRST_CLASSES] if len(names) * Drawing.num_per_class > MAX_PAGE_IMAGES else []
             return {
                 facts: html.escape(describe_run(name, config)),
                 classes: gr.update(choices=names, value=chosen, visible=bool(model.num_classes)),

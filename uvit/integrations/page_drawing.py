@@ -34,7 +34,7 @@ from uvit.sampling.runs import DrawArguments
 Denoising = Literal["none", "strip", "animation"]
 
 # Limits of one request, since others wait for it.
-MAX_IMAGES = 100
+MAX_PAGE_IMAGES = 100
 MAX_STEPS = 250
 MAX_GUIDANCE = 8.0
 
@@ -77,7 +77,7 @@ class Drawing(Section):
         super().__post_init__()
         self._require("num_per_class", self.num_per_class >= 1, "at least 1")
         self._require("guidance", abs(self.guidance) <= MAX_GUIDANCE, f"at most {MAX_GUIDANCE:g} in size")
-        self._require_at_most(num_per_class=MAX_IMAGES, steps=MAX_STEPS)
+        self._require_at_most(num_per_class=MAX_PAGE_IMAGES, steps=MAX_STEPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +163,13 @@ def draw(folder: Path, drawing: Drawing, on_progress: Callable[[int, int], objec
         raise InputError(PATH_IN_MESSAGE.sub("", str(error)).partition(", did you mean")[0]) from None
     rows = resolve_conditions(config, drawing.classes, drawing.prompts)
     conditions = [row for row in rows for _ in range(drawing.num_per_class)]
-    if len(conditions) > MAX_IMAGES:
-        raise InputError(f"images must be at most {MAX_IMAGES} in all, got {len(rows)} × {drawing.num_per_class}")
+    if len(conditions) > MAX_PAGE_IMAGES:
+        raise InputError(f"images must be at most {MAX_PAGE_IMAGES} in all, got {len(rows)} × {drawing.num_per_class}")
 
     # A strip follows the first image of each row, an animation all of them; both end with the images themselves. To be
     # followed, images are drawn as one batch; otherwise in batches of the fastest size.
     evaluations = num_evaluations(config.process, config.sample)
-    batch_size = None if drawing.denoising == "none" else MAX_IMAGES
+    batch_size = None if drawing.denoising == "none" else MAX_PAGE_IMAGES
     followed = slice(None, None, drawing.num_per_class if drawing.denoising == "strip" else 1)
     num_noisy = {"none": 0, "strip": STRIP_COLUMNS - 1, "animation": MAX_FRAMES - 1}[drawing.denoising]
     shown_at = {round(number * (evaluations - 1) / num_noisy) for number in range(num_noisy)}

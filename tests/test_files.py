@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from uvit.common.errors import InputError
-from uvit.common.files import append_lines, atomic_write, lock_folder, make_directory, remove_leftovers, write_text
+from uvit.common.files import (
+    append_lines,
+    atomic_folder,
+    atomic_write,
+    lock_folder,
+    make_directory,
+    remove_leftovers,
+    write_text,
+)
 from uvit.config import WEIGHTS_FILE
 from uvit.weights.tensors import write_weights
 
@@ -109,3 +117,17 @@ def test_a_folder_that_cannot_be_held(tmp_path):
         lock_folder(tmp_path / "nowhere"),
     ):
         pass
+
+
+def test_a_folder_is_complete_or_absent(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with pytest.raises(KeyError), atomic_folder(target) as temporary:
+        (temporary / "part.txt").write_text("half")
+        raise KeyError
+    assert not list(target.parent.iterdir())
+    for text in ("first", "second"):
+        with atomic_folder(target) as temporary:
+            (temporary / "file.txt").write_text(text)
+            assert not (target / "file.txt").is_file() or (target / "file.txt").read_text() == "first"
+        assert (target / "file.txt").read_text() == text
+    assert [path.name for path in target.parent.iterdir()] == ["folder"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import lexists
@@ -12,7 +11,7 @@ import tyro
 
 from uvit.common.cli import parse
 from uvit.common.errors import InputError
-from uvit.common.files import make_directory, temporary_path
+from uvit.common.files import atomic_folder
 from uvit.config import Section
 from uvit.integrations.publish import write_hub_folder
 
@@ -33,14 +32,6 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(given.output)
     if lexists(output):
         raise InputError(f"the output must be a new folder, got {given.output}, which exists")
-    make_directory(output.parent)
-    temporary = temporary_path(output)
-    try:
-        temporary.mkdir()
+    with atomic_folder(output) as temporary:
         write_hub_folder(given.source, temporary, given.name)
-        temporary.replace(output)
-    except OSError as error:
-        raise InputError(f"cannot write to {output}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f"{given.source} to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")

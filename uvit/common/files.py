@@ -117,6 +117,29 @@ def atomic_write_group(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder to write files to; it takes the place of `path` once the block ends without an error.
+
+    Raises:
+        InputError: the folder or a file in it cannot be created, written or moved into place.
+    """
+    make_directory(path.parent)
+    temporary = temporary_path(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in (*temporary.iterdir(), temporary):
+            sync(file)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Appends lines to a text file, all or none of them.
 

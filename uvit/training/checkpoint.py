@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from uvit.common.errors import InputError
-from uvit.common.files import make_directory, remove_leftovers, sync, temporary_path
+from uvit.common.files import atomic_folder, remove_leftovers
 from uvit.config import CHECKPOINT_FOLDER, CONFIG_FILE, STEP_PREFIX, Config, checkpoint_dirs, step_name, to_json
 from uvit.weights.tensors import load_tensors_only
 
@@ -51,27 +51,15 @@ def save_checkpoint(run_dir: Path, config: Config, step: int, state: dict[str, A
         InputError: it cannot be written; earlier checkpoints are still there.
     """
     target = run_dir / CHECKPOINT_FOLDER / step_name(step)
-    make_directory(target.parent)
     remove_leftovers(target.with_name(f"{STEP_PREFIX}*"))
-    temporary = temporary_path(target)
-    try:
-        temporary.mkdir()
-        with open(temporary / STATE_FILE, "wb") as file:
-            torch.save({"step": step, **state}, file)
-        sync(temporary / STATE_FILE)
+    with atomic_folder(target) as temporary:
+        try:
+            with open(temporary / STATE_FILE, "wb") as file:
+                torch.save({"step": step, **state}, file)
+        except RuntimeError as error:  # torch.save hides the reason behind a RuntimeError of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
         (temporary / CONFIG_FILE).write_text(to_json(config))
-        sync(temporary / CONFIG_FILE)
         (temporary / MARKER_FILE).write_text(json.dumps(_describe(temporary / STATE_FILE)) + "\n")
-        sync(temporary / MARKER_FILE)
-        sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)  # exists if a step is saved again
-        temporary.replace(target)
-        sync(target.parent)
-    except (OSError, RuntimeError) as error:  # torch.save hides the reason behind a RuntimeError of its own
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise InputError(f"cannot write {target}: {getattr(reason, 'strerror', None) or reason}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     if keep is None:
         return
     num_complete = 0

@@ -1,10 +1,24 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from helpers.runs import ROOT
 
+from uvit import Config, UViTConfig
 from uvit.common.errors import InputError
-from uvit.config import load_config
+from uvit.config import (
+    checkpoint_dirs,
+    config_kind,
+    grid_files,
+    grid_path,
+    load_config,
+    read_network_config,
+    step_name,
+    step_of,
+    to_json,
+)
 
 BAD_FILES = [
     ("broken.json", '{"model": ', "is not valid JSON"),
@@ -31,3 +45,68 @@ def test_bad_config_files(name, text, message, tmp_path):
 def test_missing_config_file_names_the_nearest():
     with pytest.raises(InputError, match=r"not found: .*digit.py, did you mean '.*digits.py'"):
         load_config(ROOT / "configs" / "digit.py")
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [
+        (json.loads(to_json(Config())), "run"),
+        ({"process": {}}, "run"),
+        (json.loads(to_json(UViTConfig())), "network"),
+        ({"embed_dim": 8}, "network"),
+        ({"architectures": ["Other"]}, "unknown"),
+        ({}, "unknown"),
+        ([1, 2], "unknown"),
+        ("process", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_a_config_says_what_it_is_of(raw, kind):
+    assert config_kind(raw) == kind
+
+
+def test_the_networks_config_is_read_from_a_run_and_from_weights_alone(tmp_path):
+    model = UViTConfig(embed_dim=64, num_heads=2)
+    for config in (model, Config(model=model)):
+        (tmp_path / "config.json").write_text(to_json(config))
+        assert read_network_config(tmp_path) == model
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step_00000100", 100),
+        ("step_00000100.png", 100),
+        ("step_123456789", 123_456_789),
+        ("step_0", 0),
+        (".step_00000100", None),
+        ("broken_step_00000100", None),
+        ("step_", None),
+        ("step_1a", None),
+        ("step_-1", None),
+        ("step_00000100.txt", None),
+    ],
+)
+def test_the_step_of_a_name(name, step):
+    assert step_of(name) == step
+
+
+@pytest.mark.parametrize("step", [0, 7, 99_999_999, 100_000_000])
+def test_a_step_is_read_from_its_own_name(step):
+    assert step_of(step_name(step)) == step_of(grid_path(Path(), step).name) == step
+    assert len(step_name(step)) >= len("step_00000000")
+
+
+def test_grids_and_checkpoints_are_listed_oldest_first(tmp_path):
+    assert grid_files(tmp_path) == checkpoint_dirs(tmp_path) == []
+    for step in (100_000_000, 99_999_999, 20):
+        (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
+        path = grid_path(tmp_path, step)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for name in ("step_00000030.jpg", ".step_00000040-77.png", "step_x.png", "other.png"):
+        (tmp_path / "samples" / name).touch()
+    for name in ("broken_step_00000030", ".step_00000040-77", "step_x"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert [step_of(path.name) for path in grid_files(tmp_path)] == [20, 99_999_999, 100_000_000]
+    assert [step_of(path.name) for path in checkpoint_dirs(tmp_path)] == [20, 99_999_999, 100_000_000]

@@ -1,9 +1,39 @@
+"""`import uvit`: little is loaded, and nothing happens."""
+
 from __future__ import annotations
 
+import pytest
 from helpers.commands import run_python
+
+import uvit
 
 
 def test_importing_prints_nothing_and_starts_nothing(tmp_path):
     code = "import uvit, torch; assert not torch.cuda.is_initialized()"
     result = run_python("-c", code, cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_names_are_loaded_when_they_are_asked_for(tmp_path):
+    """One does not pay for another: a config needs no network, and neither needs the hub."""
+    code = """
+import sys, uvit
+assert {*uvit.__all__} <= {*dir(uvit)}
+uvit.Config, uvit.UViTConfig
+assert "torch" not in sys.modules and "uvit.networks" not in sys.modules
+uvit.UViT, uvit.build_network
+assert "torch" in sys.modules and "uvit.common.hub" not in sys.modules
+"""
+    result = run_python("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_star_gives_the_public_names():
+    names = {}
+    exec("from uvit import *", names)
+    assert {*names} - {"__builtins__"} == {*uvit.__all__} == {"Config", "UViT", "UViTConfig", "build_network"}
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'uvit' has no attribute 'UVit'"):
+        uvit.UVit  # noqa: B018

@@ -1,0 +1,126 @@
+"""Every network keeps the contract that the rest of the package relies on."""
+
+from __future__ import annotations
+
+import dataclasses
+from fnmatch import fnmatch
+
+import pytest
+import torch
+
+from uvit import UViT, UViTConfig, build_network
+from uvit.networks import uvit
+from uvit.networks.contract import Network
+from uvit.weights.build import NETWORKS
+
+SIZES = {"img_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 4}
+CONDITIONED = {"num_classes": 5, "null_class": True, "context_dim": 12, "num_context_tokens": 3}
+CONFIGS = {
+    "plain": UViTConfig(**SIZES),
+    "conditioned": UViTConfig(**SIZES, **CONDITIONED, mlp_time_embed=True),
+    "fixed positions": UViTConfig(**SIZES, pos_embed="sincos2d", conv="none", patch_embed="conv"),
+    "adaptive norms": UViTConfig(**SIZES, time_conditioning="adaln", skip="add", conv="tokens"),
+}
+EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def inputs_of(config):
+    """Inputs of a network, by name."""
+    inputs = {"x": torch.randn(2, config.in_chans, *config.image_shape), "timesteps": torch.tensor([3.0, 700.0])}
+    if config.num_classes:
+        inputs["y"] = torch.tensor([1, config.null_label])
+    if config.context_dim:
+        inputs["context"] = torch.randn(2, config.num_context_tokens, config.context_dim)
+    return inputs
+
+
+def test_every_kind_of_config_has_its_network():
+    assert {UViTConfig: UViT} == NETWORKS
+    assert all(network.config_class is config for config, network in NETWORKS.items())
+
+
+@EACH
+def test_a_network_is_built_from_its_config_alone(config):
+    network = build_network(config)
+    assert network.config == config and type(config) is network.config_class
+    assert network.num_parameters == sum(parameter.numel() for parameter in network.parameters())
+    members = {name for name in vars(Network) if not name.startswith("_")} | {*Network.__annotations__}
+    assert {"blocks", "forward", "reset_buffers", "muon_fallback"} <= members
+    assert not [name for name in members if not hasattr(network, name)]
+
+
+@EACH
+def test_blocks_are_in_the_order_in_which_they_run(config):
+    network, ran = build_network(config), []
+    for number, block in enumerate(network.blocks):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    network(**inputs_of(config))
+    assert ran == [*range(config.depth + 1)]
+
+
+@EACH
+def test_the_network_users_import_predicts_as_the_one_of_tensors(config):
+    torch.manual_seed(0)
+    built = build_network(config)
+    torch.manual_seed(0)
+    of_tensors = uvit.UViT(config)
+    assert isinstance(built, UViT) and isinstance(built, uvit.UViT)
+    inputs = inputs_of(config)
+    assert torch.equal(built(**inputs), of_tensors(**inputs))
+
+
+@EACH
+def test_deep_features_can_be_reused_where_the_config_says_so(config):
+    network, inputs = build_network(config).eval(), inputs_of(config)
+    assert config.reusable_pairs == config.depth // 2
+    for outer in range(config.reusable_pairs + 1):
+        prediction, deep = network.forward_reusing(**inputs, outer=outer)
+        assert torch.equal(prediction, network(**inputs))
+        assert torch.equal(network.forward_reusing(**inputs, outer=outer, deep=deep)[0], prediction)
+
+
+def test_every_pattern_of_muons_fallback_names_parameters_of_a_network_with_all_modules():
+    network = build_network(CONFIGS["conditioned"])
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in network.muon_fallback:
+        assert any(fnmatch(name, pattern) for name in names), pattern
+
+
+@EACH
+def test_a_pattern_of_muons_fallback_without_parameters_names_a_module_that_is_not_there(config):
+    network = build_network(config)
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in network.muon_fallback:
+        if not any(fnmatch(name, pattern) for name in names):
+            module = getattr(network, pattern.removesuffix(".*"), None)
+            assert not isinstance(module, torch.nn.Module) or not list(module.parameters()), pattern
+    left = [name for name in names if not any(fnmatch(name, pattern) for pattern in network.muon_fallback)]
+    assert all("block" in name or name.startswith("norm.") for name in left)
+
+
+@EACH
+def test_buffers_are_computed_after_weights_are_loaded_into_a_network_on_meta(config):
+    expected = build_network(config).eval()
+    with torch.device("meta"):
+        network = build_network(config).eval()
+    network.load_state_dict(expected.state_dict(), assign=True)
+    network.reset_buffers()
+    assert not any(buffer.is_meta for buffer in network.buffers())
+    inputs = inputs_of(config)
+    assert torch.equal(network(**inputs), expected(**inputs))
+
+
+@EACH
+def test_it_is_resized_in_place(config):
+    network = build_network(config)
+    assert network.resize((12, 16)) is network
+    assert network.config == dataclasses.replace(config, img_size=(12, 16))
+    assert network(**inputs_of(network.config)).shape == (2, 1, 12, 16)
+
+
+def test_a_network_is_whole_until_blocks_are_removed():
+    network = build_network(CONFIGS["plain"])
+    network.require_whole()
+    network.prune_intermediate_layers([0])
+    with pytest.raises(ValueError, match="a pruned model only gives intermediates"):
+        network.require_whole()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
-from uvit.common.errors import printable, short_repr
+from uvit.common.errors import InputError, Interrupted, did_you_mean, missing_package, one_line, printable, short_repr
 
 ROOT = Path(__file__).parent.parent
 TABLES = (ROOT / "docs/errors.md").read_text().splitlines()
@@ -56,3 +57,26 @@ def test_what_is_shown_of_a_value_is_short_and_printable():
         nested = [nested]
     assert len(short_repr(nested)) < 50
     assert printable("a\x1b[31m\u202eb é 漢") == r"a\x1b[31m\u202eb é 漢"
+
+
+def test_an_exceptions_text_in_one_line():
+    assert one_line(ValueError("two\n  lines\tand  more")) == "two lines and more"
+    assert one_line("  as it is ") == "as it is"
+    assert one_line("a\nlong text", limit=6) == "a long"
+    assert one_line(ValueError()) == ""
+
+
+def test_a_missing_package_says_how_to_install_it():
+    error = missing_package("ONNX", "onnxruntime")
+    assert isinstance(error, InputError)
+    assert str(error) == "ONNX needs the package onnxruntime, which is not installed: pip install onnxruntime"
+
+
+def test_the_nearest_name_is_suggested():
+    assert did_you_mean("tain", ["train", "sample"]) == ", did you mean 'train'?"
+    assert did_you_mean("zzz", ["train", "sample"]) == did_you_mean("train", []) == ""
+
+
+def test_an_interruption_says_by_which_signal():
+    end = Interrupted(signal.SIGTERM, "at step 3, saved")
+    assert end.signum == signal.SIGTERM and str(end) == "stopped by SIGTERM at step 3, saved"

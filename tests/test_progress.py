@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 
-from uvit.training.progress import MetricsFile, Progress
+from uvit.training.progress import MetricsFile, Progress, Stopwatch
 
 
 def test_lines_of_metrics_after_the_step_go_and_foreign_ones_stay(tmp_path):
@@ -47,3 +48,41 @@ def test_the_mean_loss_and_bad_steps_are_counted():
     assert again.pop_mean_loss() == 3.0 and math.isnan(again.pop_mean_loss())
     again.record(1.0, is_sound=True, is_overflow=False)
     assert again.bad_steps == 0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Returns a function that lets seconds go by, on a clock that goes by nothing else."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait
+
+
+def test_a_stopwatch_counts_steps_since_the_last_time(clock):
+    stopwatch = Stopwatch(10)
+    clock(4)
+    assert stopwatch.steps_per_second(30) == 5
+    clock(2)
+    assert stopwatch.steps_per_second(31) == 0.5
+
+
+def test_a_stopwatch_leaves_out_what_is_not_a_step(clock):
+    stopwatch = Stopwatch(0)
+    clock(1)
+    with stopwatch.paused():
+        clock(50)
+    with pytest.raises(ZeroDivisionError), stopwatch.paused():
+        clock(50)
+        raise ZeroDivisionError
+    clock(1)
+    assert stopwatch.steps_per_second(8) == 4
+
+
+def test_values_of_another_kind_are_no_progress():
+    for state in ({"bad_steps": "x"}, {"loss_sum": 1}, {"steps": 1}):
+        with pytest.raises(TypeError):
+            Progress().load_state_dict(state)

@@ -1,0 +1,56 @@
+"""A network sharded in one process, which has the same tensors as with several; test_processes has two."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.distributed as dist
+from helpers.forks import in_a_fork
+from torch.distributed.tensor import DTensor
+
+from uvit import UViT
+from uvit.training.sharding import reshard, shard, unshard, unshard_network
+
+X, TIMES = torch.ones(2, 1, 8, 8), torch.tensor([3.0, 700.0])
+
+
+def start_group():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@in_a_fork
+def test_a_sharded_network_predicts_and_is_put_together_again(tiny):
+    start_group()
+    network = UViT(tiny)
+    whole = copy.deepcopy(network)
+    shard(network, torch.device("cpu"), 1)
+    assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
+    torch.testing.assert_close(network(X, TIMES), whole(X, TIMES))
+    state = unshard({"model": network.state_dict(), "step": 3}, keep=True)
+    assert state["step"] == 3 and list(state["model"]) == list(whole.state_dict())
+    assert all(torch.equal(state["model"][name], tensor) for name, tensor in whole.state_dict().items())
+    assert all(not part.numel() for part in unshard(network.state_dict(), keep=False).values())
+
+    again = unshard_network(network, keep=True)
+    assert not any(isinstance(parameter, DTensor) for parameter in again.parameters())
+    assert torch.equal(again(X, TIMES), whole(X, TIMES))
+    assert unshard_network(network, keep=False) is network
+
+
+@in_a_fork
+def test_whole_tensors_are_sharded_as_the_networks_own(tiny):
+    start_group()
+    other, network = UViT(tiny), UViT(tiny)
+    shard(network, torch.device("cpu"), 1)
+    parts = reshard({**other.state_dict(), "step": 3}, network.state_dict())
+    assert parts.pop("step") == 3 and all(isinstance(part, DTensor) for part in parts.values())
+    network.load_state_dict(parts)
+    torch.testing.assert_close(network(X, TIMES), other(X, TIMES))
+
+
+def test_what_is_not_sharded_stays_as_it_is(tiny):
+    state = UViT(tiny).state_dict()
+    for given in (reshard(state, state), unshard(state, keep=True), unshard(state, keep=False)):
+        assert all(given[name] is tensor for name, tensor in state.items())

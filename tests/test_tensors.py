@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from uvit.common.errors import InputError
+from uvit.weights.tensors import hash_weights, read_pth, read_weights, write_weights
+
+WEIGHTS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2])}
+
+
+def test_a_hash_tells_weights_apart_and_nothing_else():
+    found = hash_weights(WEIGHTS)
+    assert len(found) == 16 and int(found, 16) >= 0
+    assert hash_weights(dict(sorted(WEIGHTS.items()))) == found  # whatever their order
+    assert hash_weights({**WEIGHTS, "a": WEIGHTS["a"].double()}) == found  # and precision
+    assert hash_weights({**WEIGHTS, "b": WEIGHTS["b"].clone().requires_grad_()}) == found
+    for other in ({**WEIGHTS, "a": torch.tensor([1, 3])}, {"b": WEIGHTS["b"]}, {"c": WEIGHTS["a"], "b": WEIGHTS["b"]}):
+        assert hash_weights(other) != found
+
+
+def test_what_is_written_is_read(tmp_path):
+    """Views and parameters, too."""
+    weights = {**WEIGHTS, "view": torch.arange(8.0).reshape(4, 2).T, "parameter": torch.nn.Parameter(torch.ones(2))}
+    write_weights(tmp_path, weights)
+    read = read_weights(tmp_path / "model.safetensors")
+    assert read.keys() == weights.keys() and all(torch.equal(read[name], each) for name, each in weights.items())
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # which other libraries ask for
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_state_dict_of_the_reference_code_is_read(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "nnet_ema.pth")
+    read = read_pth(tmp_path / "nnet_ema.pth")
+    assert all(torch.equal(read[name], each) for name, each in WEIGHTS.items())
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(InputError, match=r"no weights at .*none.safetensors"):
+        read_weights(tmp_path / "none.safetensors")

@@ -203,6 +203,7 @@ class UViTPipeline(DiffusionPipeline):
         InputError: parts that do not fit together.
 
     Example:
+        >>> import torch
         >>> pipe = UViTPipeline.from_run("runs/digits")
         >>> image = pipe(class_labels=[3], guidance_scale=2.0, generator=torch.manual_seed(0)).images[0]
     """

@@ -5,7 +5,7 @@ the data where several published models share a name, as in `uvit_large_patch4_6
 have no permanent URL, so none can be downloaded:
 
 >>> import timm, uvit.integrations.timm
->>> model = timm.create_model("uvit_huge_patch2_32", checkpoint_path="imagenet256_uvit_huge.pth")
+>>> model = timm.create_model("uvit_small_patch2_32", checkpoint_path="cifar10_uvit_small.pth")
 >>> features = timm.create_model("uvit_small_patch2_32", features_only=True, out_indices=(6,))
 """
 

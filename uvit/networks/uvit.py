@@ -35,8 +35,11 @@ class UViT(nn.Module):
         InputError: (a ValueError) sizes that do not fit together, with both values.
 
     Example:
+        >>> import torch
         >>> model = UViT(img_size=32, patch_size=2, embed_dim=512, depth=12, num_heads=8, num_classes=10)
         >>> noise = model(torch.randn(4, 3, 32, 32), torch.full((4,), 500.0), y=torch.tensor([0, 1, 2, 3]))
+        >>> noise.shape
+        torch.Size([4, 3, 32, 32])
     """
 
     config_class: ClassVar[type[UViTConfig]] = UViTConfig

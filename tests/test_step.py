@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
 from uvit import Config, UViT
-from uvit.config import DataConfig, ProcessConfig, TrainConfig, UViTConfig
+from uvit.common.errors import InputError, TrainingError
+from uvit.config import DataConfig, OptimConfig, ProcessConfig, TrainConfig, UViTConfig
 from uvit.data.batch import Batch
 from uvit.diffusion.objective import diffusion_loss
 from uvit.networks.encoders import NO_ENCODERS, Encoders
 from uvit.training.optim import build_optimizer, build_schedule
-from uvit.training.step import training_loss
+from uvit.training.step import batches_on_device, compute_gradients, mean_over_processes, step_seed, training_loss
 from uvit.weights.published import ADAMW, LDM_NOISE, VP_NOISE
 
 STEPS, WARMUP, DECAY = 5, 3, 0.9
@@ -148,3 +151,74 @@ def test_flips_reach_the_network():
         recorder, _ = call_of(Config(model=DIGITS, process=process, data=DataConfig(flip=flip)), 0)
         mirrored = (recorder.x[..., 0] > recorder.x[..., -1]).all(dim=(1, 2))
         assert (150 < mirrored.sum() < 250) if flip else not mirrored.any()
+
+
+def test_seeds_of_steps_are_their_own():
+    numbers = [*itertools.product(range(3), range(20), range(2), range(2))]  # seed, step, part, process
+    seeds = {step_seed(*each) for each in numbers}
+    assert len(seeds) == len(numbers) and all(0 <= seed < 2**63 for seed in seeds)
+    assert step_seed(1, 2, 3) == step_seed(1, 2, 3) != step_seed(1, 3, 2)
+
+
+BATCH = Batch(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([1, 2]), [])
+
+
+def test_batches_come_on_the_device_and_skipped_images_are_reported(tmp_path, capsys):
+    loader = [BATCH, BATCH._replace(skipped=["image 3"]), BATCH._replace(skipped=["image 3"])]
+    batches = batches_on_device(torch.device("meta"), loader, tmp_path)
+    assert all(next(batches).images.is_meta for _ in range(3))
+    assert (tmp_path / "skipped.txt").read_text() == "image 3\n" and capsys.readouterr().err == "skipped: image 3\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7)\nis killed"),
+            TrainingError,
+            r"^DataLoader worker \(pid 7\) is killed: run",
+        ),
+        (RuntimeError("something else"), RuntimeError, "^something else$"),
+        (InputError("no such image"), InputError, "^no such image$"),
+    ],
+)
+def test_a_loader_that_fails(error, raised, message, tmp_path):
+    def loader():
+        yield BATCH
+        raise error
+
+    batches = batches_on_device(torch.device("cpu"), loader(), tmp_path)
+    next(batches)
+    with pytest.raises(raised, match=message):
+        next(batches)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_gradients_of_parts_are_those_of_the_whole_batch(tiny, clip):
+    """With a loss of one's own, which sees each part once; the norm is that before they are clipped."""
+    model, accelerator, seen = UViT(tiny), Accelerator(cpu=True), []
+    images = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    parts = [BATCH._replace(images=images[start : start + 2]) for start in (0, 2, 4)]
+
+    def loss_of(network, config, encoders, batch, generator):
+        seen.append((len(batch.images), torch.rand(1, generator=generator).item()))
+        return network(batch.images / 127.5 - 1, torch.tensor(500.0)).square().mean()
+
+    expected = model(images / 127.5 - 1, torch.tensor(500.0)).square().mean()
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    norm = torch.cat([each.flatten() for each in gradients]).norm()
+    settings = TrainConfig(batch_size=6, accumulation_steps=3)
+    config = Config(model=tiny, train=settings, optim=OptimConfig(grad_clip=clip))
+    generator = torch.Generator()
+    loss, grad_norm = compute_gradients(accelerator, model, config, NO_ENCODERS, iter(parts), generator, 4, loss_of)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(grad_norm, norm)
+    assert [count for count, _ in seen] == [2, 2, 2] and len({drawn for _, drawn in seen}) == 3
+    scale = clip / norm if clip else 1.0
+    for parameter, gradient in zip(model.parameters(), gradients):
+        torch.testing.assert_close(parameter.grad, gradient * scale, rtol=1e-4, atol=1e-6)
+
+
+def test_one_process_agrees_with_itself():
+    found = mean_over_processes(Accelerator(cpu=True), torch.tensor(2.0), torch.tensor(3.0), 15)
+    assert found == (2.0, 3.0, 15)

@@ -9,6 +9,7 @@ from helpers.training import RecordingTrainer, deterministic_loss
 
 from uvit.commands import train
 from uvit.training.checkpoint import load_checkpoint
+from uvit.training.trainer import Trainer
 
 
 def test_the_average_follows_the_weights(tmp_path, trained):
@@ -58,3 +59,36 @@ def test_every_step_has_its_own_randomness(tmp_path, trained):
 
     norms_of(trained, tmp_path / "run", loss, "--train.accumulation_steps", "2")
     assert len(set(drawn)) == 4
+
+
+STATIONS = ("build", "resume", "open_records", "step", "report", "draw", "save", "write", "find_ending", "end")
+
+
+def recorded(name, passed):
+    """A station that writes down its name, and is otherwise as it was."""
+
+    def station(self, *arguments):
+        passed.append(name)
+        return getattr(Trainer, name)(self, *arguments)
+
+    return station
+
+
+def test_a_run_goes_through_its_stations(tmp_path, trained):
+    passed = []
+    watched = type("Watched", (Trainer,), {name: recorded(name, passed) for name in STATIONS})
+    arguments = [str(trained / "tiny.py"), "--train.run_dir", str(tmp_path / "run"), "--train.num_steps", "3"]
+    train.main([*arguments, "--train.tracker", "none"], watched)
+    each = ["step", "report", "draw", "save", "find_ending"]
+    with_checkpoint = ["step", "report", "draw", "save", "write", "find_ending"]
+    assert passed == ["build", "resume", "open_records", *each, *with_checkpoint, *with_checkpoint, "end"]
+    passed.clear()
+    train.main([*arguments, "--train.tracker", "none"], watched)
+    assert passed == ["build", "resume"]  # there is nothing to do
+
+
+def test_sharding_with_one_process_is_warned_of(tmp_path, trained, capsys):
+    arguments = [str(trained / "tiny.py"), "--train.run_dir", str(tmp_path / "run"), "--train.num_steps", "1"]
+    train.main([*arguments, "--train.shard", "True", "--train.tracker", "none", "--train.sample_every", "0"])
+    assert "warning: train.shard True has no effect with one process: start more" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "run")["step"] == 1

@@ -64,7 +64,7 @@ def test_auto_on_cuda_takes_sdpa_where_xformers_is_not_installed(monkeypatch):
 
 @needs_xformers
 @in_a_fork
-def test_what_keeps_xformers_from_running(monkeypatch):
+def test_the_obstacle_says_why_xformers_cannot_run(monkeypatch):
     pretend_a_gpu(monkeypatch)
     assert xformers_obstacle() == ""  # before a dtype is known nothing is imported
     with FakeTensorMode():
@@ -109,7 +109,7 @@ def test_explicit_backends_that_cannot_run():
         attention(q, q, q, "flash")
 
 
-def test_auto_takes_the_formula_for_short_sequences_in_bf16_on_a_cpu_alone():
+def test_auto_takes_math_only_for_short_bf16_sequences_on_a_cpu():
     assert resolve_backend("auto", "cpu", 64, 257, torch.bfloat16) == "math"
     assert resolve_backend("auto", "cpu", 64, 4096, torch.bfloat16) == "sdpa"
     assert resolve_backend("auto", "cpu", 64, 257, torch.float32) == "sdpa"

@@ -15,7 +15,7 @@ def test_batches_are_joined():
     assert both.context is None and both.empty_context is None
 
 
-def test_features_of_captions_are_joined_but_for_those_of_the_empty_one():
+def test_features_of_captions_are_joined_and_the_empty_ones_are_shared():
     context, empty = torch.randn(3, 5, 6), torch.randn(1, 5, 6)
     one = ONE._replace(context=context[:2], empty_context=empty)
     other = OTHER._replace(context=context[2:], empty_context=empty)

@@ -11,7 +11,7 @@ from uvit.config import to_json
 from uvit.weights.build import load_network
 
 
-def test_the_class_that_users_import_explains_itself():
+def test_the_public_class_is_documented():
     assert "The U-ViT backbone." in UViT.__doc__ and "Example:" in UViT.__doc__
     assert UViT.__module__ == "uvit.weights.build"
 
@@ -25,7 +25,7 @@ def test_initial_weights_follow_the_seed(tiny):
 
 
 @pytest.mark.parametrize("is_run", [False, True])
-def test_whatever_network_a_folder_holds_is_loaded(tiny, tmp_path, is_run):
+def test_a_network_is_loaded_from_a_run_and_from_a_folder_of_weights(tiny, tmp_path, is_run):
     model = UViT(tiny, pos_embed="sincos2d")
     model.save_pretrained(tmp_path)
     if is_run:
@@ -35,7 +35,7 @@ def test_whatever_network_a_folder_holds_is_loaded(tiny, tmp_path, is_run):
     assert_equal_weights(loaded, model)
 
 
-def test_a_published_file_is_loaded_with_what_its_tensors_do_not_tell(tmp_path):
+def test_a_network_is_loaded_from_a_published_file(tmp_path):
     expected = golden_model("tiny_class")
     torch.save(expected.state_dict(), tmp_path / "nnet_ema.pth")
     loaded = load_network(tmp_path / "nnet_ema.pth", {"num_heads": 4})

@@ -15,7 +15,7 @@ from uvit.weights.card import describe_figures, model_card
 from uvit.weights.published import PUBLISHED
 
 
-def test_the_card_tells_recipe_figures_and_how_to_load(measured_run, tmp_path):
+def test_the_card_has_recipe_figures_and_how_to_load(measured_run, tmp_path):
     card_command.main([str(measured_run), str(tmp_path / "out"), "--name", NAME])
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
@@ -25,7 +25,7 @@ def test_the_card_tells_recipe_figures_and_how_to_load(measured_run, tmp_path):
     assert card.data.library_name == "uvit" and "class-conditional-image-generation" in card.data.tags
     for text in (
         f'model = UViT.from_pretrained("{NAME}")\noutput = model(x, timesteps, y)',
-        f"python sample.py --checkpoint {NAME}",
+        f"python -m uvit sample --checkpoint {NAME}",
         "![samples](grid.png)\n\nDrawn at step 10 of the training.",
         "| optimizer | adamw, learning rate 0.0002",
         "- Fréchet distance 2.00 x real (2.000 against 1.000)",
@@ -36,7 +36,7 @@ def test_the_card_tells_recipe_figures_and_how_to_load(measured_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_lines_of_a_card_run(name):
+def test_the_example_in_a_card_runs(name):
     """What a card says to call has the names of what the backbone takes."""
     model = PUBLISHED[name]
     card = ModelCard(model_card(model, 1, name="user/model"))
@@ -59,13 +59,13 @@ def test_a_card_says_which_encoders_are_not_on_the_hub():
     assert "a local copy of clip: give yours with `--text_encoder`" in card and "--autoencoder" not in card
 
 
-def test_a_card_that_is_there_is_kept(tmp_path):
+def test_an_existing_card_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     UViT(MODEL).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_real_images_that_do_not_differ_are_no_measure():
+def test_figures_are_not_divided_by_a_distance_of_zero():
     results = {"frechet": 2.0, "frechet_real": 0.0}
     assert describe_figures(results, {"features": "pixels"}) == ["Fréchet distance 2.000"]
 

@@ -13,7 +13,7 @@ from uvit.common.errors import InputError
 from uvit.training.checkpoint import checkpoint_dirs, find_checkpoint, load_checkpoint, save_checkpoint
 
 
-def test_newest_checkpoint_is_loaded_and_old_ones_go(tmp_path):
+def test_the_newest_checkpoint_is_loaded_and_old_ones_are_removed(tmp_path):
     assert load_checkpoint(tmp_path) is None
     for step in (5, 10, 100):
         save_checkpoint(tmp_path, Config(), step, {"model": {"w": torch.full((2,), float(step))}}, keep=2)
@@ -39,7 +39,7 @@ def test_broken_and_malicious_checkpoints(content, tmp_path, capsys):
     assert WORDS not in capsys.readouterr().out
 
 
-def test_a_disk_without_room_leaves_the_checkpoints_before(tmp_path):
+def test_a_full_disk_leaves_earlier_checkpoints_as_they_were(tmp_path):
     save_checkpoint(tmp_path, Config(), 5, {"model": {"w": torch.zeros(10)}}, keep=1)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -63,7 +63,7 @@ def test_broken_checkpoints_are_not_counted_as_kept(tmp_path):
     assert [int(path.name[5:]) for path in checkpoint_dirs(tmp_path)] == [4, 5]
 
 
-def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next(tmp_path):
+def test_leftovers_of_a_kill_are_removed_by_the_next_save(tmp_path):
     leftover = tmp_path / "checkpoints/.step_00000003-123"
     leftover.mkdir(parents=True)
     (leftover / "training_state.pt").write_bytes(b"half")
@@ -72,7 +72,7 @@ def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next(tmp_path):
     assert not leftover.exists()
 
 
-def test_the_newest_whole_checkpoint_is_found_past_broken_ones(tmp_path):
+def test_the_newest_whole_checkpoint_is_found_behind_broken_ones(tmp_path):
     for step in (99_999_999, 100_000_000, 100_000_001):
         save_checkpoint(tmp_path, Config(), step, {}, keep=9)
     (tmp_path / "checkpoints/step_100000001/complete.json").write_text("[]")
@@ -84,7 +84,7 @@ def test_the_newest_whole_checkpoint_is_found_past_broken_ones(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", PICKLE])
-def test_a_foreign_state_with_a_marker_is_not_run(content, tmp_path, capsys):
+def test_a_malicious_state_with_a_valid_marker_is_not_run(content, tmp_path, capsys):
     save_checkpoint(tmp_path, Config(), 1, {}, keep=1)
     state = tmp_path / "checkpoints/step_00000001/training_state.pt"
     state.write_bytes(content)

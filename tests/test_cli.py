@@ -14,7 +14,7 @@ from uvit.common.errors import InputError, Interrupted, TrainingError
 from uvit.common.files import atomic_write
 
 
-def test_a_shell_sees_one_line_and_exit_2(tmp_path):
+def test_a_script_prints_one_line_and_exits_with_2(tmp_path):
     result = run_python(str(ROOT / "sample.py"), "--checkpoint", "nowhere", cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "error: checkpoint not found: nowhere\n"
@@ -76,7 +76,7 @@ def test_options_replace_defaults():
         (["stray"], ["stray"]),
     ],
 )
-def test_what_does_not_parse_is_one_line(words, messages, capsys):
+def test_parse_errors_are_one_line(words, messages, capsys):
     with pytest.raises(InputError) as error:
         parse(Arguments, words)
     assert all(message in str(error.value) for message in messages), str(error.value)
@@ -100,7 +100,7 @@ def test_help_names_the_program_its_operands_and_every_option(program, shown, mo
 @pytest.mark.parametrize(
     ("program", "command"), [("train.py", "python sample.py"), ("python -m uvit train", "python -m uvit sample")]
 )
-def test_a_command_names_another_as_it_was_called_itself(program, command, monkeypatch):
+def test_other_commands_are_named_in_the_way_this_one_was_called(program, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program])
     assert command_line("sample") == command
 
@@ -115,7 +115,7 @@ def test_a_command_names_another_as_it_was_called_itself(program, command, monke
     ],
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_what_ends_a_command_is_one_line_and_a_status(error, status, printed, rank, monkeypatch, capsys):
+def test_errors_and_signals_become_one_line_and_an_exit_status(error, status, printed, rank, monkeypatch, capsys):
     """What all processes have in common is printed by the first."""
 
     def fail(arguments):
@@ -131,7 +131,7 @@ def test_what_ends_a_command_is_one_line_and_a_status(error, status, printed, ra
     assert capsys.readouterr().err == ("" if shared and rank == "1" else printed)
 
 
-def test_errors_that_are_no_users_keep_their_traceback():
+def test_other_exceptions_keep_their_traceback():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError):
         run(lambda arguments: 1 / 0)

@@ -15,7 +15,7 @@ PLAIN = Config()
 CPU = torch.device("cpu")
 
 
-def test_names_are_the_datas_or_numbers():
+def test_class_names_are_those_of_the_data_or_numbers():
     assert class_names(LABELS) == ("cat", "3", "dog", "1")
     assert class_names(NUMBERED) == ("0", "1", "2") and class_names(PLAIN) == ()
 
@@ -29,18 +29,18 @@ def test_a_class_is_a_name_before_it_is_a_number():
     ("given", "message"),
     [("4", "got '4'"), ("-1", "got '-1'"), ("dgo", "got 'dgo', did you mean 'dog'"), ("²", "got '²'")],
 )
-def test_a_class_that_is_none(given, message):
+def test_unknown_classes_are_refused(given, message):
     with pytest.raises(InputError, match=f"class must be 0 to 3 or a class name, {message}"):
         resolve_classes([given], LABELS)
 
 
-def test_what_is_drawn_where_nothing_is_asked_for():
+def test_default_conditions():
     assert resolve_conditions(LABELS) == [0, 1, 2, 3]
     assert resolve_conditions(TEXT) == ["a cat", "two dogs"]
     assert resolve_conditions(PLAIN) == [None]
 
 
-def test_what_is_asked_for_is_drawn():
+def test_given_conditions_take_the_place_of_the_default():
     assert resolve_conditions(LABELS, classes=["dog", "cat"]) == [2, 0]
     assert resolve_conditions(TEXT, prompts=["a bird"]) == ["a bird"]
 
@@ -53,17 +53,17 @@ def test_what_is_asked_for_is_drawn():
         (Config(model=TEXT.model), {}, "a model with context_dim 2 draws from prompts, got none"),
     ],
 )
-def test_what_the_model_does_not_take(config, asked, message):
+def test_conditions_that_the_model_does_not_take_are_refused(config, asked, message):
     with pytest.raises(InputError, match=message):
         resolve_conditions(config, **asked)
 
 
-def test_names_for_people():
+def test_conditions_have_names():
     assert condition_names([2, 0], LABELS) == ["dog", "cat"]
     assert condition_names(["a bird"], TEXT) == ["a bird"] and condition_names([None], PLAIN) == []
 
 
-def test_arguments_of_the_network():
+def test_labels_become_arguments_of_the_network():
     cond, uncond = batch_conditions([2, 0], LABELS.model, None, CPU)
     assert cond["y"].tolist() == [2, 0] and uncond["y"].tolist() == [4, 4]
     cond, uncond = batch_conditions([2, 0], NUMBERED.model, None, CPU)
@@ -71,7 +71,7 @@ def test_arguments_of_the_network():
     assert batch_conditions([None, None], PLAIN.model, None, CPU) == ({}, None)
 
 
-def test_arguments_of_a_text_network():
+def test_prompts_become_arguments_of_the_network():
     def encode(texts):
         return torch.tensor([[[float(len(text)), 0.0]] for text in texts])
 

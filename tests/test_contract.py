@@ -34,7 +34,7 @@ def inputs_of(config):
     return inputs
 
 
-def test_every_kind_of_config_has_its_network():
+def test_every_config_class_has_a_network():
     assert {UViTConfig: UViT} == NETWORKS
     assert all(network.config_class is config for config, network in NETWORKS.items())
 
@@ -59,7 +59,7 @@ def test_blocks_are_in_the_order_in_which_they_run(config):
 
 
 @EACH
-def test_the_network_users_import_predicts_as_the_one_of_tensors(config):
+def test_the_public_class_predicts_like_the_one_without_loading(config):
     torch.manual_seed(0)
     built = build_network(config)
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def test_deep_features_can_be_reused_where_the_config_says_so(config):
         assert torch.equal(network.forward_reusing(**inputs, outer=outer, deep=deep)[0], prediction)
 
 
-def test_every_pattern_of_muons_fallback_names_parameters_of_a_network_with_all_modules():
+def test_every_pattern_of_muon_fallback_matches_a_parameter_if_all_modules_are_present():
     network = build_network(CONFIGS["conditioned"])
     names = [name for name, _ in network.named_parameters()]
     for pattern in network.muon_fallback:
@@ -87,7 +87,7 @@ def test_every_pattern_of_muons_fallback_names_parameters_of_a_network_with_all_
 
 
 @EACH
-def test_a_pattern_of_muons_fallback_without_parameters_names_a_module_that_is_not_there(config):
+def test_a_pattern_of_muon_fallback_without_a_match_names_an_absent_module(config):
     network = build_network(config)
     names = [name for name, _ in network.named_parameters()]
     for pattern in network.muon_fallback:
@@ -99,7 +99,7 @@ def test_a_pattern_of_muons_fallback_without_parameters_names_a_module_that_is_n
 
 
 @EACH
-def test_buffers_are_computed_after_weights_are_loaded_into_a_network_on_meta(config):
+def test_reset_buffers_completes_a_network_that_was_built_on_meta(config):
     expected = build_network(config).eval()
     with torch.device("meta"):
         network = build_network(config).eval()
@@ -111,14 +111,14 @@ def test_buffers_are_computed_after_weights_are_loaded_into_a_network_on_meta(co
 
 
 @EACH
-def test_it_is_resized_in_place(config):
+def test_a_network_is_resized_in_place(config):
     network = build_network(config)
     assert network.resize((12, 16)) is network
     assert network.config == dataclasses.replace(config, img_size=(12, 16))
     assert network(**inputs_of(network.config)).shape == (2, 1, 12, 16)
 
 
-def test_a_network_is_whole_until_blocks_are_removed():
+def test_a_pruned_network_is_not_whole():
     network = build_network(CONFIGS["plain"])
     network.require_whole()
     network.prune_intermediate_layers([0])

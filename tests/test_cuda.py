@@ -136,7 +136,7 @@ def test_the_loss_is_drawn_on_the_device(name, waits_are_errors):
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
-def test_a_step_waits_for_the_device_only_to_agree(optim, waits_are_errors):
+def test_a_step_never_waits_for_the_device(optim, waits_are_errors):
     config = Config(
         model=SMALL, optim=OptimConfig(name=optim, grad_clip=1.0), train=TrainConfig(batch_size=4, label_dropout=0.5)
     )
@@ -174,7 +174,7 @@ def test_sampling_never_waits_for_the_device(solver, waits_are_errors):
 
 
 @pytest.mark.parametrize(("precision", "how"), [("bf16", "graphs"), ("fp16", "no")])
-def test_a_run_trains_goes_on_and_draws(precision, how, tmp_path, monkeypatch):
+def test_a_run_trains_resumes_and_draws(precision, how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(
         Config(), model=UViTConfig(img_size=8, in_chans=1, embed_dim=64, depth=2, num_heads=2, num_classes=10)

@@ -21,7 +21,7 @@ DIGITS = UViTConfig(img_size=8, in_chans=1, num_classes=10)
 RGB = UViTConfig(img_size=(8, 12), in_chans=3, num_classes=2)
 
 
-def test_a_folder_of_images_a_class(tmp_path):
+def test_a_folder_with_a_subfolder_for_each_class(tmp_path):
     save_folder(tmp_path / "photos")
     data = load_data(DataConfig(name=str(tmp_path / "photos")), RGB)
     images, labels, captions, *_ = data.read([0, 5], RNG)
@@ -127,7 +127,7 @@ def test_random_crops_follow_the_key(tmp_path):
     assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
 
 
-def test_broken_images_can_be_left_out(tmp_path):
+def test_broken_images_can_be_skipped(tmp_path):
     save_folder(tmp_path / "broken")
     (tmp_path / "broken" / "cat" / "1.png").write_bytes(b"not an image")
     data = load_data(DataConfig(name=str(tmp_path / "broken"), on_error="skip"), RGB)
@@ -136,7 +136,7 @@ def test_broken_images_can_be_left_out(tmp_path):
     assert len(batch.skipped) == 1 and "cat/1.png) cannot be read" in batch.skipped[0]
 
 
-def test_broken_rows_name_themselves(tmp_path):
+def test_a_broken_image_is_named_in_the_error(tmp_path):
     save_folder(tmp_path / "broken")
     (tmp_path / "broken" / "cat" / "1.png").write_bytes(b"not an image")
     data = load_data(DataConfig(name=str(tmp_path / "broken")), RGB)
@@ -144,7 +144,7 @@ def test_broken_rows_name_themselves(tmp_path):
         data.read([0, 1], RNG)
 
 
-def test_absurd_and_missing_images_name_themselves(tmp_path):
+def test_extreme_and_missing_images_are_named_in_the_error(tmp_path):
     save_folder(tmp_path / "strip")
     Image.new("RGB", (60_000, 1)).save(tmp_path / "strip/cat/1.png")
     data = load_data(DataConfig(name=str(tmp_path / "strip")), RGB)
@@ -157,7 +157,7 @@ def test_absurd_and_missing_images_name_themselves(tmp_path):
         data.read([0, 1], RNG)
 
 
-def test_images_are_not_cut_unasked(tmp_path):
+def test_images_are_not_cropped_unless_a_shape_is_given(tmp_path):
     """Where no shape is asked for, all must have that of the first."""
     save_folder(tmp_path / "photos")
     as_they_are = ImageSpec(None, labels=None, captions=False)

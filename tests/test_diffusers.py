@@ -65,7 +65,7 @@ def pipeline(network: UViT, process: ProcessConfig, scheduler, **parts) -> UViTP
 
 
 def offload(pipe: UViTPipeline) -> None:
-    """Does what enable_sequential_cpu_offload does, with a processor for the device, which that does not take."""
+    """Does what enable_sequential_cpu_offload does, but with the CPU for the device, which that refuses."""
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
@@ -108,7 +108,7 @@ def assert_equal_to_rounding(given, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc"])
 @pytest.mark.parametrize(("schedule", "prediction"), TABLES)
-def test_images_of_tables_are_sample_pys(network, schedule, prediction, sampler):
+def test_pipelines_of_tables_draw_the_images_of_sample_py(network, schedule, prediction, sampler):
     process = ProcessConfig(schedule=schedule, prediction=prediction)
     # The table of a network that cannot predict from α = 0 has 999 entries.
     num_steps = 9 if (schedule, prediction) == ("cosine", "noise") else 10
@@ -126,7 +126,7 @@ def test_images_of_tables_are_sample_pys(network, schedule, prediction, sampler)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "unipc"])
 @pytest.mark.parametrize("prediction", ["flow", "data", "noise"])
-def test_images_of_flow_are_sample_pys(network, prediction, sampler, shift):
+def test_pipelines_of_flow_draw_the_images_of_sample_py(network, prediction, sampler, shift):
     process = ProcessConfig(schedule="flow", prediction=prediction, time_shift=shift)
     if prediction != "flow" and sampler in ("euler", "heun"):
         with pytest.raises(InputError, match="schedule 'flow' are dpmpp_2m, unipc, got sampler"):
@@ -171,7 +171,7 @@ def test_other_schedulers_take_the_config(network, cls, schedule):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc"])
-def test_schedulers_made_of_another_ones_config_do_not_clip(network, sampler, tmp_path):
+def test_schedulers_made_from_another_config_do_not_clip(network, sampler, tmp_path):
     """DDIM and DDPM do, unless their config says otherwise."""
     process = ProcessConfig(schedule="ldm", prediction="v")
     expected = ours(network, process, "ddim", 10)
@@ -198,7 +198,7 @@ def test_latents_are_not_clipped(network):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc"])
-def test_a_table_has_so_many_steps(network, sampler):
+def test_more_steps_than_entries_of_a_table_are_refused(network, sampler):
     process = ProcessConfig(schedule="cosine", prediction="noise")
     with pytest.raises(InputError, match="num_inference_steps must be at most 999, the entries of a table, got 1000"):
         theirs(network, process, make_scheduler(process, sampler), 1000)
@@ -266,7 +266,7 @@ def test_a_scheduler_that_does_not_fit_is_refused(network, process, scheduler, m
     assert "\n" not in str(error.value)
 
 
-def test_a_scheduler_put_in_later_is_checked(network):
+def test_a_scheduler_that_is_replaced_later_is_checked(network):
     pipe = pipeline(network, FLOW, make_scheduler(FLOW))
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(InputError, match="DDIMScheduler follows"):
@@ -428,7 +428,7 @@ def test_one_generator_for_each_image(network):
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 2]), np.array([0, 2]), (0, "2"), [np.int64(0), 2]])
-def test_labels_come_as_tensors_too(network, labels):
+def test_labels_may_be_tensors(network, labels):
     pipe = pipeline(network, FLOW, make_scheduler(FLOW))
     draw = {"latents": noise_for(network, 2), "num_inference_steps": 3, "output_type": "latent"}
     assert torch.equal(pipe(labels, **draw).images, pipe([0, 2], **draw).images)
@@ -437,8 +437,8 @@ def test_labels_come_as_tensors_too(network, labels):
 
 
 @pytest.mark.parametrize("fields", [{}, {"pos_embed": "sincos2d", "time_conditioning": "adaln", "qk_norm": True}])
-def test_weights_may_be_elsewhere_between_layers(network, fields):
-    """As where memory is short: a processor stands for the device here, and what is not there is nowhere."""
+def test_weights_may_be_offloaded_between_layers(network, fields):
+    """As if memory were short: here the CPU stands for the device, and offloaded weights are on `meta`."""
     model = random_weights(UViT(dataclasses.replace(network.config, **fields)))
     pipe = pipeline(model, FLOW, make_scheduler(FLOW))
     draw = {"class_labels": [0, 1], "latents": noise_for(network, 2), "output_type": "latent", "reuse": "1:2"}
@@ -454,7 +454,7 @@ def test_weights_may_be_elsewhere_between_layers(network, fields):
     assert (other(**draw).images - images).abs().mean() < 0.1 * images.std()
 
 
-def test_a_call_may_be_watched_and_steered(network):
+def test_a_callback_may_watch_and_change_latents(network):
     pipe = pipeline(network, FLOW, make_scheduler(FLOW))
     seen = []
 
@@ -502,13 +502,13 @@ def test_a_call_may_be_watched_and_steered(network):
         ({"class_labels": [0], "negative_prompt": "a dog"}, "for a model that takes prompts, got 'a dog'"),
     ],
 )
-def test_what_a_call_refuses(network, arguments, message):
+def test_invalid_arguments_of_a_call_are_refused(network, arguments, message):
     pipe = pipeline(network, FLOW, make_scheduler(FLOW), class_names=["cat", "2", "dog"])
     with pytest.raises(InputError, match=message):
         pipe(**arguments)
 
 
-def test_a_name_that_is_another_labels_number(network):
+def test_a_class_name_may_be_the_number_of_another_label(network):
     pipe = pipeline(network, FLOW, make_scheduler(FLOW), class_names=["cat", "2", "dog"])
     latents = noise_for(network, 1)
     by_name, first, second = (
@@ -617,7 +617,7 @@ def test_a_pipeline_of_the_hub(network, tmp_path, monkeypatch):
         (b'{"transformer": ["diffusers", "UNet2DModel"]}', r"got \['diffusers', 'UNet2DModel'\]"),
     ],
 )
-def test_nothing_is_fetched_of_what_is_no_pipeline_of_ours(tmp_path, monkeypatch, index, message):
+def test_nothing_is_fetched_of_other_pipelines(tmp_path, monkeypatch, index, message):
     with serve_hub(monkeypatch, str(tmp_path / "cache")) as hub:
         hub.repositories["me/other"], hub.private["me/other"] = {}, False
         files = {"config.json": b"{}", "unet/model.safetensors": b"gigabytes"}
@@ -628,7 +628,7 @@ def test_nothing_is_fetched_of_what_is_no_pipeline_of_ours(tmp_path, monkeypatch
     assert not [*(tmp_path / "cache").rglob("*.safetensors")] and not [*(tmp_path / "cache").rglob("config.json")]
 
 
-def test_a_pipeline_that_is_not_whole(network, tmp_path):
+def test_an_incomplete_pipeline_is_refused(network, tmp_path):
     pipeline(network, FLOW, make_scheduler(FLOW)).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "scheduler" / "scheduler_config.json").unlink()

@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 DIGITS = UViTConfig(img_size=8, in_chans=1, num_classes=10)
 
 
-def test_digits_are_split_once_and_for_all():
+def test_the_split_of_digits_is_fixed():
     train, held_out = (load_data(DataConfig(), DIGITS, train=part) for part in (True, False))
     assert (len(train), len(held_out)) == (1437, 360)
     (images, labels, captions, *_), (other, other_labels, *_) = (read_all(part) for part in (train, held_out))

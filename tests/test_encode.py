@@ -71,8 +71,8 @@ def config_of(folder, **fields):
     return DataConfig(name=str(folder), autoencoder="vae", **fields)
 
 
-def test_latents_are_the_autoencoders(workdir):
-    """Every image in its encoded, its mirror image too, to half precision."""
+def test_latents_equal_the_output_of_the_autoencoder(workdir):
+    """Every image in its place, and its mirror image, to half precision."""
     photos = read_all(load_images(DataConfig(name="photos"), ImageSpec((3, 16, 16), True, True)))
     data = load_latents(config_of("latents"), MODEL)
     assert len(data) == 4000
@@ -86,7 +86,7 @@ def test_latents_are_the_autoencoders(workdir):
     assert any(torch.allclose(each.float(), expected, rtol=2e-3, atol=2e-3) for each in mirrored)
 
 
-def test_captions_are_the_text_encoders(workdir):
+def test_captions_equal_the_output_of_the_text_encoder(workdir):
     text = UViTConfig(img_size=8, in_chans=4, context_dim=8, num_context_tokens=30)
     batch = load_latents(config_of("latents"), text).read([0, 1], np.random.default_rng(0))
     assert batch.captions == [["a photograph of a temple"], ["a photograph of a flower"]]
@@ -135,7 +135,7 @@ def test_several_captions_and_broken_images(tmp_path, encoded, monkeypatch, caps
     assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.class_names == ("cat", "dog")
 
 
-def test_captions_are_gone_on_with_from_the_same_column(tmp_path, workdir, monkeypatch, capsys):
+def test_encoding_resumes_only_with_the_same_caption_column(tmp_path, workdir, monkeypatch, capsys):
     both = save_captions(tmp_path / "both", ["a", "b"], other=["x", "y"]).name
     arguments = f"--data {both} --output {tmp_path}/out --image_size 16 --autoencoder vae --text_encoder clip".split()
     encode.main(arguments)  # reads the one with a usual name
@@ -145,7 +145,7 @@ def test_captions_are_gone_on_with_from_the_same_column(tmp_path, workdir, monke
     assert "out was started with caption_column 'text', got 'other': use another --output" in line
 
 
-def test_a_killed_command_goes_on(encoded, tmp_path, monkeypatch):
+def test_a_killed_command_resumes(encoded, tmp_path, monkeypatch):
     """Killed with SIGKILL once a shard is there; afterwards all is equal to what an uninterrupted command makes."""
     monkeypatch.chdir(encoded)
     arguments = [*SHARED, "--text_encoder", "clip", "--output", str(tmp_path / "killed")]
@@ -168,7 +168,7 @@ def test_a_killed_command_goes_on(encoded, tmp_path, monkeypatch):
     torch.testing.assert_close(ours, whole, rtol=2e-3, atol=2e-3)
 
 
-def test_a_source_that_changed_is_not_gone_on_with(tmp_path, encoded, monkeypatch):
+def test_encoding_does_not_resume_with_changed_data(tmp_path, encoded, monkeypatch):
     """As many images, but not the same: rows would be missing and others doubled."""
     monkeypatch.chdir(encoded)
     save_folder(tmp_path / "some")
@@ -238,7 +238,7 @@ def test_bad_input_is_one_line_and_exit_2(arguments, message, workdir, monkeypat
     assert files_of(workdir) == before
 
 
-def test_latents_of_another_autoencoder(workdir, monkeypatch, capsys):
+def test_latents_of_another_autoencoder_are_refused(workdir, monkeypatch, capsys):
     torch.manual_seed(1)
     other = make_autoencoder(workdir / "other")
     torch.nn.init.normal_(other.decoder.conv_out.weight)
@@ -253,7 +253,7 @@ def test_latents_of_another_autoencoder(workdir, monkeypatch, capsys):
     assert not Path("new").exists()
 
 
-def test_a_full_disk_keeps_what_is_whole(tmp_path, workdir):
+def test_a_full_disk_leaves_complete_shards(tmp_path, workdir):
     arguments = [*SHARED, "--output", str(tmp_path / "full")]
 
     def fill(_):

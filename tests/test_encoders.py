@@ -57,7 +57,7 @@ def test_context_is_the_last_hidden_state_of_padded_captions(clip):
     assert torch.equal(context[0], context[3]) and not torch.allclose(context[0], context[1])
 
 
-def test_many_captions(clip):
+def test_captions_beyond_the_cache_are_encoded_again(clip):
     """More than are kept: what was forgotten comes out the same again."""
     encoder = TextEncoder(str(clip))
     captions = [f"cat {number}" for number in range(CACHED_CAPTIONS + 44)]
@@ -85,7 +85,7 @@ def test_nothing_is_printed(clip, autoencoder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_decoding_undoes_the_scale_and_the_slices(autoencoder, tmp_path):
+def test_decoding_divides_by_the_scale_factor_and_joins_slices(autoencoder, tmp_path):
     network = make_autoencoder(tmp_path)
     latents = torch.randn(11, 4, 4, 4)
     images = Autoencoder(str(autoencoder), 0.25).decode(latents)
@@ -94,7 +94,7 @@ def test_decoding_undoes_the_scale_and_the_slices(autoencoder, tmp_path):
         torch.testing.assert_close(images, network.decode(latents / 0.25).sample, rtol=1e-5, atol=1e-5)
 
 
-def test_a_run_loads_what_it_needs(clip, autoencoder):
+def test_only_the_encoders_that_a_run_needs_are_loaded(clip, autoencoder):
     assert load_encoders(DataConfig(), UViTConfig(in_chans=1)) == NO_ENCODERS
     encoders = load_encoders(DataConfig(text_encoder=str(clip)), TEXT)
     assert isinstance(encoders.text, TextEncoder) and encoders.image is None
@@ -104,7 +104,7 @@ def test_a_run_loads_what_it_needs(clip, autoencoder):
         load_encoders(DataConfig(), LATENT)
 
 
-def test_an_encoder_that_does_not_fit_the_model(clip, autoencoder):
+def test_encoders_that_do_not_fit_the_model_are_refused(clip, autoencoder):
     for model in (UViTConfig(context_dim=8, num_context_tokens=77), UViTConfig(context_dim=768, num_context_tokens=12)):
         expected = f"model.num_context_tokens {model.num_context_tokens} and model.context_dim {model.context_dim}"
         with pytest.raises(InputError, match=f"gives 12 tokens of width 8, expected {expected}"):
@@ -143,7 +143,7 @@ def test_pickles_are_not_read(clip, autoencoder, tmp_path, capsys):
     assert WORDS not in capsys.readouterr().out
 
 
-def test_another_architecture(clip, autoencoder, tmp_path):
+def test_weights_of_another_architecture_are_refused(clip, autoencoder, tmp_path):
     """Sizes may fit by chance; then the names of the tensors do not."""
     for file in clip.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -157,7 +157,7 @@ def test_another_architecture(clip, autoencoder, tmp_path):
         Autoencoder(str(tmp_path), 1.0)
 
 
-def test_names_that_cannot_be_had(clip, tmp_path, monkeypatch):
+def test_unknown_names_are_refused(clip, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"text encoder 'nobody/nothing' is not a folder on disk"):
         TextEncoder("nobody/nothing")

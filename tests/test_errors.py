@@ -33,12 +33,12 @@ def literals() -> list[str]:
 LITERALS = literals()
 
 
-def test_the_table_has_every_command():
+def test_the_table_has_many_messages():
     assert len(ROWS) >= 40
 
 
 @pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
-def test_messages_of_the_table_are_the_codes(row):
+def test_messages_of_the_table_are_in_the_code(row):
     """What stands between the … of a message stands in a string of the code."""
     _, wrong, printed, advice, _ = row.split("|")
     assert wrong.strip()
@@ -49,7 +49,7 @@ def test_messages_of_the_table_are_the_codes(row):
         assert any(fragment in literal for literal in LITERALS), fragment
 
 
-def test_what_is_shown_of_a_value_is_short_and_printable():
+def test_values_in_messages_are_short_and_printable():
     assert short_repr("fast") == "'fast'" and short_repr((32, 33)) == "(32, 33)"
     assert len(short_repr("x" * 10**6)) < 120 and len(short_repr(10**1000)) < 80
     nested: list = []
@@ -59,7 +59,7 @@ def test_what_is_shown_of_a_value_is_short_and_printable():
     assert printable("a\x1b[31m\u202eb é 漢") == r"a\x1b[31m\u202eb é 漢"
 
 
-def test_an_exceptions_text_in_one_line():
+def test_one_line_joins_the_lines_of_an_exception():
     assert one_line(ValueError("two\n  lines\tand  more")) == "two lines and more"
     assert one_line("  as it is ") == "as it is"
     assert one_line("a\nlong text", limit=6) == "a long"
@@ -77,6 +77,6 @@ def test_the_nearest_name_is_suggested():
     assert did_you_mean("zzz", ["train", "sample"]) == did_you_mean("train", []) == ""
 
 
-def test_an_interruption_says_by_which_signal():
+def test_an_interruption_names_its_signal():
     end = Interrupted(signal.SIGTERM, "at step 3, saved")
     assert end.signum == signal.SIGTERM and str(end) == "stopped by SIGTERM at step 3, saved"

@@ -64,7 +64,7 @@ def test_labels_at_random(workdir):
     assert found["protocol"]["images"].startswith("33 drawn, labels at random, hash ") and "recognised" in found
 
 
-def test_data_of_one_part_have_no_distance_of_real_images(workdir, tmp_path):
+def test_data_with_one_part_have_no_distance_of_real_images(workdir, tmp_path):
     save_folder(tmp_path / "photos", classes=DIGITS, count=2)
     overrides = ["--data.name", str(tmp_path / "photos"), "--train.sample_every", "0", "--train.tracker", "none"]
     train.main(["tiny.py", *overrides, "--train.run_dir", str(tmp_path / "run")])
@@ -72,7 +72,7 @@ def test_data_of_one_part_have_no_distance_of_real_images(workdir, tmp_path):
     assert found["frechet"] > 0 and "recognised" in found and "frechet_real" not in found
 
 
-def test_a_folder_against_itself(workdir, tmp_path):
+def test_a_folder_has_no_distance_to_itself(workdir, tmp_path):
     save_folder(tmp_path / "photos", count=8)
     found = figures(f"--images {tmp_path}/photos --reference {tmp_path}/photos --features pixels")
     assert found["frechet"] == pytest.approx(0, abs=1e-6)
@@ -82,7 +82,7 @@ def test_a_folder_against_itself(workdir, tmp_path):
     assert reference == f"{tmp_path}/photos, split train: 16 images, centre crops of 16x24, hash {same}"
 
 
-def test_figures_are_saved_beside_what_they_are_of(workdir, tmp_path):
+def test_figures_are_saved_beside_the_images(workdir, tmp_path):
     save_folder(tmp_path / "photos", count=4)
     shared = ["--reference", f"{tmp_path}/photos", "--features", "pixels"]
     evaluate.main(["--images", f"{tmp_path}/photos", *shared])
@@ -90,7 +90,7 @@ def test_figures_are_saved_beside_what_they_are_of(workdir, tmp_path):
     assert not list((tmp_path / "photos").glob("*.json"))
 
 
-def test_a_reference_is_cut_at_the_centre_even_where_training_cuts_at_random(workdir, tmp_path):
+def test_a_reference_is_cropped_at_the_centre_even_if_training_crops_at_random(workdir, tmp_path):
     rng = np.random.default_rng(0)
     for split, name in itertools.product(("train", "test"), "0123456789"):
         folder = tmp_path / "photos" / split / name
@@ -104,7 +104,7 @@ def test_a_reference_is_cut_at_the_centre_even_where_training_cuts_at_random(wor
     assert one == two and "20 images, centre crops of 8x8" in one
 
 
-def test_inceptions_three_figures(workdir, inception, tmp_path, capsys):
+def test_inception_gives_three_figures(workdir, inception, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name, brightest in (("a", 256), ("b", 128)):
         np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(0, brightest, (12, 8, 8, 3)).astype(np.uint8))
@@ -122,7 +122,7 @@ def test_inceptions_three_figures(workdir, inception, tmp_path, capsys):
     assert again["frechet"] == pytest.approx(found["frechet"], rel=1e-6) and "kid" not in again
 
 
-def test_any_classifier(workdir, vit, tmp_path):
+def test_any_timm_model_can_classify(workdir, vit, tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
     network = TimmFeatures("test_vit", str(vit), classify=True)

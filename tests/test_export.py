@@ -84,7 +84,7 @@ def test_compiling_breaks_no_graph(make, fields):
     assert all(each.grad is not None for each in model.mid_block.parameters())
 
 
-def test_the_file_says_its_inputs_and_the_models_config(make, tmp_path):
+def test_an_onnx_file_has_named_inputs_and_the_config(make, tmp_path):
     model, path = make(**LABELS), tmp_path / "model.onnx"
     save_exported(model, path)
     session = onnxruntime.InferenceSession(path)
@@ -98,13 +98,13 @@ def test_the_file_says_its_inputs_and_the_models_config(make, tmp_path):
     assert config == dataclasses.asdict(model.config)
 
 
-def test_the_null_label_is_among_what_is_compared(make):
+def test_the_null_label_is_compared_too(make):
     model = make(**LABELS)
     assert 3 in example_inputs(model, 4)["y"]
     assert example_inputs(make(num_classes=3), 4)["y"].max() == 2
 
 
-def test_weights_too_large_for_one_file_lie_beside_it(make, tmp_path, monkeypatch):
+def test_weights_too_large_for_one_file_are_saved_beside_it(make, tmp_path, monkeypatch):
     module = importlib.import_module("torch.onnx._internal.exporter._onnx_program")
     monkeypatch.setattr(module, "_LARGE_MODEL_THRESHOLD", 1000)
     model, path = make(**LABELS), tmp_path / "model.onnx"
@@ -142,7 +142,7 @@ def test_a_file_that_differs_from_the_model_does_not_take_its_place(tiny, tmp_pa
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_a_disk_without_room_leaves_what_was_there(make, suffix, tmp_path):
+def test_a_full_disk_leaves_the_old_file(make, suffix, tmp_path):
     model, path = make(), tmp_path / f"model{suffix}"
     path.write_text("before")
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -171,7 +171,7 @@ def test_a_package_that_is_not_installed(make, monkeypatch):
         export_onnx(make())
 
 
-def test_the_command(make, tmp_path, capsys):
+def test_the_command_exports_to_a_file(make, tmp_path, capsys):
     make(**LABELS, attention="xformers").save_pretrained(tmp_path / "weights")
     source, output = str(tmp_path / "weights"), tmp_path / "small.pt2"
     command = [source, "--format", "pt2", "--output", str(output), "--img_size", "16", "12"]
@@ -192,7 +192,7 @@ def test_the_command(make, tmp_path, capsys):
         (["--img_size", "9", "9"], "img_size must be divisible by patch_size 2"),
     ],
 )
-def test_what_the_command_refuses(make, arguments, message, tmp_path):
+def test_invalid_options_are_refused(make, arguments, message, tmp_path):
     make().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=message):
         export.main([str(tmp_path), *arguments])

@@ -128,7 +128,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_at_any_moment_ends_as_a_whole_one(moment, whole, tmp_path):
+def test_a_run_killed_at_any_moment_ends_like_an_uninterrupted_one(moment, whole, tmp_path):
     arguments, (how, was_hit) = arguments_of(whole, tmp_path / "run"), MOMENTS[moment]
     status, lines = train_forked(arguments, tmp_path / "log", **how)
     assert status == -signal.SIGKILL, lines
@@ -217,7 +217,7 @@ def lose_state(folder):
 
 
 @pytest.mark.parametrize("damage", [lose_marker, cut, flip_a_bit, lose_state])
-def test_a_broken_checkpoint_is_named_and_passed_over(damage, whole, tmp_path):
+def test_a_broken_checkpoint_is_reported_and_skipped(damage, whole, tmp_path):
     shutil.copytree(whole / "whole", tmp_path / "run")
     damage(tmp_path / "run/checkpoints/step_00000007")
     status, lines = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log")
@@ -229,7 +229,7 @@ def test_a_broken_checkpoint_is_named_and_passed_over(damage, whole, tmp_path):
     assert_same_run(tmp_path / "run", whole / "whole")
 
 
-def test_a_run_without_a_whole_checkpoint_does_not_start_over(whole, tmp_path):
+def test_a_run_with_only_broken_checkpoints_does_not_start_again(whole, tmp_path):
     shutil.copytree(whole / "whole", tmp_path / "run")
     for folder in checkpoint_dirs(tmp_path / "run"):
         cut(folder)
@@ -279,7 +279,7 @@ def test_metrics_that_cannot_be_written_are_written_later_and_grids_are_left_out
     assert metrics_of(tmp_path / "run") == metrics_of(whole / "whole")
 
 
-def test_a_vanished_folder_is_made_again(whole, tmp_path):
+def test_a_deleted_run_folder_is_created_again(whole, tmp_path):
     how = in_step(5, lambda: shutil.rmtree(tmp_path / "run"))
     status, lines = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log", **how)
     assert status == 0
@@ -311,7 +311,7 @@ def load(run_dir, step):
     return torch.load(run_dir / f"checkpoints/step_{step:08d}/training_state.pt", weights_only=True)
 
 
-def test_a_gradient_that_is_not_finite_is_enough(whole, tmp_path):
+def test_a_gradient_that_is_not_finite_is_enough_to_leave_a_step_out(whole, tmp_path):
     status, _ = train_forked(arguments_of(whole, tmp_path / "run"), tmp_path / "log", loss_of=steep_loss(8))
     assert status == 0
     assert metrics_of(tmp_path / "run")[1]["skipped"] and math.isfinite(metrics_of(tmp_path / "run")[1]["loss"])
@@ -337,7 +337,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_also_across_a_kill(whole, tmp_
     assert train_forked(arguments, tmp_path / "log")[0] == 0  # what was wrong is put right
 
 
-def test_steps_that_go_wrong_cost_no_checkpoint_from_before(whole, tmp_path):
+def test_checkpoints_from_before_bad_steps_are_kept(whole, tmp_path):
     every = ["--train.save_every", "1", "--train.keep", "1"]
     arguments = arguments_of(whole, tmp_path / "run", *every)
     status, lines = train_forked(arguments, tmp_path / "log", loss_of=spoiled_loss(range(7, 99)))
@@ -350,7 +350,7 @@ def test_steps_that_go_wrong_cost_no_checkpoint_from_before(whole, tmp_path):
     assert [path.name[-1] for path in checkpoint_dirs(tmp_path / "run")] == ["7"]
 
 
-def test_without_its_config_a_run_is_still_known_by_its_checkpoint(whole, tmp_path):
+def test_a_run_without_config_json_is_recognised_by_its_checkpoint(whole, tmp_path):
     shutil.copytree(whole / "whole", tmp_path / "run")
     (tmp_path / "run/config.json").unlink()
     status, (line,) = train_forked(arguments_of(whole, tmp_path / "run", "--optim.lr", "0.5"), tmp_path / "log")
@@ -366,7 +366,7 @@ def test_without_its_config_a_run_is_still_known_by_its_checkpoint(whole, tmp_pa
         ("optimizer", {}, "state of 1 parameters, expected"),
     ],
 )
-def test_a_checkpoint_with_something_else_in_it_does_not_fit(part, value, message, whole, tmp_path):
+def test_a_checkpoint_with_invalid_values_is_refused(part, value, message, whole, tmp_path):
     shutil.copytree(whole / "whole", tmp_path / "run")
     state = load_checkpoint(tmp_path / "run")
     state["step"] -= 1  # so that there is something to do
@@ -379,7 +379,7 @@ def test_a_checkpoint_with_something_else_in_it_does_not_fit(part, value, messag
     assert status == 2 and "does not fit the config: " in line and message in line
 
 
-def test_all_fields_that_make_another_run_are_named_and_may_be_overruled(whole, tmp_path):
+def test_all_changes_that_make_another_run_are_named_and_can_be_allowed(whole, tmp_path):
     shutil.copytree(whole / "whole", tmp_path / "run")
     other = "--optim.lr 0.5 --train.seed 3 --train.log_every 1 --train.num_steps 8".split()
     status, (line,) = train_forked(arguments_of(whole, tmp_path / "run", *other), tmp_path / "log")
@@ -404,7 +404,7 @@ def test_a_longer_decay_is_reported(whole, tmp_path):
     assert any("train.num_steps 2, got 7; so the cosine decay" in line for line in lines)
 
 
-def test_the_second_run_in_a_folder_stops_and_a_crash_frees_it(whole, tmp_path):
+def test_a_second_run_in_a_folder_is_refused_until_the_first_ends_or_is_killed(whole, tmp_path):
     arguments = arguments_of(whole, tmp_path / "run")
     reading, writing = os.pipe()
 
@@ -431,7 +431,7 @@ def shared(whole) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_killed_and_resumed_equal_two_that_were_not(shared, whole, tmp_path):
+def test_two_processes_that_are_killed_resume_like_uninterrupted_ones(shared, whole, tmp_path):
     arguments = arguments_of(whole, tmp_path / "run")
     for step in (3, 4):
         statuses = train_in_two_forks(arguments, tmp_path, lambda rank, step=step: in_step(step, die))
@@ -456,7 +456,7 @@ def test_a_signal_to_one_process_ends_both_at_the_same_step(signum, status, reac
 
 
 @pytest.mark.slow
-def test_a_bad_number_in_one_process_is_left_out_by_both(shared, whole, tmp_path):
+def test_a_bad_loss_in_one_process_is_left_out_by_both(shared, whole, tmp_path):
     def how(rank):
         return {"loss_of": spoiled_loss({7})} if rank == 1 else {}
 

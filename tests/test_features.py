@@ -29,7 +29,7 @@ def test_inception_from_a_file(inception):
     assert torch.equal(network(grey)[0], network(grey.expand(-1, 3, -1, -1))[0])
 
 
-def test_inceptions_weights_that_cannot_be_had(inception, tmp_path, monkeypatch, capsys):
+def test_missing_and_invalid_inception_weights(inception, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="no weights at nowhere"):
         InceptionFeatures("nowhere")
     (tmp_path / "bad.pth").write_bytes(PICKLE)
@@ -48,7 +48,7 @@ def test_inceptions_weights_that_cannot_be_had(inception, tmp_path, monkeypatch,
         InceptionFeatures(None)
 
 
-def test_timms_features_and_classes(vit):
+def test_timm_features_and_classes(vit):
     network = build_features("timm:test_vit", str(vit), (3, 16, 16))
     features, logits = network(IMAGES)
     assert features.shape == (3, network.num_features) and logits is None
@@ -64,7 +64,7 @@ def test_timms_features_and_classes(vit):
     torch.testing.assert_close(classifier(white)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_timms_networks_that_cannot_be_had(vit, tmp_path, monkeypatch):
+def test_missing_and_invalid_timm_networks(vit, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="timm model 'no_such' cannot be loaded: "):
         build_features("timm:no_such", None, (3, 16, 16))

@@ -78,7 +78,7 @@ def test_lines_are_added_all_or_none(tmp_path):
     assert path.read_text() == "one\ntwo\n"
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
     for name in (".step_1-77.png", ".step_2-78.png", ".other-77.png", "step_1.png"):
         (tmp_path / name).write_text("")
     (tmp_path / ".step_3-79").mkdir()
@@ -87,7 +87,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other-77.png", "step_1.png"]
 
 
-def test_a_held_folder_is_free_again_once_its_holder_is_killed_though_its_child_lives(tmp_path):
+def test_a_lock_ends_with_its_process_even_if_a_child_lives_on(tmp_path):
     reading, writing = os.pipe()
     if not (holder := os.fork()):
         with lock_folder(tmp_path):
@@ -111,7 +111,7 @@ def test_a_held_folder_is_free_again_once_its_holder_is_killed_though_its_child_
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_folder_that_cannot_be_held(tmp_path):
+def test_a_folder_that_cannot_be_locked(tmp_path):
     with (
         pytest.raises(InputError, match=r"cannot write to .*nowhere: No such file or directory"),
         lock_folder(tmp_path / "nowhere"),

@@ -61,11 +61,11 @@ def test_missing_config_file_names_the_nearest():
         (None, "unknown"),
     ],
 )
-def test_a_config_says_what_it_is_of(raw, kind):
+def test_the_kind_of_a_config_is_recognised(raw, kind):
     assert config_kind(raw) == kind
 
 
-def test_the_networks_config_is_read_from_a_run_and_from_weights_alone(tmp_path):
+def test_the_config_of_the_network_is_read_from_a_run_and_from_weights(tmp_path):
     model = UViTConfig(embed_dim=64, num_heads=2)
     for config in (model, Config(model=model)):
         (tmp_path / "config.json").write_text(to_json(config))
@@ -92,7 +92,7 @@ def test_the_step_of_a_name(name, step):
 
 
 @pytest.mark.parametrize("step", [0, 7, 99_999_999, 100_000_000])
-def test_a_step_is_read_from_its_own_name(step):
+def test_step_of_is_the_inverse_of_step_name(step):
     assert step_of(step_name(step)) == step_of(grid_path(Path(), step).name) == step
     assert len(step_name(step)) >= len("step_00000000")
 

@@ -32,7 +32,7 @@ def assert_equal_to_rounding(images, expected):
     assert (images.int() - expected.int()).abs().max() <= 1
 
 
-def test_an_image_depends_on_seed_condition_and_its_number_alone(network):
+def test_an_image_depends_only_on_seed_condition_and_number(network):
     conditions = [0, 1, 1, 2, 0]
     images = generate(network, CONFIG, conditions, seed=5)
     assert images.shape == (5, 1, 8, 8) and images.float().std() > 10
@@ -53,20 +53,20 @@ def test_processes_share_the_images(network, processes):
         assert_equal_to_rounding(torch.cat([*batches]), images[process::processes])
 
 
-def test_every_evaluation_is_watched(network):
+def test_on_evaluation_is_called_for_every_evaluation(network):
     seen = []
     generate(network, CONFIG, [0, 1, 2], seed=0, batch_size=2, on_evaluation=lambda x: seen.append(len(x)))
     assert seen == [2, 2, 1, 1]
 
 
-def test_as_many_are_drawn_at_a_time_as_a_processors_cache_holds_and_no_fewer_than_four():
+def test_the_default_batch_fits_the_cache_of_a_processor_and_is_at_least_four():
     sizes = [default_batch_size(Config(model=UViTConfig(img_size=size)), CPU) for size in (8, 16, 64)]
     assert sizes == [30, 7, MIN_DEFAULT_BATCH]
     tokens = MODEL.num_tokens * MODEL.embed_dim * 4
     assert default_batch_size(CONFIG, CPU) == 2**20 // (2 * tokens)  # guidance predicts each image twice
 
 
-def test_guidance_in_both_conventions():
+def test_guidance_is_described_in_both_conventions():
     assert describe_guidance(1.4) == "guidance w = 1.4 (the paper's s = 0.4)"
     assert describe_guidance(1) == "guidance w = 1 (the paper's s = 0)"
 

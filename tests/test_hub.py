@@ -9,7 +9,7 @@ from uvit import UViT
 from uvit.common.errors import InputError
 
 
-def test_a_backbone_goes_to_the_hub_and_back(hub, logged_in):
+def test_a_network_is_pushed_and_loaded_again(hub, logged_in):
     model = UViT(MODEL)
     address = model.push_to_hub(NAME)
     files = hub.repositories[NAME]["main"]
@@ -37,7 +37,7 @@ def test_revisions_are_kept_apart(hub, logged_in):
             UViT.from_pretrained(NAME, revision=wrong)
 
 
-def test_what_was_fetched_once_loads_without_the_hub(hub, logged_in, monkeypatch):
+def test_fetched_files_load_without_the_hub(hub, logged_in, monkeypatch):
     model = UViT(MODEL)
     model.push_to_hub(NAME)
     UViT.from_pretrained(NAME)
@@ -45,7 +45,7 @@ def test_what_was_fetched_once_loads_without_the_hub(hub, logged_in, monkeypatch
     assert_equal_weights(model, UViT.from_pretrained(NAME))
 
 
-def test_a_private_model_loads_with_a_token_from_a_cache_of_ones_own(hub, tmp_path):
+def test_a_private_model_loads_with_a_token_and_another_cache(hub, tmp_path):
     model = UViT(MODEL)
     model.push_to_hub(NAME, private=True, token=WRITER)
     with pytest.raises(InputError, match="there is no such repository, or it is private"):

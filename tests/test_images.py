@@ -89,7 +89,7 @@ def test_pixels_whose_range_is_not_known(pixels, message):
         pixels_of(Image.fromarray(pixels), form="TIFF")
 
 
-def test_what_is_no_image_is_told_in_the_same_words_each_time():
+def test_a_file_that_is_no_image_gives_the_same_message_each_time():
     for _ in range(2):
         with pytest.raises(InputError, match=r"^not an image of a known format$"):
             open_image({"bytes": b"nothing", "path": None}, 3)
@@ -150,12 +150,12 @@ def adm_centre_crop(image, size, resize=resize_rows_first):
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (333, 257), (65, 129), (31, 500), (20, 21)])
-def test_centre_crops_are_adms(shape):
+def test_centre_crops_equal_those_of_adm(shape):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8))
     assert np.array_equal(fit_image(image, 32, 32).transpose(1, 2, 0), adm_centre_crop(image, 32))
 
 
-def test_any_image_is_cut_as_if_it_were_scaled_whole():
+def test_crops_equal_those_of_the_whole_scaled_image():
     """In the first order of Pillow; in the other, only roundings differ (levels here are too near for clipping)."""
     sides = np.random.default_rng(1).integers(1, 200, (150, 2))
     for shape in sides:

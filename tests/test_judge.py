@@ -50,7 +50,7 @@ def test_labels_are_balanced_or_random():
         choose_labels(7, 3, "balanced", seed=0)
 
 
-def test_captions_of_every_label_and_again_from_the_first():
+def test_captions_are_chosen_by_label_and_repeated():
     data = Captioned(["a cat", "a dog", "two cats"], [0, 1, 0], ("cat", "dog"))
     captions, labels = choose_captions(data, 6, "balanced", seed=0)
     assert captions == ["a cat", "two cats", "a cat", "a dog", "a dog", "a dog"] and labels == [0, 0, 0, 1, 1, 1]
@@ -60,7 +60,7 @@ def test_captions_of_every_label_and_again_from_the_first():
         choose_captions(Captioned(["a cat"], [0], ("cat", "bird")), 2, "balanced", seed=0)
 
 
-def test_captions_without_labels():
+def test_captions_are_chosen_in_order_or_shuffled_without_labels():
     data = Captioned([f"text {number}" for number in range(300)], [0] * 300, ())
     assert choose_captions(data, 3, "balanced", seed=0) == (["text 0", "text 1", "text 2"], None)
     more, _ = choose_captions(data, 301, "balanced", seed=0)
@@ -69,7 +69,7 @@ def test_captions_without_labels():
     assert labels is None and sorted(shuffled) == sorted(data.texts) and shuffled != data.texts
 
 
-def test_data_without_captions(tmp_path):
+def test_data_without_captions_are_refused(tmp_path):
     name = save_captions(tmp_path / "some", ["a"] * 3).name
     data = load_images(DataConfig(name=name), ImageSpec((1, 8, 8), labels=None, captions=False))
     with pytest.raises(InputError, match="measured on the captions of a reference data set, got one without captions"):
@@ -83,7 +83,7 @@ def test_an_svm_learns_to_recognise_digits():
     assert (classifier.classify(held_out.images) == held_out.labels).float().mean() > 0.97
 
 
-def test_classifiers_that_cannot_be_built():
+def test_unknown_classifiers_are_refused():
     with pytest.raises(InputError, match="classifier must be 'svm', 'timm:MODEL' or 'none', got 'svn'"):
         build_classifier("svn", None, None, CPU)
     with pytest.raises(InputError, match="'svm' needs the labelled images"):
@@ -91,7 +91,7 @@ def test_classifiers_that_cannot_be_built():
 
 
 @pytest.mark.parametrize("batch_size", [7, 500])
-def test_statistics_do_not_depend_on_how_images_come(batch_size):
+def test_statistics_do_not_depend_on_the_batch_size(batch_size):
     data, state = Digits.load(train=False), PartialState()
     batches = [*read_with_progress(data, batch_size, 0, state)]
     assert len(batches) == -(-360 // batch_size)

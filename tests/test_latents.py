@@ -54,14 +54,14 @@ def test_a_caption_comes_with_its_own_features(folder):
     assert batch.empty_context.shape == (1, 5, 6) and batch.empty_context.unique().tolist() == [-1]
 
 
-def test_workers_that_are_not_forked_get_a_copy(folder):
+def test_latent_data_can_be_pickled_for_workers(folder):
     data = load_latents(latent_config(folder), TEXT)
     copy = pickle.loads(pickle.dumps(data))
     ours, theirs = (each.read([1, 8], np.random.default_rng(0)) for each in (data, copy))
     assert torch.equal(ours.images, theirs.images) and torch.equal(ours.context, theirs.context)
 
 
-def test_shards_are_the_ecosystems(folder):
+def test_shards_are_read_by_datasets(folder):
     rows = datasets.concatenate_datasets(
         [datasets.Dataset.from_file(str(path)) for path in sorted(folder.glob("shard*"))]
     )
@@ -69,7 +69,7 @@ def test_shards_are_the_ecosystems(folder):
     assert rows[6]["captions"] == ["6 x", "6 y", "6 z"] and set(rows[6]["moments"]) == {6.0, 6.5}
 
 
-def test_latents_that_do_not_fit(folder):
+def test_latents_that_do_not_fit_the_config_are_refused(folder):
     for model, fields, message in (
         (dataclasses.replace(LABELLED, img_size=8), {}, r"img_size\) \(2, 4, 4\), got \(2, 8, 8\)"),
         (dataclasses.replace(LABELLED, in_chans=4), {}, r"img_size\) \(2, 4, 4\), got \(4, 4, 4\)"),
@@ -122,8 +122,8 @@ def test_missing_and_broken_shards(folder):
         ({"source": "other"}, 'source must be "made up", got "other"'),
     ],
 )
-def test_a_shard_of_another_encoding(folder, tmp_path_factory, fields, message):
-    """Put in the place of one of ours."""
+def test_a_shard_of_another_encoding_is_refused(folder, tmp_path_factory, fields, message):
+    """It replaces one of the shards."""
     other, elsewhere = dataclasses.replace(MANIFEST, **fields), tmp_path_factory.mktemp("other")
     size = min(other.shard_size, other.num_images)
     columns = {

@@ -6,7 +6,7 @@ from uvit import UViT
 from uvit.networks.layers import timestep_embedding
 
 
-def test_adaln_is_the_papers_formula(tiny):
+def test_adaln_equals_the_formula_of_the_paper(tiny):
     model = UViT(tiny, time_conditioning="adaln")
     norm, time, h = model.in_blocks[0].norm1, torch.randn(2, 32), torch.randn(2, 5, 32)
     scale, shift = norm.proj(time).chunk(2, dim=-1)

@@ -51,7 +51,7 @@ def test_levels_and_bars_are_restored_however_the_block_ends(chatty, error):
 
 
 @pytest.mark.usefixtures("chatty")
-def test_other_libraries_are_left_alone_and_what_was_silent_stays_so():
+def test_other_libraries_are_not_silenced_and_silent_ones_stay_silent():
     datasets.disable_progress_bars()
     before = settings()
     with quiet("datasets", "huggingface_hub"):

@@ -46,7 +46,7 @@ def test_the_order_is_computed_from_the_step():
     assert take(StepSampler(10, 4, seed=4), 2) != whole[:2]
 
 
-def test_chance_is_keyed_by_batch_and_process():
+def test_random_keys_depend_on_batch_and_process():
     """A resumed run draws the same crops and captions; no two batches share them."""
     whole = draws(StepSampler(10, 4, seed=3), 4)
     assert draws(StepSampler(10, 4, seed=3, start=2), 2) == whole[2:]
@@ -72,14 +72,14 @@ def test_the_loader_hands_out_the_samplers_batches(num_workers):
         assert torch.equal(images, data.images[indices]) and torch.equal(labels, data.labels[indices])
 
 
-def test_a_batch_that_processes_do_not_divide():
+def test_a_batch_that_is_not_divisible_by_the_processes_is_refused():
     config = Config(model=DIGITS, train=TrainConfig(batch_size=6))
     with pytest.raises(InputError, match="divisible by 4 processes, got 6"):
         build_loader(load_data(config.data, config.model), config, 0, 0, 4, False)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_row_is_one_line_from_a_worker_too(num_workers, tmp_path, monkeypatch, capsys):
+def test_an_error_in_a_worker_is_one_line_too(num_workers, tmp_path, monkeypatch, capsys):
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = datasets.Dataset.from_dict({"img": [Image.new("L", (8, 8))] * 2, "label": [0, -1]}, features)
     rows.save_to_disk(tmp_path / "saved")
@@ -97,7 +97,7 @@ def test_a_broken_row_is_one_line_from_a_worker_too(num_workers, tmp_path, monke
     )
 
 
-def test_other_items_stand_in_for_broken_ones(tmp_path):
+def test_broken_items_are_replaced_by_others(tmp_path):
     save_folder(tmp_path / "broken")
     (tmp_path / "broken" / "cat" / "1.png").write_bytes(b"not an image")
     model = UViTConfig(img_size=8, num_classes=2)

@@ -48,7 +48,7 @@ def test_an_unknown_command_is_one_line_and_exit_2(arguments, given, monkeypatch
     assert capsys.readouterr().err == f"error: the first argument must be one of {NAMES}, got {given}\n"
 
 
-def test_a_shell_runs_a_command_from_anywhere(tmp_path):
+def test_commands_run_from_any_folder(tmp_path):
     result = run_python("-m", "uvit", "sample", "--checkpoint", "nowhere", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: checkpoint not found: nowhere\n"

@@ -44,7 +44,7 @@ def folder(tmp_path):
         ("encoder_hash", None, "Manifest must have a field 'encoder_hash', got source, fingerprint"),
     ],
 )
-def test_a_manifest_that_cannot_be_one(folder, field, value, message):
+def test_an_invalid_manifest_is_refused(folder, field, value, message):
     raw = json.loads((folder / "manifest.json").read_text())
     changed = {name: was if name != field else value for name, was in raw.items() if (name, value) != (field, None)}
     (folder / "manifest.json").write_text(json.dumps(changed))
@@ -52,7 +52,7 @@ def test_a_manifest_that_cannot_be_one(folder, field, value, message):
         load_latents(latent_config(folder), LABELLED)
 
 
-def test_a_shard_is_whole_or_not_there(tmp_path):
+def test_a_shard_is_complete_or_absent(tmp_path):
     start_encoding(tmp_path, MANIFEST, None)
     moments, label, captions, context = latent_row(0)
     with pytest.raises(KeyboardInterrupt), write_shard(tmp_path, MANIFEST, 0) as add:
@@ -61,7 +61,7 @@ def test_a_shard_is_whole_or_not_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_a_folder_is_gone_on_with_in_the_same_way_only(folder):
+def test_encoding_resumes_only_with_the_same_settings(folder):
     assert is_latent_data(folder) and read_manifest(folder) == MANIFEST
     check_same_encoding(folder, dataclasses.replace(MANIFEST, autoencoder="elsewhere/vae", versions=("torch 3",)))
     for field, value in {"encoder_hash": "xyz", "scale_factor": 1.0, "num_images": 11, "source": "other"}.items():
@@ -69,14 +69,14 @@ def test_a_folder_is_gone_on_with_in_the_same_way_only(folder):
             check_same_encoding(folder, dataclasses.replace(MANIFEST, **{field: value}))
 
 
-def test_a_manifest_remembers_who_began_and_who_went_on(tmp_path):
+def test_a_manifest_lists_the_versions_that_encoded_it(tmp_path):
     for name, versions in (("vae", ("uvit 1", "torch 2")), ("elsewhere/vae", ("uvit 1", "torch 3"))):
         start_encoding(tmp_path, dataclasses.replace(MANIFEST, autoencoder=name, versions=versions), None)
     expected = dataclasses.replace(MANIFEST, autoencoder="vae", versions=("uvit 1", "torch 2", "torch 3"))
     assert read_manifest(tmp_path) == expected
 
 
-def test_beginning_again_puts_leftovers_away(folder):
+def test_starting_again_removes_leftovers(folder):
     (folder / ".shard-00001-of-00003-77.arrow").write_bytes(b"half")
     before = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     start_encoding(folder, MANIFEST, torch.zeros(5, 6))

@@ -23,7 +23,7 @@ from uvit.evaluation.measure import MeasureArguments, measure
         ({"images": "user/data", "reference": "digits"}, "evaluation.json"),
     ],
 )
-def test_where_figures_go(given, path, tmp_path, monkeypatch):
+def test_the_file_of_the_figures_is_beside_the_images(given, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/x", "photos"):
         Path(folder).mkdir(parents=True)
@@ -42,7 +42,7 @@ def test_where_figures_go(given, path, tmp_path, monkeypatch):
         ({"checkpoint": "x", "num_images": 1}, "num_images must be at least 2, got 1"),
     ],
 )
-def test_arguments_that_do_not_fit_together(given, message):
+def test_contradictory_arguments_are_refused(given, message):
     with pytest.raises(InputError, match=message):
         MeasureArguments(**given)
 
@@ -65,13 +65,13 @@ def test_figures_are_finite_and_their_protocol_is_text(tmp_path):
     assert again["frechet"] == pytest.approx(0, abs=1e-6)
 
 
-def test_few_images_are_warned_of(tmp_path, capsys):
+def test_few_images_give_a_warning(tmp_path, capsys):
     images = save_images(tmp_path / "a.npz", 10)
     measure(MeasureArguments(images=images, reference=images), PartialState())
     assert "warning: 10 images for 16 features: " in capsys.readouterr().err
 
 
-def test_labels_that_a_classifier_does_not_know(tmp_path, vit):
+def test_a_classifier_needs_labels(tmp_path, vit):
     images = save_images(tmp_path / "a.npz", 10)
     given = {"images": images, "reference": images, "classifier": "timm:test_vit", "classifier_weights": str(vit)}
     with pytest.raises(InputError, match=r"a classifier needs labels to recognise, got none of .*a.npz"):

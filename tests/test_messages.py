@@ -25,7 +25,7 @@ def test_lines_go_above_a_progress_bar(capsys):
     assert "a line" in lines and "warning: another" in lines
 
 
-def test_errors_of_another_kind_can_be_named(capsys):
+def test_other_errors_can_become_warnings_too(capsys):
     with warn_on_failure("to a tracker", (ZeroDivisionError,)):
         raise ZeroDivisionError("two\nlines")
     assert capsys.readouterr().err == "warning: cannot write to a tracker, training continues: two lines\n"

@@ -30,7 +30,7 @@ BAD_MODELS = [
 
 
 @pytest.mark.parametrize(("fields", "message"), BAD_MODELS)
-def test_bad_models_say_what_was_given_and_expected(fields, message):
+def test_errors_name_the_given_and_the_expected_value(fields, message):
     with pytest.raises(InputError, match=message):
         UViTConfig(**fields)
 

@@ -54,7 +54,7 @@ def test_data_prediction_with_flow_loss_is_the_data_error_over_sigma_squared():
         ("v", lambda snr: snr.clamp(max=5) / (snr + 1)),
     ],
 )
-def test_min_snr_weights_are_the_papers(kind, weight):
+def test_min_snr_weights_equal_those_of_the_paper(kind, weight):
     """Hang et al., arXiv 2303.09556, section 3.4, for each prediction under a variance-preserving schedule."""
     process = ProcessConfig(schedule="vp", prediction=kind, weighting="min_snr")
     loss = diffusion_loss(network, X0, process, times=TIMES, noise=NOISE)

@@ -45,7 +45,7 @@ def test_training_resumes_as_version_0_1_did(old_run, capsys):
             assert line[name] == pytest.approx(wanted[name], rel=1e-5), (line["step"], name)
 
 
-def test_its_network_loads_and_predicts(old_run):
+def test_the_network_of_an_old_run_predicts(old_run):
     model = UViT.from_pretrained(old_run)
     assert (model.config.num_classes, model.config.null_class, model.config.embed_dim) == (10, True, 16)
     expected = load_checkpoint(old_run)["ema"]
@@ -54,7 +54,7 @@ def test_its_network_loads_and_predicts(old_run):
         assert model(torch.zeros(2, 1, 8, 8), torch.tensor(500.0), y=torch.tensor([0, 10])).isfinite().all()
 
 
-def test_images_are_drawn_from_it(old_run, tmp_path):
+def test_an_old_run_draws_images(old_run, tmp_path):
     output = str(tmp_path / "images.npz")
     sample.main(["--checkpoint", str(old_run), "--num_per_class", "1", "--output", output])
     images, labels = read_npz(output)

@@ -16,7 +16,7 @@ def test_adamw_decays_every_parameter(tiny):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(UViT(tiny).parameters()))
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tiny):
+def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(tiny):
     model = UViT(tiny, num_classes=5)
     optimizer = build_optimizer(model, OptimConfig(name="muon", lr=1e-2))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -65,7 +65,7 @@ def test_the_first_update_of_a_warm_up_changes_nothing(tiny):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
-def test_learning_rates_are_the_peak_times_the_factor_also_after_resuming(tiny, name, decay):
+def test_learning_rates_equal_peak_times_factor_also_after_resuming(tiny, name, decay):
     """With a scaled rate for the part that Muon leaves to AdamW, and a state that another schedule has left behind."""
     config = OptimConfig(name=name, lr=1e-2, warmup_steps=2, decay=decay, fallback_lr_scale=0.5)
     model = UViT(tiny)
@@ -86,7 +86,7 @@ def test_learning_rates_are_the_peak_times_the_factor_also_after_resuming(tiny, 
             assert [group["lr"] for group in resumed.param_groups] == [peak * factor for peak in peaks]
 
 
-def test_a_state_of_another_optimizer_does_not_load(tiny):
+def test_the_state_of_another_optimizer_is_refused(tiny):
     adamw, muon = (build_optimizer(UViT(tiny), OptimConfig(name=name)) for name in ("adamw", "muon"))
     with pytest.raises(ValueError, match="its optimizer is a different one"):
         load_optimizer_state(adamw, muon.state_dict())

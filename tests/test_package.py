@@ -14,7 +14,7 @@ def test_importing_prints_nothing_and_starts_nothing(tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_names_are_loaded_when_they_are_asked_for(tmp_path):
+def test_names_are_imported_on_first_use(tmp_path):
     """One does not pay for another: a config needs no network, and neither needs the hub."""
     code = """
 import sys, uvit
@@ -28,7 +28,7 @@ assert "torch" in sys.modules and "uvit.common.hub" not in sys.modules
     assert result.returncode == 0, result.stderr
 
 
-def test_star_gives_the_public_names():
+def test_star_import_gives_the_public_names():
     names = {}
     exec("from uvit import *", names)
     assert {*names} - {"__builtins__"} == {*uvit.__all__} == {"Config", "UViT", "UViTConfig", "build_network"}

@@ -50,7 +50,7 @@ def test_the_command_listens_on_this_machine_alone_until_it_is_stopped(runs):
     assert process.returncode == 143 and errors == "\nstopped by SIGTERM\n"
 
 
-def test_a_port_in_use_and_no_such_folder(runs, tmp_path):
+def test_a_used_port_and_a_missing_folder_are_refused(runs, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port}: .* give another --port"):
@@ -100,7 +100,7 @@ def call(address: str, **changed: object) -> str:
     return httpx.get(f"{address}gradio_api/call/draw/{started.json()['event_id']}", timeout=60).text
 
 
-def test_a_program_gets_images_and_the_same_checks(served, runs, capfd):
+def test_api_calls_get_images_and_the_same_checks(served, runs, capfd):
     shutil.copytree(runs / "tiny", runs.parent / "outside")
     assert call(served).startswith("event: complete") and "image.png" in call(served)
     for name in ("../outside", str(runs.parent / "outside")):
@@ -135,7 +135,7 @@ def test_too_little_memory_is_one_line(served, capfd):
 
 
 @needs_browser
-def test_the_first_press_draws_where_all_classes_are_too_many(served, runs, driver):
+def test_only_the_first_classes_are_selected_if_there_are_too_many(served, runs, driver):
     config = load_config(runs / "tiny" / "config.json")
     model = dataclasses.replace(config.model, num_classes=1000)
     config = dataclasses.replace(
@@ -155,7 +155,7 @@ def test_the_first_press_draws_where_all_classes_are_too_many(served, runs, driv
 
 
 @needs_browser
-def test_a_person_chooses_presses_and_sees_other_images(served, runs, driver):
+def test_a_user_chooses_settings_and_sees_new_images(served, runs, driver):
     shutil.copytree(runs / "tiny", runs / "second")
     page = Page(driver, served)
     assert page.source() is None

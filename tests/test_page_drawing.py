@@ -64,7 +64,7 @@ def test_the_denoising_begins_in_noise_and_ends_in_the_images(runs):
 
 
 @pytest.mark.parametrize(("denoising", "together"), [("none", 4), ("strip", 6)])
-def test_as_many_are_drawn_at_a_time_as_is_fastest_unless_they_are_followed(tmp_path, denoising, together):
+def test_images_are_drawn_in_default_batches_unless_their_denoising_is_shown(tmp_path, denoising, together):
     """Of a network with many tokens, at least four; those that are followed are one batch."""
     model = UViTConfig(img_size=64, patch_size=1, in_chans=1, embed_dim=16, depth=2, num_heads=1, num_classes=3)
     UViT(model).save_pretrained(tmp_path / "large")
@@ -75,13 +75,13 @@ def test_as_many_are_drawn_at_a_time_as_is_fastest_unless_they_are_followed(tmp_
     assert seen[0] == (together, 12) and seen[-1] == (12, 12)
 
 
-def test_a_film_of_many_images_is_made_smaller():
+def test_a_film_too_large_for_webp_is_scaled_down():
     tall = [Image.new("RGB", (30, page_drawing.MAX_WEBP_SIDE + 1), colour) for colour in ("red", "blue")]
     film = Image.open(io.BytesIO(page_drawing._to_webp(tall)))
     assert film.n_frames == 2 and film.size == (30, page_drawing.MAX_WEBP_SIDE)
 
 
-def test_runs_are_found_newest_first_and_weights_alone_are_not(runs):
+def test_runs_are_listed_newest_first_without_folders_of_weights(runs):
     shutil.copytree(runs / "tiny", runs / "group" / "second")
     os.utime(runs / "tiny" / "model.safetensors", (1, 1))
     shutil.copytree(runs / "tiny", runs / "weights")
@@ -119,7 +119,7 @@ def test_a_run_deleted_before_it_is_loaded_is_not_looked_up_on_the_hub(runs, mon
     assert not first.exists()
 
 
-def test_other_folders_of_the_machine_are_not_named(runs, tmp_path):
+def test_errors_do_not_name_other_folders_of_the_machine(runs, tmp_path):
     (tmp_path / "encoders" / "vae-large").mkdir(parents=True)
     config = json.loads((runs / "tiny" / "config.json").read_text())
     config["data"]["autoencoder"] = str(tmp_path / "encoders" / "vae")
@@ -162,7 +162,7 @@ def test_no_name_leads_out_of_the_folder(runs, tmp_path):
         ({"run": "tony"}, "run not found in .*: 'tony', did you mean 'tiny'?"),
     ],
 )
-def test_what_a_request_gets_wrong_is_one_line(runs, changed, message):
+def test_errors_of_a_request_are_one_line(runs, changed, message):
     with pytest.raises(InputError, match=message.replace("?", r"\?")) as caught:
         draw(runs, Drawing(**{"run": "tiny", "steps": 1, **changed}), ignore)
     assert "\n" not in str(caught.value)

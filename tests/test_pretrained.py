@@ -12,7 +12,7 @@ from uvit.common.errors import InputError
 from uvit.config import Config, to_json
 
 
-def test_saved_and_loaded_is_the_same(tiny, tmp_path):
+def test_a_saved_network_loads_unchanged(tiny, tmp_path):
     model = UViT(tiny, num_classes=5, null_class=True, qk_norm=True)
     model.save_pretrained(tmp_path / "model")
     loaded = UViT.from_pretrained(tmp_path / "model", attention="math")
@@ -50,7 +50,7 @@ def test_missing_weights(saved, tmp_path):
         UViT.from_pretrained(saved)
 
 
-def test_a_hub_name_that_cannot_be_had(monkeypatch):
+def test_an_unknown_hub_name_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="'nobody/nothing' is not a folder on disk, and cannot be fetched"):
         UViT.from_pretrained("nobody/nothing")
@@ -72,7 +72,7 @@ def test_truncated_weights(saved):
 
 
 @pytest.mark.parametrize("fields", [{}, {"pos_embed": "sincos2d", "patch_embed": "conv", "conv": "none"}])
-def test_loading_draws_no_random_numbers_and_leaves_weights_of_its_own(tiny, fields, tmp_path):
+def test_loading_draws_no_random_numbers_and_copies_the_weights(tiny, fields, tmp_path):
     model = UViT(tiny, **fields).eval()
     model.save_pretrained(tmp_path)
     before = torch.get_rng_state()
@@ -83,7 +83,7 @@ def test_loading_draws_no_random_numbers_and_leaves_weights_of_its_own(tiny, fie
     assert all(each.requires_grad and each.untyped_storage().nbytes() == each.nbytes for each in loaded.parameters())
 
 
-def test_halved_weights_load_in_full_precision(saved):
+def test_half_precision_weights_load_in_full_precision(saved):
     halves = {name: tensor.bfloat16() for name, tensor in load_file(saved / "model.safetensors").items()}
     save_file(halves, saved / "model.safetensors")
     loaded = UViT.from_pretrained(saved).state_dict()
@@ -91,7 +91,7 @@ def test_halved_weights_load_in_full_precision(saved):
     assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
 
 
-def test_weights_of_another_shape(saved, tiny):
+def test_weights_of_another_shape_are_refused(saved, tiny):
     config = (saved / "config.json").read_text()
     (saved / "config.json").write_text(config.replace('"num_classes": 5', '"num_classes": 6'))
     with pytest.raises(InputError, match=r"do not fit their config: .*label_emb.weight.*\[5, 32\].*\[6, 32\]"):

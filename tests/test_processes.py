@@ -50,7 +50,7 @@ def train_on(count, folder, options=OPTIONS):
 
 
 @pytest.mark.parametrize("share", [1, 2], ids=["ddp", "fsdp"])
-def test_gradients_weights_and_losses_are_those_of_one_process(share, folder):
+def test_gradients_weights_and_losses_equal_those_of_one_process(share, folder):
     [one], losses, alone = train_on(1, folder)
     two, shared, together = train_on(2, folder, f"{OPTIONS} --train.shard {share > 1}")
     for seen in two:
@@ -70,7 +70,7 @@ def test_gradients_weights_and_losses_are_those_of_one_process(share, folder):
     # What Muon makes of a gradient of low rank is mostly rounding, which differs where matrices are cut.
     [("adamw", False), ("muon", True)],
 )
-def test_a_run_that_was_shared_out_goes_on(optimizer, share, folder):
+def test_a_sharded_run_resumes(optimizer, share, folder):
     """As it would have gone on itself; grids are drawn from a whole model."""
 
     def train(name, share):

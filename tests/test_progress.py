@@ -9,7 +9,7 @@ import pytest
 from uvit.training.progress import MetricsFile, Progress, Stopwatch
 
 
-def test_lines_of_metrics_after_the_step_go_and_foreign_ones_stay(tmp_path):
+def test_lines_of_later_steps_are_removed_and_other_lines_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     kept = ['{"step": 1}', "a note", "[1]", '{"other": 2}', '{"step": "x"}', "", '{"step": 2, "skipped": true}']
     path.write_text("\n".join([*kept, '{"step": 3}', '{"step": 2, "lo']))
@@ -19,7 +19,7 @@ def test_lines_of_metrics_after_the_step_go_and_foreign_ones_stay(tmp_path):
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 3, "loss": "inf", "grad_norm": "nan"}
 
 
-def test_lines_that_cannot_be_written_wait(tmp_path):
+def test_lines_that_cannot_be_written_are_written_later(tmp_path):
     metrics = MetricsFile(tmp_path / "gone" / "metrics.jsonl", 0)
     for step in (1, 2):
         with pytest.raises(FileNotFoundError):
@@ -29,7 +29,7 @@ def test_lines_that_cannot_be_written_wait(tmp_path):
     assert metrics.path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_lines_that_nest_too_deeply_are_none_of_ours(tmp_path):
+def test_deeply_nested_lines_are_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("[" * 200_000 + '\n{"step": 9}\n')
     MetricsFile(path, 3)
@@ -62,7 +62,7 @@ def clock(monkeypatch):
     return wait
 
 
-def test_a_stopwatch_counts_steps_since_the_last_time(clock):
+def test_a_stopwatch_measures_steps_per_second_since_the_last_call(clock):
     stopwatch = Stopwatch(10)
     clock(4)
     assert stopwatch.steps_per_second(30) == 5
@@ -70,7 +70,7 @@ def test_a_stopwatch_counts_steps_since_the_last_time(clock):
     assert stopwatch.steps_per_second(31) == 0.5
 
 
-def test_a_stopwatch_leaves_out_what_is_not_a_step(clock):
+def test_a_stopwatch_does_not_count_paused_blocks(clock):
     stopwatch = Stopwatch(0)
     clock(1)
     with stopwatch.paused():
@@ -82,7 +82,7 @@ def test_a_stopwatch_leaves_out_what_is_not_a_step(clock):
     assert stopwatch.steps_per_second(8) == 4
 
 
-def test_values_of_another_kind_are_no_progress():
+def test_progress_refuses_values_of_another_type():
     for state in ({"bad_steps": "x"}, {"loss_sum": 1}, {"steps": 1}):
         with pytest.raises(TypeError):
             Progress().load_state_dict(state)

@@ -22,7 +22,7 @@ def drawing_of(config, conditions, mode="balanced", checkpoint="runs/x"):
     return network, describe_drawing(checkpoint, **named, conditions=conditions, label_mode=mode, seed=4)
 
 
-def test_a_drawing_in_words(tmp_path):
+def test_a_drawing_is_described(tmp_path):
     sampling = SampleConfig(num_steps=5, guidance=1.5, guidance_interval=(0.1, 0.9), reuse="1:3")
     for step in (20, 100):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
@@ -42,7 +42,7 @@ def test_a_drawing_in_words(tmp_path):
     }
 
 
-def test_what_was_drawn():
+def test_the_number_of_images_is_described():
     labels = Config(model=MODEL)
     assert drawing_of(labels, [0, 2, 2], "random")[1]["images"] == "3 drawn, labels at random"
     text = Config(model=UViTConfig(context_dim=2, num_context_tokens=1))
@@ -51,7 +51,7 @@ def test_what_was_drawn():
     assert drawing_of(Config(), [None] * 3)[1]["images"] == "3 drawn"
 
 
-def test_features_and_versions(vit):
+def test_features_and_versions_are_described(vit):
     assert describe_features("pixels", build_features("pixels", None, (1, 8, 8))) == "pixels"
     network = build_features("timm:test_vit", str(vit), (3, 8, 8))
     assert describe_features("timm:test_vit", network) == f"timm:test_vit, hash {network.weights_hash}"

@@ -51,17 +51,17 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine(measured_run, 
         ("svm on the pixels of 9 training images", "svm on the pixels of 9 training images"),
     ],
 )
-def test_names_lose_their_folders(text, public):
+def test_public_names_have_no_folders(text, public):
     assert public_name(text) == public
 
 
-def test_a_folder_that_is_there_loses_those_above_it(tmp_path, monkeypatch):
+def test_an_existing_folder_is_named_without_its_parents(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "client" / "photos").mkdir(parents=True)
     assert public_name("client/photos") == "./photos" and public_name("client/other") == "client/other"
 
 
-def test_weights_alone_are_published_too(hub, logged_in, tmp_path):
+def test_a_folder_of_weights_is_published(hub, logged_in, tmp_path):
     UViT(MODEL).save_pretrained(tmp_path / "bare")
     push.main([str(tmp_path / "bare"), NAME, "--private", "True", "--revision", "v1"])
     assert hub.private[NAME] and UViT.from_pretrained(NAME, revision="v1").config == MODEL
@@ -79,7 +79,7 @@ def test_a_private_push_does_not_go_to_a_public_model(hub, logged_in, measured_r
     assert hub.repositories[NAME]["main"] != before
 
 
-def test_a_name_that_is_not_there_is_one_line(hub, tmp_path, monkeypatch, capsys):
+def test_an_unknown_name_is_one_line(hub, tmp_path, monkeypatch, capsys):
     line = refused("card", ["me/nothing", tmp_path / "out"], monkeypatch, capsys)
     assert "'me/nothing' is not a folder on disk, and cannot be fetched from the hub: there is no such" in line
     assert not (tmp_path / "out").exists()
@@ -102,7 +102,7 @@ def test_a_push_that_is_refused_is_one_line(token, name, message, hub, measured_
     assert not hub.repositories
 
 
-def test_a_push_to_what_is_no_branch_makes_no_repository(hub, logged_in, measured_run, monkeypatch, capsys):
+def test_a_push_to_an_invalid_branch_creates_no_repository(hub, logged_in, measured_run, monkeypatch, capsys):
     expected = "a revision must be a branch, tag or commit of the hub's, got 'a..b'"
     assert expected in refused("push", [measured_run, NAME, "--revision", "a..b"], monkeypatch, capsys)
     assert not hub.repositories
@@ -132,9 +132,7 @@ def test_no_way_to_the_hub_is_one_line(logged_in, measured_run, monkeypatch, cap
         ({"protocol": {"weights": "hash 1", "reference": "", "features": ""}}, "holds figures of other weights than"),
     ],
 )
-def test_figures_that_are_not_those_of_the_weights_are_refused(
-    change, message, measured_run, tmp_path, monkeypatch, capsys
-):
+def test_figures_of_other_weights_are_refused(change, message, measured_run, tmp_path, monkeypatch, capsys):
     path = measured_run / "evaluation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert message in refused("card", [measured_run, tmp_path / "out"], monkeypatch, capsys)

@@ -32,7 +32,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_recipes_are_the_papers(name):
+def test_recipes_equal_those_of_the_paper(name):
     config = load_config(CONFIGS / f"{name}.py")
     optim, train = config.optim, config.train
     found = (train.num_steps / 1000, train.batch_size, optim.lr, optim.betas, optim.warmup_steps, train.label_dropout)
@@ -57,7 +57,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_data_are_the_papers(name):
+def test_data_settings_equal_those_of_the_paper(name):
     (expected,) = [row for start, row in DATA.items() if name.startswith(start)]
     data = load_config(CONFIGS / f"{name}.py").data
     assert (data.flip, data.autoencoder, data.scale_factor) == expected
@@ -87,7 +87,7 @@ def known_of(name):
 
 
 @pytest.mark.parametrize("name", FACTS["parameter_counts"])
-def test_sizes_are_read_off_the_tensors(name):
+def test_sizes_are_inferred_from_the_tensors(name):
     config = config_of(FACTS["parameter_counts"][name]["kwargs"])
     with torch.device("meta"):
         weights = UViT(config).state_dict()

@@ -16,7 +16,7 @@ def test_every_field_that_is_named_harmless_exists():
     assert set(HARMLESS) == {field.name for field in dataclasses.fields(Config)}
 
 
-def test_changes_are_told_apart():
+def test_harmless_changes_are_told_from_others():
     before = Config()
     now = Config(optim=OptimConfig(lr=1.0), train=TrainConfig(seed=1, log_every=3))
     assert changes(before, now) == (

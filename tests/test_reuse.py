@@ -28,7 +28,7 @@ def test_features_linear_in_time_are_reused_exactly():
     assert computed == [1000, 900, 500]  # the first two, then every third
 
 
-def test_another_batch_size_starts_anew():
+def test_another_batch_size_starts_again():
     computed: list[float] = []
     network = reuse_deep_features(linear_network(computed), outer=1, every=2)
     for t, size in ((9.0, 2), (8.0, 2), (7.0, 4), (6.0, 4), (5.0, 4), (4.0, 4), (3.0, 2)):

@@ -56,7 +56,7 @@ def test_cuda_graphs_do_not_accumulate():
         TrainConfig(compile="graphs", accumulation_steps=2)
 
 
-def test_sections_that_do_not_fit_together():
+def test_contradictory_sections_are_refused():
     with pytest.raises(InputError, match=r"label_dropout 0.1 needs model.null_class"):
         Config(train=TrainConfig(label_dropout=0.1))
     with pytest.raises(InputError, match=r"guidance 2.0 needs model.null_class"):

@@ -30,7 +30,7 @@ def test_a_run_is_loaded_ready_to_draw(run_dir):
     assert_equal_weights(network, UViT.from_pretrained(run_dir))
 
 
-def test_weights_alone_need_the_runs_config(run_dir, tmp_path):
+def test_weights_without_a_run_need_its_config(run_dir, tmp_path):
     network = UViT(MODEL)
     network.save_pretrained(tmp_path / "weights")
     torch.save(network.state_dict(), tmp_path / "nnet_ema.pth")
@@ -49,14 +49,14 @@ def test_a_config_of_another_model_is_refused(run_dir, tmp_path):
         load_run(str(tmp_path / "weights"), "auto", CPU, str(run_dir / "config.json"))
 
 
-def test_the_runs_own_settings_hold_where_none_are_given(run_dir):
+def test_settings_default_to_those_of_the_run(run_dir):
     config, _, encoders = DrawArguments(checkpoint=str(run_dir)).load()
     assert config == CONFIG and encoders == NO_ENCODERS
     config, *_ = DrawArguments(checkpoint=str(run_dir)).load(default_guidance=1.0)
     assert config.sample == dataclasses.replace(CONFIG.sample, guidance=1.0)
 
 
-def test_given_settings_take_the_place_of_the_runs(run_dir):
+def test_given_settings_replace_those_of_the_run(run_dir):
     given = DrawArguments(
         checkpoint=str(run_dir),
         paper_scale=0.5,
@@ -94,17 +94,17 @@ def test_given_settings_take_the_place_of_the_runs(run_dir):
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="some of these are fine with CUDA")
-def test_settings_that_do_not_fit_are_refused_before_the_work(run_dir, fields, message):
+def test_settings_that_do_not_fit_are_refused_before_drawing(run_dir, fields, message):
     with pytest.raises(InputError, match=message):
         DrawArguments(checkpoint=str(run_dir), **fields).load()
 
 
-def test_settings_that_contradict_each_other():
+def test_contradictory_settings_are_refused():
     with pytest.raises(InputError, match=r"give --guidance or --paper_scale, got both: 1.5 and 0.5"):
         DrawArguments(checkpoint="x", guidance=1.5, paper_scale=0.5)
 
 
-def test_a_grid_that_the_process_does_not_allow(run_dir):
+def test_a_grid_too_fine_for_the_process_is_refused(run_dir):
     discrete = dataclasses.replace(CONFIG, process=ProcessConfig(schedule="ldm", prediction="noise"))
     (run_dir / "config.json").write_text(to_json(discrete))
     with pytest.raises(InputError, match=r"schedule 'ldm' begins at time 0.001, got a grid with 0.0005"):

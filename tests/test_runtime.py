@@ -12,7 +12,7 @@ SMALL = {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classe
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "no")])
-def test_auto_is_bf16_where_the_processor_has_it_and_the_model_is_wide(has_bf16, expected, monkeypatch):
+def test_auto_is_bf16_if_the_processor_supports_it_and_the_model_is_wide(has_bf16, expected, monkeypatch):
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
     assert resolve_precision("auto", "cpu", MIN_BF16_WIDTH) == expected

@@ -107,7 +107,7 @@ def test_a_pickle_is_never_run(name, arguments, place, workdir, monkeypatch, cap
     assert not proof.exists()
 
 
-def test_the_traps_of_these_tests_do_spring(tmp_path):
+def test_the_traps_of_these_tests_work(tmp_path):
     """A test of safety that could not fail would prove nothing."""
     for number, name in enumerate(("a.pth", "a.npz", "a.npy", "a.safetensors")):
         path, proof = tmp_path / name, tmp_path / str(number)
@@ -153,7 +153,7 @@ def test_a_context_that_is_a_pickle_is_not_read(tmp_path, monkeypatch):
         load_latents(data, model)
 
 
-def test_inceptions_cached_download_is_not_run(tmp_path, monkeypatch):
+def test_a_malicious_cached_inception_is_not_run(tmp_path, monkeypatch):
     """What torch-fidelity keeps on disk."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -165,7 +165,7 @@ def test_inceptions_cached_download_is_not_run(tmp_path, monkeypatch):
 
 
 @in_a_fork
-def test_inceptions_file_is_not_run_where_it_is_replaced_after_it_was_checked(tmp_path, inception):
+def test_a_malicious_inception_that_replaces_a_checked_file_is_not_run(tmp_path, inception):
     """torch-fidelity reads it again."""
     path = shutil.copy(inception, tmp_path / "w.pth")
     write_malicious(tmp_path / "other.pth", tmp_path / "proof")
@@ -224,7 +224,7 @@ def test_a_config_cannot_take_memory_that_its_weights_do_not_need(fields, messag
     ],
 )
 @pytest.mark.usefixtures("little_memory")
-def test_an_encoders_config_cannot_either(folder, fields, message, workdir):
+def test_an_encoder_config_cannot_take_memory_that_its_weights_do_not_need(folder, fields, message, workdir):
     path = workdir / folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     with pytest.raises(InputError, match=message):
@@ -240,7 +240,7 @@ def test_an_autoencoder_without_one_of_its_weights_is_refused(workdir):
         Autoencoder("vae", 1.0)
 
 
-def test_a_pickles_tensor_that_repeats_one_value_is_refused(tmp_path):
+def test_a_tensor_that_repeats_one_stored_value_is_refused(tmp_path):
     torch.save({"pos_embed": torch.zeros(1).expand(1, 10**9, 10**3)}, tmp_path / "a.pth")
     assert (tmp_path / "a.pth").stat().st_size < 10_000
     with pytest.raises(InputError, match=r"must hold all values of its tensors, 4,000,000,000,000 bytes, got 4"):
@@ -284,7 +284,7 @@ BAD_JSON = [
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_JSON, ids=range(len(BAD_JSON)))
-def test_json_that_is_no_config(text, message, workdir, monkeypatch, capsys):
+def test_invalid_json_is_refused_in_one_line(text, message, workdir, monkeypatch, capsys):
     (workdir / "run/config.json").write_bytes(text.encode(errors="surrogateescape"))
     (workdir / "run/checkpoints").mkdir()
     line = refused("train", "tiny.py --train.run_dir run", monkeypatch, capsys)
@@ -309,7 +309,7 @@ def test_a_huge_json_is_not_read(tmp_path):
         ({"source": "a\x1b]0;x\x07"}, "source must be plain text in one line"),
     ],
 )
-def test_a_manifest_that_cannot_be(fields, message, tmp_path):
+def test_an_invalid_manifest_is_refused(fields, message, tmp_path):
     whole = {"source": "x", "num_images": 2, "shard_size": 2, "image_shape": [8, 8], "latent_shape": [4, 4, 4]}
     whole |= {"autoencoder": "a", "encoder_hash": "b", "scale_factor": 0.5}
     (tmp_path / "manifest.json").write_text(json.dumps(whole))
@@ -326,7 +326,7 @@ def test_names_do_not_lead_out_of_the_hubs_folder(name, workdir):
 
 
 def test_names_of_data_are_neither_acted_on_nor_made_paths(tmp_path, capsys):
-    """A class called by a path and a terminal's escape is drawn, listed and printed with its letters alone."""
+    """A class whose name is a path with terminal escapes is drawn, listed and printed as plain text."""
     name = "../../\x1b[31mred\nline\ud800"
     picture = image_grid(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 1, [name, "b"])
     assert picture.size[0] > 66

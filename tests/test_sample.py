@@ -24,7 +24,7 @@ def test_sample_draws_a_row_for_each_class(workdir, capsys):
     assert picture.size[1] < 3 * 66 < picture.size[0] + 66
 
 
-def test_npz_is_what_adm_reads_and_does_not_depend_on_the_batch(workdir):
+def test_an_npz_has_the_format_of_adm_and_does_not_depend_on_the_batch(workdir):
     shared = "--checkpoint runs/tiny --num_per_class 3 --guidance 2 --seed 3".split()
     sample.main([*shared, "--output", "a.npz", "--batch_size", "7"])
     sample.main([*shared, "--output", "b.npz", "--batch_size", "64"])
@@ -38,7 +38,7 @@ def test_npz_is_what_adm_reads_and_does_not_depend_on_the_batch(workdir):
     assert np.abs(images.astype(int) - read_npz("d.npz")[0]).max() > 1
 
 
-def test_the_papers_scale_is_w_minus_one(workdir, capsys):
+def test_the_scale_of_the_paper_is_w_minus_one(workdir, capsys):
     shared = "--checkpoint runs/tiny --num_per_class 2 --classes 3".split()
     sample.main([*shared, "--guidance", "1.4", "--output", "w.npz"])
     sample.main([*shared, "--paper_scale", "0.4", "--output", "s.npz"])
@@ -64,7 +64,7 @@ def test_a_text_run_draws_prompts(workdir, capsys):
 
 
 @pytest.mark.usefixtures("trained_on_text")
-def test_a_moved_text_encoder_is_given_by_name(workdir, monkeypatch):
+def test_a_moved_text_encoder_can_be_given(workdir, monkeypatch):
     shutil.copytree("clip", "moved")
     shared = "--checkpoint runs/text --prompt x --num_per_class 1".split()
     sample.main([*shared, "--output", "before.npz"])
@@ -78,7 +78,7 @@ def test_a_moved_text_encoder_is_given_by_name(workdir, monkeypatch):
     assert np.array_equal(read_npz("before.npz")[0], read_npz("after.npz")[0])
 
 
-def test_latents_are_drawn_as_images(tmp_path, monkeypatch):
+def test_latents_are_decoded(tmp_path, monkeypatch):
     """Weights under the reference code's file name, a config, and an autoencoder give decoded pictures."""
     monkeypatch.chdir(tmp_path)
     make_autoencoder(tmp_path / "vae")

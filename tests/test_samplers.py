@@ -28,7 +28,7 @@ from uvit.diffusion.solvers import SOLVERS
         ("ldm", {"spacing": "bogus"}, "spacing must be one of ('uniform', 'log_snr'), got 'bogus'"),
     ],
 )
-def test_grids_that_cannot_be_made(schedule, arguments, message):
+def test_invalid_grids_are_refused(schedule, arguments, message):
     with pytest.raises(InputError, match=re.escape(message)):
         time_grid(SCHEDULES[schedule], 3, **arguments)
 
@@ -97,7 +97,7 @@ def test_grids_decrease_to_zero_with_as_many_steps_as_asked(name, spacing, num_s
     assert all(t > s for t, s in zip(times, times[1:]))
 
 
-def test_bad_grids():
+def test_grids_of_invalid_steps_and_times_are_refused():
     with pytest.raises(InputError, match="steps must be at least 1, got 0"):
         time_grid(SCHEDULES["flow"], 0)
     with pytest.raises(InputError, match=r"got 0.2 and 0.5"):
@@ -170,7 +170,7 @@ def test_every_combination_draws_gaussian_data(name, prediction, solver, spacing
 
 @pytest.mark.parametrize("solver", ["euler_maruyama", "dpm_solver_fast", "dpmpp_fast"])
 @pytest.mark.parametrize("name", ["cosine", "flow"])
-def test_a_grid_that_a_solver_is_not_stable_on(name, solver):
+def test_a_grid_on_which_a_solver_is_unstable_is_refused(name, solver):
     config = SampleConfig(sampler=solver, spacing="uniform")
     with pytest.raises(InputError, match=f"'{name}' needs spacing 'log_snr', got 'uniform'"):
         sampling_times(ProcessConfig(schedule=name), config)
@@ -197,7 +197,7 @@ def test_noise_belongs_to_the_image_not_to_the_batch():
 
 @pytest.mark.parametrize("shift", [0.1, 0.3, 3.0, 20.0])
 def test_shifted_grids_keep_their_ends(shift):
-    """Beyond 1 the guidance interval would end; nearer to 1 than the margin, α would hardly be there to divide by."""
+    """A first time above 1 would be outside of the guidance interval; one within the margin would divide by almost 0."""
     times = time_grid(SCHEDULES["flow"], 8, t_start=1 - TIME_MARGIN, shift=shift)
     assert (times[0], times[-1]) == (1 - TIME_MARGIN, 0)
     assert all(t > s for t, s in zip(times, times[1:]))
@@ -208,7 +208,7 @@ def test_shifted_grids_keep_their_ends(shift):
     assert sampling_times(process, config)[1] == pytest.approx(shift_time(torch.tensor(2 / 3), shift).item(), rel=1e-4)
 
 
-def test_sampling_heeds_the_guidance_interval():
+def test_sampling_respects_the_guidance_interval():
     network = CountingNetwork()
     config = SampleConfig(num_steps=4, guidance=2.0, guidance_interval=(0.3, 0.8))
     sample(network, ProcessConfig(), config, lambda: torch.randn(2, 4), {"y": torch.ones(2)}, {"y": torch.zeros(2)})

@@ -10,7 +10,7 @@ from uvit.diffusion.process import SCHEDULES
 from uvit.integrations.diffusers import check_scheduler, make_scheduler, set_times
 
 
-def test_times_of_a_table_are_the_networks_own():
+def test_times_of_a_table_are_those_of_the_network():
     """sample.py asks an ldm network at n, where diffusers counts n - 1."""
     process = ProcessConfig(schedule="ldm", prediction="noise")
     scheduler = make_scheduler(process)
@@ -22,7 +22,7 @@ TABLES = [(schedule, prediction) for schedule in ("vp", "ldm", "cosine") for pre
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), [*TABLES, ("flow", "flow"), ("flow", "noise")])
-def test_a_process_lives_in_a_schedulers_saved_config(schedule, prediction, tmp_path):
+def test_a_saved_scheduler_holds_the_process(schedule, prediction, tmp_path):
     process = ProcessConfig(schedule=schedule, prediction=prediction)
     scheduler = make_scheduler(process, "unipc")
     scheduler.save_pretrained(tmp_path)
@@ -49,6 +49,6 @@ def test_a_process_lives_in_a_schedulers_saved_config(schedule, prediction, tmp_
         ({}, "euler_maruyama", "'flow' are euler, heun, dpmpp_2m, unipc, got sampler 'euler_maruyama'"),
     ],
 )
-def test_what_diffusers_cannot_express(fields, sampler, message):
+def test_processes_without_a_counterpart_in_diffusers_are_refused(fields, sampler, message):
     with pytest.raises(InputError, match=message):
         make_scheduler(ProcessConfig(**fields), sampler)

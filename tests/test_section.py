@@ -58,7 +58,7 @@ def test_json_and_back():
         ({"count": 1, "inner": {"share": False}}, "share must be float, got False"),
     ],
 )
-def test_values_that_do_not_fit(raw, message):
+def test_invalid_values_are_refused(raw, message):
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
         from_dict(Outer, raw)
 
@@ -78,7 +78,7 @@ def test_fields_are_replaced_in_a_new_section():
         ({"kind": "three"}, "kind must be one of 'one', 'two', got 'three'"),
     ],
 )
-def test_fields_that_cannot_be_replaced(fields, message):
+def test_invalid_replacements_are_refused(fields, message):
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
         replace_fields(WHOLE, fields)
 

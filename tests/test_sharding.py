@@ -21,7 +21,7 @@ def start_group():
 
 
 @in_a_fork
-def test_a_sharded_network_predicts_and_is_put_together_again(tiny):
+def test_a_sharded_network_predicts_and_is_unsharded(tiny):
     start_group()
     network = UViT(tiny)
     whole = copy.deepcopy(network)
@@ -40,7 +40,7 @@ def test_a_sharded_network_predicts_and_is_put_together_again(tiny):
 
 
 @in_a_fork
-def test_whole_tensors_are_sharded_as_the_networks_own(tiny):
+def test_whole_tensors_are_sharded_like_those_of_the_network(tiny):
     start_group()
     other, network = UViT(tiny), UViT(tiny)
     shard(network, torch.device("cpu"), 1)
@@ -50,7 +50,7 @@ def test_whole_tensors_are_sharded_as_the_networks_own(tiny):
     torch.testing.assert_close(network(X, TIMES), other(X, TIMES))
 
 
-def test_what_is_not_sharded_stays_as_it_is(tiny):
+def test_tensors_of_an_unsharded_network_stay_as_they_are(tiny):
     state = UViT(tiny).state_dict()
     for given in (reshard(state, state), unshard(state, keep=True), unshard(state, keep=False)):
         assert all(given[name] is tensor for name, tensor in state.items())

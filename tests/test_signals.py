@@ -18,7 +18,7 @@ def _handlers():
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_taken_down_and_handlers_come_back(signum):
+def test_the_first_signal_is_recorded_and_handlers_are_restored(signum):
     before = signal.getsignal(signum)
     with stop_on_signals() as request:
         assert request.signum == 0
@@ -34,7 +34,7 @@ def test_a_second_ctrl_c_ends_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_signal_that_is_ignored_stays_so():
+def test_an_ignored_signal_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with stop_on_signals() as request:
         os.kill(os.getpid(), signal.SIGINT)

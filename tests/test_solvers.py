@@ -77,7 +77,7 @@ def test_fast_solvers_have_order_three(name, solver):
         ([], "a grid must have 2 times or more, got 0"),
     ],
 )
-def test_times_that_do_not_decrease(solver, times, message):
+def test_times_that_do_not_decrease_are_refused(solver, times, message):
     schedule = SCHEDULES["vp"]
     with pytest.raises(InputError, match=re.escape(message)):
         SOLVERS[solver](gaussian_denoiser(schedule), torch.zeros(3), schedule, times, lambda: torch.zeros(3))

@@ -136,7 +136,7 @@ def test_dropped_captions_become_the_empty_one():
     assert torch.equal(recorder.context[~dropped], encode([text for (text,) in batch.captions])[~dropped])
 
 
-def test_randomness_is_the_generators():
+def test_randomness_comes_from_the_generator_only():
     config = Config(model=DIGITS, train=TrainConfig(label_dropout=0.5))
     (first, loss), (again, same), (other, _) = (call_of(config, seed) for seed in (0, 0, 1))
     assert torch.equal(first.x, again.x) and torch.equal(first.y, again.y) and loss == same
@@ -153,7 +153,7 @@ def test_flips_reach_the_network():
         assert (150 < mirrored.sum() < 250) if flip else not mirrored.any()
 
 
-def test_seeds_of_steps_are_their_own():
+def test_every_step_part_and_process_has_its_own_seed():
     numbers = [*itertools.product(range(3), range(20), range(2), range(2))]  # seed, step, part, process
     seeds = {step_seed(*each) for each in numbers}
     assert len(seeds) == len(numbers) and all(0 <= seed < 2**63 for seed in seeds)
@@ -182,7 +182,7 @@ def test_batches_come_on_the_device_and_skipped_images_are_reported(tmp_path, ca
         (InputError("no such image"), InputError, "^no such image$"),
     ],
 )
-def test_a_loader_that_fails(error, raised, message, tmp_path):
+def test_errors_of_a_loader(error, raised, message, tmp_path):
     def loader():
         yield BATCH
         raise error
@@ -194,7 +194,7 @@ def test_a_loader_that_fails(error, raised, message, tmp_path):
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
-def test_gradients_of_parts_are_those_of_the_whole_batch(tiny, clip):
+def test_gradients_of_parts_add_up_to_those_of_the_whole_batch(tiny, clip):
     """With a loss of one's own, which sees each part once; the norm is that before they are clipped."""
     model, accelerator, seen = UViT(tiny), Accelerator(cpu=True), []
     images = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
@@ -219,6 +219,6 @@ def test_gradients_of_parts_are_those_of_the_whole_batch(tiny, clip):
         torch.testing.assert_close(parameter.grad, gradient * scale, rtol=1e-4, atol=1e-6)
 
 
-def test_one_process_agrees_with_itself():
+def test_the_mean_over_one_process():
     found = mean_over_processes(Accelerator(cpu=True), torch.tensor(2.0), torch.tensor(3.0), 15)
     assert found == (2.0, 3.0, 15)

@@ -31,13 +31,13 @@ def run_of(**data):
     return DrawnImages(name="runs/x", config=config, model=UViT(MODEL), encoders=NO_ENCODERS)
 
 
-def test_images_that_are_given(tmp_path):
+def test_given_images(tmp_path):
     save_folder(tmp_path / "photos")
     given = find_images(str(tmp_path / "photos"), "train")
     assert (given.shape, given.num_classes, len(given.data)) == ((3, 16, 24), 2, 6)
 
 
-def test_images_that_a_run_draws():
+def test_drawn_images():
     run = run_of()
     assert (run.shape, run.num_classes) == ((1, 8, 8), 10)
 
@@ -59,14 +59,14 @@ def test_data_with_one_part_has_no_other(tmp_path):
         find_own_part(run, "test")
 
 
-def test_a_reference_is_cut_at_the_centre_whatever_training_does(tmp_path):
+def test_a_reference_is_cropped_at_the_centre_even_if_training_crops_at_random(tmp_path):
     save_folder(tmp_path / "photos", DIGITS, count=2)
     parts = (find_own_part(run_of(name=str(tmp_path / "photos"), crop=crop), "train") for crop in ("center", "random"))
     first, second = (read_all(part).images for part in parts)
     assert torch.equal(first, second)
 
 
-def test_latents_are_no_reference():
+def test_latents_are_refused_as_reference():
     with pytest.raises(InputError, match=r"--reference 'test' of 'latents' is latents: give a data set or an .npz"):
         find_own_part(run_of(name="latents", autoencoder="vae"), "test")
     assert find_other_part(run_of(name="latents", autoencoder="vae"), "test") is None

@@ -10,7 +10,7 @@ from uvit.weights.tensors import hash_weights, read_pth, read_weights, write_wei
 WEIGHTS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2])}
 
 
-def test_a_hash_tells_weights_apart_and_nothing_else():
+def test_a_hash_depends_on_names_and_values_only():
     found = hash_weights(WEIGHTS)
     assert len(found) == 16 and int(found, 16) >= 0
     assert hash_weights(dict(sorted(WEIGHTS.items()))) == found  # whatever their order
@@ -20,7 +20,7 @@ def test_a_hash_tells_weights_apart_and_nothing_else():
         assert hash_weights(other) != found
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_weights_are_read_unchanged(tmp_path):
     """Views and parameters, too."""
     weights = {**WEIGHTS, "view": torch.arange(8.0).reshape(4, 2).T, "parameter": torch.nn.Parameter(torch.ones(2))}
     write_weights(tmp_path, weights)
@@ -37,6 +37,6 @@ def test_a_state_dict_of_the_reference_code_is_read(tmp_path):
     assert all(torch.equal(read[name], each) for name, each in WEIGHTS.items())
 
 
-def test_no_weights(tmp_path):
+def test_missing_weights_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"no weights at .*none.safetensors"):
         read_weights(tmp_path / "none.safetensors")

@@ -56,7 +56,7 @@ def test_tags_are_the_published_models():
 
 
 @pytest.mark.parametrize("name", TAGGED)
-def test_pretrained_cfg_tells_the_input_and_no_address(name):
+def test_pretrained_cfg_has_the_input_and_no_address(name):
     model = create(name)
     cfg = model.pretrained_cfg
     assert (cfg["architecture"], cfg["tag"]) == tuple(name.split("."))

@@ -17,7 +17,7 @@ from uvit.common.errors import InputError
 from uvit.training.checkpoint import load_checkpoint
 
 
-def test_a_run_leaves_what_it_promises(trained):
+def test_a_run_writes_config_metrics_events_grid_and_weights(trained):
     run_dir = trained / "runs" / "tiny"
     config = json.loads((run_dir / "config.json").read_text())
     assert config["model"]["embed_dim"] == 16 and config["process"]["schedule"] == "flow"
@@ -33,7 +33,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert all(torch.equal(loaded[name], ema[name]) for name in ema)
 
 
-def test_resumed_equals_uninterrupted(tmp_path, trained):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, trained):
     config = str(trained / "tiny.py")
     for steps in ("2", "3", "4"):
         train.main([config, "--train.run_dir", str(tmp_path / "parts"), "--train.num_steps", steps])
@@ -66,7 +66,7 @@ def test_skipped_images_are_listed_once(tmp_path, trained, capsys):
         train.main([*shared, *overrides, "--train.run_dir", str(tmp_path / "stops")])
 
 
-def test_harmless_options_may_change(tmp_path, trained):
+def test_harmless_options_may_change_on_resume(tmp_path, trained):
     arguments = [str(trained / "tiny.py"), "--train.run_dir", str(tmp_path / "run")]
     train.main(arguments)
     harmless = "--model.attention math --model.gradient_checkpointing True --train.num_steps 6 --train.log_every 3"
@@ -137,7 +137,7 @@ def test_training_learns(tmp_path, trained):
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_engines_that_share_the_model_are_refused(engine, workdir, monkeypatch):
+def test_other_sharding_engines_are_refused(engine, workdir, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(InputError, match=f"by --train.shard True, got {engine}: launch without it"):
         train.main(["tiny.py"])

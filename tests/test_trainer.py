@@ -74,7 +74,7 @@ def recorded(name, passed):
     return station
 
 
-def test_a_run_goes_through_its_stations(tmp_path, trained):
+def test_a_run_passes_the_stations_in_order(tmp_path, trained):
     passed = []
     watched = type("Watched", (Trainer,), {name: recorded(name, passed) for name in STATIONS})
     arguments = [str(trained / "tiny.py"), "--train.run_dir", str(tmp_path / "run"), "--train.num_steps", "3"]
@@ -87,7 +87,7 @@ def test_a_run_goes_through_its_stations(tmp_path, trained):
     assert passed == ["build", "resume"]  # there is nothing to do
 
 
-def test_sharding_with_one_process_is_warned_of(tmp_path, trained, capsys):
+def test_sharding_with_one_process_gives_a_warning(tmp_path, trained, capsys):
     arguments = [str(trained / "tiny.py"), "--train.run_dir", str(tmp_path / "run"), "--train.num_steps", "1"]
     train.main([*arguments, "--train.shard", "True", "--train.tracker", "none", "--train.sample_every", "0"])
     assert "warning: train.shard True has no effect with one process: start more" in capsys.readouterr().err

@@ -122,7 +122,7 @@ def test_time_and_label_and_context_change_the_output(tiny):
         assert not torch.equal(before, model(**{**inputs, name: value})), name
 
 
-def test_initial_weights_are_the_papers():
+def test_initial_weights_equal_those_of_the_paper():
     torch.manual_seed(0)
     model = UViT(UViTConfig(img_size=16, embed_dim=256, depth=2, num_heads=4, num_classes=50))
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
@@ -182,13 +182,13 @@ BAD_INPUTS = [
 
 
 @pytest.mark.parametrize(("changed", "message"), BAD_INPUTS)
-def test_bad_inputs_name_both_shapes(tiny, changed, message):
+def test_errors_name_both_shapes(tiny, changed, message):
     config = dataclasses.replace(tiny, num_classes=5, context_dim=12, num_context_tokens=3)
     with pytest.raises(InputError, match=message):
         UViT(config)(**{**random_inputs(config, batch=2), **changed})
 
 
-def test_condition_for_a_model_without_one(tiny):
+def test_conditions_are_refused_by_a_model_without_them(tiny):
     inputs = random_inputs(tiny, batch=2)
     with pytest.raises(InputError, match="num_classes 0 takes no y, got labels"):
         UViT(tiny)(**inputs, y=torch.zeros(2, dtype=torch.long))
@@ -202,12 +202,12 @@ def test_resize_to_the_same_size_keeps_the_parameter(tiny):
     assert model.resize(8).pos_embed is before
 
 
-def test_a_config_of_another_kind():
+def test_a_config_of_another_type_is_refused():
     with pytest.raises(InputError, match="config must be a UViTConfig, got 32"):
         UViT(32)
 
 
-def test_unknown_field(tiny):
+def test_an_unknown_field_is_refused(tiny):
     with pytest.raises(InputError, match="no field 'image_size'"):
         UViT(image_size=32)
 
@@ -215,7 +215,7 @@ def test_unknown_field(tiny):
 CONDITIONED = {"num_classes": 5, "null_class": True, "context_dim": 12, "num_context_tokens": 3}
 
 
-def test_intermediates_are_what_the_blocks_put_out(tiny):
+def test_intermediates_equal_the_outputs_of_the_blocks(tiny):
     model = UViT(tiny, num_classes=5).eval()
     seen = []
     for block in [*model.in_blocks, model.mid_block, *model.out_blocks]:
@@ -250,7 +250,7 @@ def test_blocks_after_the_last_chosen_one_are_left_out(tiny):
         assert len(model.forward_intermediates(x, 2)[1]) == 2
 
 
-def test_features_are_those_of_a_clean_image_of_unknown_content(tiny):
+def test_by_default_features_are_those_of_a_clean_unlabelled_image(tiny):
     model = UViT(tiny, **CONDITIONED).eval()
     x, context = torch.randn(2, 1, 8, 8), torch.randn(2, 3, 12)
     null, other = torch.tensor([5, 5]), torch.tensor([1, 2])
@@ -261,7 +261,7 @@ def test_features_are_those_of_a_clean_image_of_unknown_content(tiny):
         assert not torch.equal(default, model.forward_intermediates(x, y=other, context=context)[0])
 
 
-def test_pictures_of_tokens_have_the_grids_shape(tiny):
+def test_intermediates_have_the_shape_of_the_grid(tiny):
     model = UViT(tiny, img_size=(8, 16))
     found = model.forward_intermediates(torch.randn(1, 1, 8, 16), 1, intermediates_only=True)
     assert found[0].shape == (1, 32, 4, 8)
@@ -277,7 +277,7 @@ def test_pictures_of_tokens_have_the_grids_shape(tiny):
         (CONDITIONED, {}, "a model with context_dim 12 takes context, got none"),
     ],
 )
-def test_intermediates_that_cannot_be_had(tiny, fields, arguments, message):
+def test_invalid_intermediates_are_refused(tiny, fields, arguments, message):
     with pytest.raises(InputError, match=message):
         UViT(tiny, **fields).forward_intermediates(torch.randn(1, 1, 8, 8), **arguments)
 
@@ -299,7 +299,7 @@ def test_deep_features_of_the_same_input_give_the_same_output(tiny: UViTConfig, 
     assert len(ran) == 2 * outer  # the outer blocks alone
 
 
-def test_more_outer_blocks_than_there_are(tiny: UViTConfig):
+def test_too_many_outer_blocks_are_refused(tiny: UViTConfig):
     with pytest.raises(InputError, match=r"outer blocks must be 0 to depth / 2 = 2, got 3"):
         UViT(tiny).forward_reusing(X, TIMES, outer=3)
 
@@ -313,7 +313,7 @@ def test_every_parameter_of_the_outer_blocks_still_gets_a_gradient(tiny: UViTCon
     assert all(parameter.grad is None for parameter in model.mid_block.parameters())
 
 
-def test_what_is_left_of_a_pruned_model_is_no_model(tmp_path):
+def test_a_pruned_model_neither_predicts_nor_saves(tmp_path):
     model = UViT(embed_dim=32, depth=4, num_heads=4, num_classes=0)
     model.prune_intermediate_layers([3], prune_head=False)
     for use in (lambda: model(torch.randn(1, 3, 32, 32), torch.zeros(1)), lambda: model.save_pretrained(tmp_path)):
@@ -323,7 +323,7 @@ def test_what_is_left_of_a_pruned_model_is_no_model(tmp_path):
 
 
 @pytest.mark.parametrize("indices", ["abc", 1.5, ["1"], [0.5]])
-def test_blocks_are_whole_numbers(indices):
+def test_indices_of_blocks_must_be_whole_numbers(indices):
     model = UViT(embed_dim=32, depth=4, num_heads=4, num_classes=0)
     with pytest.raises(InputError, match="indices must be whole numbers, got"):
         model.forward_intermediates(torch.randn(1, 3, 32, 32), indices)

@@ -1,4 +1,4 @@
-"""Tiny encoders with random weights, made by the libraries' own config classes and saved as the real ones lie."""
+"""Tiny encoders with random weights, made by the libraries' own config classes and saved in the layout of real ones."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_gradients_weights_and_losses_equal_those_of_one_process(share, folder):
     [("adamw", False), ("muon", True)],
 )
 def test_a_sharded_run_resumes(optimizer, share, folder):
-    """As it would have gone on itself; grids are drawn from a whole model."""
+    """As if it had not been interrupted; grids are drawn from an unsharded network."""
 
     def train(name, share):
         options = (

@@ -126,8 +126,14 @@ def test_a_folder_is_complete_or_absent(tmp_path):
         raise KeyError
     assert not list(target.parent.iterdir())
     for text in ("first", "second"):
-        with atomic_folder(target) as temporary:
+        with atomic_folder(target, replace=text == "second") as temporary:
             (temporary / "file.txt").write_text(text)
             assert not (target / "file.txt").is_file() or (target / "file.txt").read_text() == "first"
         assert (target / "file.txt").read_text() == text
     assert [path.name for path in target.parent.iterdir()] == ["folder"]
+    with (
+        pytest.raises(InputError, match=r"cannot write to .*folder: Directory not empty"),
+        atomic_folder(target) as new,
+    ):
+        (new / "file.txt").write_text("third")
+    assert (target / "file.txt").read_text() == "second"

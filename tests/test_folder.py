@@ -53,7 +53,7 @@ def test_missing_config_file_names_the_nearest():
         (json.loads(to_json(Config())), "run"),
         ({"process": {}}, "run"),
         (json.loads(to_json(UViTConfig())), "network"),
-        ({"embed_dim": 8}, "network"),
+        ({"img_size": 8}, "network"),
         ({"architectures": ["Other"]}, "unknown"),
         ({}, "unknown"),
         ([1, 2], "unknown"),

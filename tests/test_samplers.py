@@ -197,7 +197,7 @@ def test_noise_belongs_to_the_image_not_to_the_batch():
 
 @pytest.mark.parametrize("shift", [0.1, 0.3, 3.0, 20.0])
 def test_shifted_grids_keep_their_ends(shift):
-    """A first time above 1 is outside of the guidance interval; one within the margin would divide by almost 0."""
+    """A first time above 1 is outside the guidance interval; one within the margin would divide by almost 0."""
     times = time_grid(SCHEDULES["flow"], 8, t_start=1 - TIME_MARGIN, shift=shift)
     assert (times[0], times[-1]) == (1 - TIME_MARGIN, 0)
     assert all(t > s for t, s in zip(times, times[1:]))

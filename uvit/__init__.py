@@ -12,16 +12,18 @@ if TYPE_CHECKING:
 __all__ = ["Config", "UViT", "UViTConfig", "build_network"]
 __version__ = "0.2.0"
 
-_ROOMS = {"Config": "config", "UViTConfig": "config", "UViT": "weights.build", "build_network": "weights.build"}
+_MODULES = {"Config": "config", "UViTConfig": "config", "UViT": "weights.build", "build_network": "weights.build"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports a name on first use, so that importing one subpackage does not load another."""
-    if name not in _ROOMS:
+    if name == "config":
+        return import_module(f"{__name__}.config")
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__", "config"]

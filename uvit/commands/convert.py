@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import tyro
 
 from uvit.common.cli import parse
+from uvit.config import Section
 from uvit.weights.build import load_network
 from uvit.weights.pretrained import find_pretrained, save_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(Section):
     source: tyro.conf.Positional[str]
     """Published `.pth` file, or a checkpoint folder of the paper's code with nnet_ema.pth."""
     output: tyro.conf.Positional[str]

@@ -24,11 +24,18 @@ from uvit.data.batch import Batch, ImageData, ImageSpec
 from uvit.data.datasets import HubData, load_images
 from uvit.data.images import to_unit_range
 from uvit.data.loader import read_in_parts
-from uvit.data.manifest import Manifest, check_same_encoding, is_complete, start_encoding, write_shard
+from uvit.data.manifest import (
+    Manifest,
+    check_same_encoding,
+    hash_autoencoder,
+    hash_text_encoder,
+    is_complete,
+    start_encoding,
+    write_shard,
+)
 from uvit.data.skipped import describe_skipped, report_skipped
 from uvit.networks.encoders import EMPTY_CAPTION, Autoencoder, TextEncoder
 from uvit.weights.published import SD_AUTOENCODER
-from uvit.weights.tensors import hash_weights
 
 LATENTS_DEPEND_ON = ("torch", "diffusers", "transformers", "datasets")
 
@@ -93,11 +100,11 @@ def build_manifest(
         image_shape=(given.image_size, given.image_size),
         latent_shape=(autoencoder.latent_channels, side, side),
         autoencoder=given.autoencoder,
-        encoder_hash=hash_weights(autoencoder.encoder_state_dict()),
+        encoder_hash=hash_autoencoder(autoencoder),
         scale_factor=given.scale_factor,
         class_names=data.class_names,
         text_encoder=given.text_encoder,
-        text_encoder_hash=hash_weights(text_encoder.network.state_dict()) if text_encoder else None,
+        text_encoder_hash=hash_text_encoder(text_encoder) if text_encoder else None,
         caption_column=data.caption_column if isinstance(data, HubData) else None,
         num_captions=given.num_captions if text_encoder else 0,
         context_shape=text_encoder.context_shape if text_encoder else (0, 0),

@@ -63,6 +63,7 @@ def _flatten_box(box: str) -> str:
     rules = [number for number, line in enumerate(lines) if re.fullmatch(r"[─╭╮╰╯+-].*[─╭╮╰╯+-]{3,}", line)]
     start, end = (rules[0] + 1, rules[1]) if len(rules) > 1 else (0, len(lines))
     message = " ".join(line for line in lines[start:end] if line)
+    message = re.sub(r"^Error parsing [A-Z]\w+: ", "", message)  # the name of a dataclass
     _, _, suggestions = box.partition("Perhaps you meant")
     near = re.findall(r"(--[\w.-]+)", suggestions.partition("full helptext")[0])
     return message + (f", did you mean {near[0]}?" if near else "")

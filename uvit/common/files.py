@@ -118,8 +118,12 @@ def atomic_write_group(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yields a new folder to write files to; it takes the place of `path` once the block ends without an error.
+
+    Args:
+        path: where it goes.
+        replace: whether an existing folder there is removed first; otherwise one with files in it is an error.
 
     Raises:
         InputError: the folder or a file in it cannot be created, written or moved into place.
@@ -131,7 +135,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in (*temporary.iterdir(), temporary):
             sync(file)
-        shutil.rmtree(path, ignore_errors=True)
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from glob import glob
 from os.path import exists, isdir
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import Any, cast
 
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
@@ -16,27 +16,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from typing_extensions import Unpack
 
 from uvit.common.errors import InputError, did_you_mean
 from uvit.common.libraries import quiet
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from uvit.common.options import HubOptions
 
 REVISION = re.compile(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*")
-
-
-class HubOptions(TypedDict, total=False):
-    """How files are fetched from the hub."""
-
-    revision: str | None
-    """Branch, tag or commit; None is the head of the main branch."""
-    token: str | bool | None
-    """None and True use the token of `hf auth login` or HF_TOKEN, False uses none."""
-    cache_dir: str | Path | None
-    """Where files are cached; None is the hub's default folder."""
-    local_files_only: bool
-    """Whether to use only files that are cached already."""
 
 
 def _reason(error: Exception) -> str:
@@ -96,13 +82,19 @@ def find_folder(name: str, what: str, patterns: Sequence[str], **options: Unpack
 
 
 def push_folder(
-    folder: Path, name: str, private: bool | None = None, revision: str | None = None, token: str | None = None
+    folder: Path,
+    name: str,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> str:
     """Pushes the files of a folder to a model repository on the hub, in one commit.
 
     Args:
         folder: what to push.
         name: `user/model`; the repository is created if it does not exist.
+        message: of the commit.
         private: whether a new repository is private; None is the account's default. An existing one stays as it is:
             with True, a public one is an error.
         revision: branch to push to, created if it does not exist; None is the main branch.
@@ -131,9 +123,7 @@ def push_folder(
                 raise InputError("private must be None or False for a repository that is public, got True")
             if revision is not None:
                 api.create_branch(name, branch=revision, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=name, folder_path=folder, revision=revision, commit_message="Push a U-ViT"
-            )
+            commit = api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message=message)
     except (ValueError, HTTPError, OSError) as error:
         raise InputError(f"cannot push {name!r} to the hub: {_reason(error)}") from None
     return str(commit.commit_url)

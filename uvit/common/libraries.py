@@ -1,4 +1,4 @@
-"""Silences the logs and progress bars of libraries: our own error says in one line what went wrong."""
+"""Other libraries: their logs and progress bars silenced, their installed versions listed."""
 
 from __future__ import annotations
 

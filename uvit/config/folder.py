@@ -74,7 +74,7 @@ def config_kind(raw: Any) -> Literal["run", "network", "unknown"]:
     """
     if not isinstance(raw, dict):
         return "unknown"
-    return "run" if "process" in raw else "network" if "embed_dim" in raw else "unknown"
+    return "run" if "process" in raw else "network" if "img_size" in raw else "unknown"
 
 
 def read_network_config(folder: Path) -> NetworkConfig:

@@ -8,7 +8,7 @@ import re
 import sys
 import types
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -114,16 +114,25 @@ def from_dict(cls: type[SectionT], raw: Any) -> SectionT:
     return cls(**values)
 
 
+def check_fields(cls: type[Section], names: Iterable[str]) -> None:
+    """Checks that a section has fields of these names.
+
+    Raises:
+        InputError: it has not.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in names:
+        if name not in known:
+            raise InputError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, known)}")
+
+
 def replace_fields(section: SectionT, fields: Mapping[str, Any]) -> SectionT:
     """Returns the section with some fields replaced.
 
     Raises:
-        InputError: an unknown field, or an invalid value.
+        InputError: an unknown field, or a value that the section refuses.
     """
-    known = {field.name for field in dataclasses.fields(section)}
-    for name in fields:
-        if name not in known:
-            raise InputError(f"{type(section).__name__} has no field {name!r}{did_you_mean(name, known)}")
+    check_fields(type(section), fields)
     return dataclasses.replace(section, **fields)
 
 

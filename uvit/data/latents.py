@@ -16,9 +16,16 @@ from torch import Tensor
 from uvit.common.errors import InputError, printable
 from uvit.config import DataConfig, NetworkConfig
 from uvit.data.batch import MIN_IMAGES, Batch
-from uvit.data.manifest import EMPTY_CONTEXT_FILE, FACT_PREFIX, Manifest, is_complete, read_manifest
+from uvit.data.manifest import (
+    EMPTY_CONTEXT_FILE,
+    FACT_PREFIX,
+    Manifest,
+    hash_autoencoder,
+    hash_text_encoder,
+    is_complete,
+    read_manifest,
+)
 from uvit.networks.encoders import Encoders
-from uvit.weights.tensors import hash_weights
 
 
 @dataclass(frozen=True)
@@ -231,12 +238,12 @@ def check_encoded_by(data: object, config: DataConfig, encoders: Encoders) -> No
     if encoders.image is not None:
         made_by, hashes = (
             manifest.autoencoder,
-            (manifest.encoder_hash, hash_weights(encoders.image.encoder_state_dict())),
+            (manifest.encoder_hash, hash_autoencoder(encoders.image)),
         )
         _check_hash(f"data {config.name!r} was encoded by autoencoder", made_by, config.autoencoder, *hashes)
     if encoders.text is not None:
         made_by = str(manifest.text_encoder)
-        hashes = str(manifest.text_encoder_hash), hash_weights(encoders.text.network.state_dict())
+        hashes = str(manifest.text_encoder_hash), hash_text_encoder(encoders.text)
         _check_hash(f"data {config.name!r} was encoded by text encoder", made_by, config.text_encoder, *hashes)
 
 

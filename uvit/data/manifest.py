@@ -24,6 +24,8 @@ from torch import Tensor
 from uvit.common.errors import InputError
 from uvit.common.files import atomic_write, write_text
 from uvit.config import MAX_SIDE, MAX_TOKENS, Section, from_dict, read_json, to_json
+from uvit.networks.encoders import Autoencoder, TextEncoder
+from uvit.weights.tensors import hash_weights
 
 MANIFEST_FILE = "manifest.json"
 EMPTY_CONTEXT_FILE = "empty_context.npy"
@@ -230,3 +232,13 @@ def start_encoding(folder: Path, manifest: Manifest, empty_context: Tensor | Non
         versions = tuple(dict.fromkeys(before.versions + manifest.versions))
         manifest = dataclasses.replace(before, versions=versions)
     write_text(folder / MANIFEST_FILE, to_json(manifest))
+
+
+def hash_autoencoder(autoencoder: Autoencoder) -> str:
+    """Returns the hash by which a manifest knows an autoencoder: that of its encoder."""
+    return hash_weights(autoencoder.encoder_state_dict())
+
+
+def hash_text_encoder(text_encoder: TextEncoder) -> str:
+    """Returns the hash by which a manifest knows a text encoder."""
+    return hash_weights(text_encoder.network.state_dict())

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from os.path import isfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -22,9 +22,11 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from typing_extensions import Unpack
 
 from uvit.common.errors import InputError, did_you_mean, short_repr
-from uvit.common.hub import HubOptions, find_folder
+from uvit.common.hub import find_folder
+from uvit.common.options import HubOptions
 from uvit.config import (
     Config,
     DataConfig,
@@ -39,6 +41,7 @@ from uvit.diffusion.process import SCHEDULES
 from uvit.diffusion.reuse import reuse_deep_features
 from uvit.diffusion.samplers import guide
 from uvit.integrations.schedulers import Scheduler, check_scheduler, make_scheduler, set_times
+from uvit.networks import uvit
 from uvit.networks.encoders import (
     EMPTY_CAPTION,
     IMAGE_CHANNELS,
@@ -51,9 +54,7 @@ from uvit.networks.encoders import (
 from uvit.sampling.conditions import Condition, batch_conditions, resolve_conditions
 from uvit.sampling.runs import load_run
 from uvit.weights.build import UViT
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from uvit.weights.pretrained import PretrainedOptions
 
 INDEX_FILE = "model_index.json"
 READING_OPTIONS = {
@@ -96,7 +97,7 @@ class UViTModel(UViT, ModelMixin):
         return torch.nn.Module.to(self, *arguments, **named)
 
     @classmethod
-    def of(cls, network: UViT) -> UViTModel:
+    def of(cls, network: uvit.UViT) -> UViTModel:
         """Copies a UViT, with its device and dtype, in eval mode."""
         weight = next(network.parameters())
         model = cls(network.config).to(weight.device, weight.dtype)
@@ -112,7 +113,7 @@ class UViTModel(UViT, ModelMixin):
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device_map: str | torch.device | None = None,
-        **options: Any,
+        **options: Unpack[PretrainedOptions],
     ) -> UViTModel:
         """Loads as UViT does, with the arguments of diffusers.
 
@@ -133,8 +134,9 @@ class UViTModel(UViT, ModelMixin):
             given = short_repr(device_map)
             raise InputError(f"device_map must be a device for a UViT, such as 'cuda', got {given}") from None
         check_dtype(dtype or torch_dtype)
-        options = {name: value for name, value in options.items() if value is not None and name not in READING_OPTIONS}
-        model = super().from_pretrained(f"{name_or_path}/{subfolder}" if subfolder else name_or_path, **options)
+        known: Any = dict(options)
+        known = {name: value for name, value in known.items() if value is not None and name not in READING_OPTIONS}
+        model = super().from_pretrained(f"{name_or_path}/{subfolder}" if subfolder else name_or_path, **known)
         return model.to(device, dtype or torch_dtype)
 
 
@@ -219,7 +221,7 @@ class UViTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: UViT,
+        transformer: uvit.UViT,
         scheduler: Scheduler,
         vae: Any = None,
         text_encoder: Any = None,
@@ -239,7 +241,7 @@ class UViTPipeline(DiffusionPipeline):
                 f"a model with context_dim {model.context_dim} needs a text encoder and a tokenizer, got none"
             )
         check_encoder_sizes(model, text_encoder if model.context_dim else None, vae)
-        if isinstance(transformer, UViT) and not isinstance(transformer, UViTModel):
+        if isinstance(transformer, uvit.UViT) and not isinstance(transformer, UViTModel):
             transformer = UViTModel.of(transformer)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer

@@ -234,6 +234,5 @@ def describe_run(name: str, config: Config) -> str:
     height, width = model.image_shape
     size = f"{height} × {width} × {model.in_chans} {'latents' if config.data.autoencoder else 'pixels'}"
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
-    network = f"{model.embed_dim} wide, {model.depth + 1} blocks"
     training = f"{config.process.schedule}, {config.train.num_steps:,} steps of training"
-    return f"{name}: {size}, {'from text' if model.context_dim else classes} · {network} · {training}"
+    return f"{name}: {size}, {'from text' if model.context_dim else classes} · {model.description} · {training}"

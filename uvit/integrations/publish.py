@@ -120,4 +120,4 @@ def publish(source: str, name: str, private: bool | None = None, revision: str |
     """
     with tempfile.TemporaryDirectory() as folder:
         write_hub_folder(source, Path(folder), name)
-        return push_folder(Path(folder), name, private, revision)
+        return push_folder(Path(folder), name, "Push a run", private, revision)

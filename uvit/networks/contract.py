@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from uvit.config import NetworkConfig
-
-if TYPE_CHECKING:
-    from typing import Self
 
 
 class Network(Protocol):
@@ -90,7 +88,7 @@ class Network(Protocol):
         """Computes the buffers that are not in its state dict, such as after loading weights into a `meta` model."""
         ...
 
-    def resize(self, img_size: int | tuple[int, int]) -> Network:
+    def resize(self, img_size: int | tuple[int, int]) -> Self:
         """Changes the side, or (height, width), of the images in place; returns itself.
 
         Raises:
@@ -116,7 +114,7 @@ class Network(Protocol):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any: ...
 
-    def to(self, device: torch.device) -> Self: ...
+    def to(self, device: torch.device | str) -> Self: ...
 
     def train(self, mode: bool = True) -> Self: ...
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from operator import index
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from einops import rearrange
@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from uvit.config import InputError, UViTConfig, replace_fields
 from uvit.networks.layers import AdaLayerNorm, Block, ConvPatchEmbed, timestep_embedding
+
+UViTType = TypeVar("UViTType", bound="UViT")
 
 
 class UViT(nn.Module):
@@ -378,7 +380,7 @@ class UViT(nn.Module):
             outside = [each for each in chosen if not -count <= each < count]
             raise InputError(f"indices must be {-count} to {count - 1}, got {outside[0]}") from None
 
-    def resize(self, img_size: int | tuple[int, int]) -> UViT:
+    def resize(self: UViTType, img_size: int | tuple[int, int]) -> UViTType:
         """Changes the image size in place, interpolating the position embedding of the patches (bicubic).
 
         Args:

@@ -52,7 +52,7 @@ def save_checkpoint(run_dir: Path, config: Config, step: int, state: dict[str, A
     """
     target = run_dir / CHECKPOINT_FOLDER / step_name(step)
     remove_leftovers(target.with_name(f"{STEP_PREFIX}*"))
-    with atomic_folder(target) as temporary:
+    with atomic_folder(target, replace=True) as temporary:
         try:
             with open(temporary / STATE_FILE, "wb") as file:
                 torch.save({"step": step, **state}, file)

@@ -28,9 +28,8 @@ from uvit.data.skipped import describe_skipped
 from uvit.networks.contract import Network
 from uvit.networks.encoders import Encoders
 from uvit.networks.runtime import compile_model, resolve_precision, set_threads, tf32
-from uvit.sampling.conditions import condition_names, resolve_conditions
-from uvit.sampling.generate import generate
-from uvit.sampling.grid import image_grid
+from uvit.sampling.conditions import resolve_conditions
+from uvit.sampling.generate import generate, sample_grid
 from uvit.training.checkpoint import save_checkpoint
 from uvit.training.optim import build_optimizer, build_schedule
 from uvit.training.progress import MetricsFile, Progress, Stopwatch
@@ -91,7 +90,7 @@ class Trainer:
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         num_processes = self.accelerator.num_processes
         torch.manual_seed(settings.seed)
-        self.network = build_network(config.model).to(self.device)
+        self.network: Network = build_network(config.model).to(self.device)
         self.encoders = self.encoders.to(self.device)
         self.ema = ModelEmaV3(cast(nn.Module, self.network), decay=settings.ema_decay)
         compile_model(self.network, settings.compile)
@@ -261,7 +260,7 @@ class Trainer:
         num_images = GRID_COLUMNS * (GRID_COLUMNS if rows == [None] else len(rows))
         conditions = [row for row in rows for _ in range(num_images // len(rows))]
         images = generate(network, self.config, conditions, self.config.train.seed, encoders=self.encoders)
-        picture = image_grid(images, GRID_COLUMNS, condition_names(rows, self.config))
+        picture = sample_grid(images, rows, GRID_COLUMNS, self.config)
         path = grid_path(self.run_dir, self.done)
         with warn_on_failure(str(path)), atomic_write(path) as temporary:
             picture.save(temporary)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from uvit.common.errors import InputError
 from uvit.config import NetworkConfig
 from uvit.networks import uvit
 from uvit.networks.contract import Network
@@ -20,8 +21,15 @@ NETWORKS = {network.config_class: network for network in (UViT,)}
 """The network class for each config class."""
 
 
-def build_network(config: NetworkConfig) -> Network:
-    """Builds the network for a config, with initial weights."""
+def build_network(config: NetworkConfig) -> UViT:
+    """Builds the network of a config, with initial weights.
+
+    Raises:
+        InputError: (a ValueError) something else than the config of a network.
+    """
+    if type(config) not in NETWORKS:
+        names = " or ".join(each.__name__ for each in NETWORKS)
+        raise InputError(f"the config of a network must be a {names}, got a {type(config).__name__}")
     return NETWORKS[type(config)](config)
 
 

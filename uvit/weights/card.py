@@ -165,7 +165,7 @@ def model_card(
         + ". The output has the shape of `x`.\n",
     ]
     if config is not None:
-        lines += ["Images:\n", "```bash", f"python sample.py --checkpoint {name} --output grid.png", "```\n"]
+        lines += ["Images:\n", "```bash", f"python -m uvit sample --checkpoint {name} --output grid.png", "```\n"]
         for option, encoder in (("autoencoder", config.data.autoencoder), ("text_encoder", config.data.text_encoder)):
             needed = option == "autoencoder" or config.model.context_dim
             if needed and encoder is not None and encoder.startswith("./"):

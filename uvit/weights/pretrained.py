@@ -10,18 +10,21 @@ import tempfile
 from collections.abc import Callable, Mapping
 from os.path import isfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Self, Unpack
 
 from uvit.common.errors import InputError
 from uvit.common.files import write_text
+from uvit.common.options import HubOptions
 from uvit.config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     Backend,
     NetworkConfig,
+    check_fields,
     config_kind,
     read_json,
     read_network_config,
@@ -33,26 +36,20 @@ from uvit.weights.card import CARD_FILE, model_card
 from uvit.weights.published import infer_config
 from uvit.weights.tensors import read_pth, read_weights, write_weights
 
-if TYPE_CHECKING:
-    from typing import Self
 
-    from typing_extensions import Unpack
+class PretrainedOptions(HubOptions, total=False):
+    """Keyword arguments of `from_pretrained`: how to fetch, and fields of the network's config.
 
-    from uvit.common.hub import HubOptions
+    The fields listed are those that change no weights, and those that cannot be inferred from the tensors of a
+    published file. Any other field is accepted too, if the weights still fit.
+    """
 
-    class PretrainedOptions(HubOptions, total=False):
-        """Keyword arguments of `from_pretrained`: how to fetch, and fields of the network's config.
-
-        The fields listed are those that change no weights, and those that cannot be inferred from the tensors of a
-        published file. Any other field is accepted too, if the weights still fit.
-        """
-
-        attention: Backend
-        gradient_checkpointing: bool
-        num_heads: int
-        img_size: int | tuple[int, int]
-        num_context_tokens: int
-        null_class: bool
+    attention: Backend
+    gradient_checkpointing: bool
+    num_heads: int
+    img_size: int | tuple[int, int]
+    num_context_tokens: int
+    null_class: bool
 
 
 REFERENCE_FILE = "nnet_ema.pth"
@@ -175,15 +172,15 @@ class PretrainedMixin:
         Args:
             name_or_path: a folder with config.json and model.safetensors, a hub name such as `user/model`, a file of
                 the paper's code such as `imagenet256_uvit_huge.pth`, or its checkpoint folder with nnet_ema.pth.
-            **options: PretrainedOptions.
+            **options: `revision`, `token`, `cache_dir` and `local_files_only` of the hub, as HubOptions describes them;
+                and fields of the network's config, as PretrainedOptions does, such as `attention`.
 
         Raises:
-            InputError: (a ValueError) nothing there, broken files, or weights of another shape.
+            InputError: (a ValueError) an unknown field, nothing there, broken files, or weights of another shape.
         """
-        from uvit.common.hub import HubOptions
-
         fields: dict[str, Any] = dict(options)
         fetching: Any = {name: fields.pop(name) for name in HubOptions.__annotations__ if name in fields}
+        check_fields(cast(Any, cls).config_class, fields)
         config, weights = read_pretrained(find_pretrained(name_or_path, **fetching), fields)
         return restore(cls, config, weights, str(name_or_path))
 
@@ -228,4 +225,4 @@ class PretrainedMixin:
         with tempfile.TemporaryDirectory() as folder:
             write_text(Path(folder) / CARD_FILE, model_card(self.config, self.num_parameters, repo_id))
             save_pretrained(self, Path(folder))
-            return push_folder(Path(folder), repo_id, private, revision, token)
+            return push_folder(Path(folder), repo_id, "Push a network", private, revision, token)

@@ -30,6 +30,12 @@ def _fresh_accelerate_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def _own_command_line(monkeypatch):
+    """A command line that `python -m uvit COMMAND` may replace."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+
 @pytest.fixture
 def tiny() -> UViTConfig:
     return UViTConfig(img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=4, num_heads=4)

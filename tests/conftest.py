@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -32,8 +33,11 @@ def _fresh_accelerate_state():
 
 @pytest.fixture(autouse=True)
 def _own_command_line(monkeypatch):
-    """A command line that `python -m uvit COMMAND` may replace."""
+    """A command line that `python -m uvit COMMAND` may replace, and the signal handler that commands replace."""
     monkeypatch.setattr(sys, "argv", ["script.py"])
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

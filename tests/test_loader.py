@@ -12,6 +12,7 @@ from PIL import Image
 from uvit import Config, UViTConfig
 from uvit.common.cli import run
 from uvit.common.errors import InputError
+from uvit.common.signals import kill_workers
 from uvit.config import DataConfig, TrainConfig
 from uvit.data.loader import StepSampler, build_loader, load_data
 
@@ -95,6 +96,7 @@ def test_an_error_in_a_worker_is_one_line_too(num_workers, tmp_path, monkeypatch
     assert (
         capsys.readouterr().err.splitlines()[-1] == "error: image 1 of the data must have a label of at least 0, got -1"
     )
+    kill_workers()  # as at the end of a command
 
 
 def test_broken_items_are_replaced_by_others(tmp_path):

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 from fnmatch import fnmatch
 
 import pytest
 import torch
 
-from uvit import UViT, UViTConfig, build_network
-from uvit.networks import uvit
+from uvit import UNet, UNetConfig, UViT, UViTConfig, build_network
+from uvit.networks import unet, uvit
 from uvit.networks.contract import Network
 from uvit.weights.build import NETWORKS
 
 SIZES = {"img_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 4}
+UNET = {"img_size": 8, "in_chans": 1, "model_channels": 32, "channel_mult": (1, 2), "attention_sizes": (4,)}
 CONDITIONED = {"num_classes": 5, "null_class": True, "context_dim": 12, "num_context_tokens": 3}
 CONFIGS = {
     "plain": UViTConfig(**SIZES),
     "conditioned": UViTConfig(**SIZES, **CONDITIONED, mlp_time_embed=True),
     "fixed positions": UViTConfig(**SIZES, pos_embed="sincos2d", conv="none", patch_embed="conv"),
     "adaptive norms": UViTConfig(**SIZES, time_conditioning="adaln", skip="add", conv="tokens"),
+    "U-Net": UNetConfig(**UNET, head_dim=16, num_res_blocks=1),
+    "conditioned U-Net": UNetConfig(**UNET, **CONDITIONED, num_res_blocks=1, head_dim=0, dropout=0.1),
+    "additive U-Net": UNetConfig(**UNET, scale_shift_norm=False, resblock_updown=False, qkv_order="new"),
+    "without skips": UViTConfig(**SIZES, skip="none"),
+    "U-Net without skips": UNetConfig(**UNET, skips=False),
 }
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -35,7 +40,7 @@ def inputs_of(config):
 
 
 def test_every_config_class_has_a_network():
-    assert {UViTConfig: UViT} == NETWORKS
+    assert {UViTConfig: UViT, UNetConfig: UNet} == NETWORKS
     assert all(network.config_class is config for config, network in NETWORKS.items())
 
 
@@ -55,7 +60,7 @@ def test_blocks_are_in_the_order_in_which_they_run(config):
     for number, block in enumerate(network.blocks):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
     network(**inputs_of(config))
-    assert ran == [*range(config.depth + 1)]
+    assert ran == [*range(2 * config.num_pairs + 1)]
 
 
 @EACH
@@ -63,24 +68,25 @@ def test_the_public_class_predicts_like_the_one_without_loading(config):
     torch.manual_seed(0)
     built = build_network(config)
     torch.manual_seed(0)
-    of_tensors = uvit.UViT(config)
-    assert isinstance(built, UViT) and isinstance(built, uvit.UViT)
+    of_tensors = (unet.UNet if isinstance(built, UNet) else uvit.UViT)(config)
+    assert isinstance(built, type(of_tensors)) and type(built) is not type(of_tensors)
     inputs = inputs_of(config)
-    assert torch.equal(built(**inputs), of_tensors(**inputs))
+    assert torch.equal(built.eval()(**inputs), of_tensors.eval()(**inputs))
 
 
 @EACH
 def test_deep_features_can_be_reused_where_the_config_says_so(config):
     network, inputs = build_network(config).eval(), inputs_of(config)
-    assert config.reusable_pairs == config.depth // 2
+    assert config.reusable_pairs == (config.num_pairs if config.has_skips else 0)
     for outer in range(config.reusable_pairs + 1):
         prediction, deep = network.forward_reusing(**inputs, outer=outer)
         assert torch.equal(prediction, network(**inputs))
         assert torch.equal(network.forward_reusing(**inputs, outer=outer, deep=deep)[0], prediction)
 
 
-def test_every_pattern_of_muon_fallback_matches_a_parameter_if_all_modules_are_present():
-    network = build_network(CONFIGS["conditioned"])
+@pytest.mark.parametrize("name", ["conditioned", "conditioned U-Net"])
+def test_every_pattern_of_muon_fallback_matches_a_parameter_if_all_modules_are_present(name):
+    network = build_network(CONFIGS[name])
     names = [name for name, _ in network.named_parameters()]
     for pattern in network.muon_fallback:
         assert any(fnmatch(name, pattern) for name in names), pattern
@@ -114,7 +120,8 @@ def test_reset_buffers_completes_a_network_that_was_built_on_meta(config):
 def test_a_network_is_resized_in_place(config):
     network = build_network(config)
     assert network.resize((12, 16)) is network
-    assert network.config == dataclasses.replace(config, img_size=(12, 16))
+    assert network.config.img_size == (12, 16)
+    assert {*build_network(network.config).state_dict()} == {*network.state_dict()}
     assert network(**inputs_of(network.config)).shape == (2, 1, 12, 16)
 
 

@@ -11,7 +11,7 @@ BAD_MODELS = [
     ({"num_heads": 5}, "embed_dim 512 must be divisible by num_heads 5"),
     ({"img_size": 33}, "img_size must be divisible by patch_size 2, got 33"),
     ({"img_size": (32, 33)}, r"img_size must be divisible by patch_size 2, got \(32, 33\)"),
-    ({"img_size": 0}, "img_size must be divisible by patch_size 2, got 0"),
+    ({"img_size": 0}, "img_size must be at least 1, got 0"),
     ({"attention": "flash"}, "attention must be one of 'auto', 'xformers', 'sdpa', 'math', got 'flash'"),
     ({"attention": "xformer"}, "got 'xformer', did you mean 'xformers'?"),
     ({"skip": "cat"}, "skip must be one of"),

@@ -24,7 +24,18 @@ assert not sys.modules["torch"].cuda.is_initialized() and "uvit.common.hub" not 
 def test_star_import_gives_the_public_names():
     names = {}
     exec("from uvit import *", names)
-    assert {*names} - {"__builtins__"} == {*uvit.__all__} == {"Config", "UViT", "UViTConfig", "build_network"}
+    assert (
+        {*names} - {"__builtins__"}
+        == {*uvit.__all__}
+        == {
+            "Config",
+            "UNet",
+            "UNetConfig",
+            "UViT",
+            "UViTConfig",
+            "build_network",
+        }
+    )
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -7,13 +7,14 @@ import json
 import pytest
 from helpers.runs import ROOT
 
-from uvit import Config, UViTConfig
+from uvit import Config, UNetConfig, UViTConfig
 from uvit.common.errors import InputError
 from uvit.config import (
     DataConfig,
     OptimConfig,
     ProcessConfig,
     SampleConfig,
+    Section,
     TrainConfig,
     from_dict,
     load_config,
@@ -35,10 +36,12 @@ def test_json_keeps_pairs_and_none():
     assert from_dict(Config, json.loads(to_json(config))) == config
 
 
-@pytest.mark.parametrize("section", [UViTConfig, ProcessConfig, DataConfig, OptimConfig, SampleConfig, TrainConfig])
+@pytest.mark.parametrize(
+    "section", [UViTConfig, UNetConfig, ProcessConfig, DataConfig, OptimConfig, SampleConfig, TrainConfig]
+)
 def test_every_field_is_documented(section):
     """The command line's help is made of the strings under the fields."""
-    source = inspect.getsource(section)
+    source = "".join(inspect.getsource(each) for each in section.__mro__ if issubclass(each, Section))
     for field in dataclasses.fields(section):
         after = source.partition(f"    {field.name}: ")[2]
         assert after.splitlines()[1].strip().startswith('"""'), field.name

@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uvit.config import Config, UViTConfig
-    from uvit.weights.build import UViT, build_network
+    from uvit.config import Config, UNetConfig, UViTConfig
+    from uvit.weights.build import UNet, UViT, build_network
 
-__all__ = ["Config", "UViT", "UViTConfig", "build_network"]
+__all__ = ["Config", "UNet", "UNetConfig", "UViT", "UViTConfig", "build_network"]
 __version__ = "0.2.0"
 
-_MODULES = {"Config": "config", "UViTConfig": "config", "UViT": "weights.build", "build_network": "weights.build"}
+_MODULES = dict.fromkeys(("Config", "UNetConfig", "UViTConfig"), "config")
+_MODULES |= dict.fromkeys(("UNet", "UViT", "build_network"), "weights.build")
 
 
 def __getattr__(name: str) -> Any:

@@ -46,7 +46,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     config = parse(Config, arguments[1:], __doc__, "CONFIG", load_config(arguments[0]))
     accelerator = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
     device_type = accelerator.type if accelerator is not None and torch.accelerator.is_available() else "cpu"
-    resolve_backend(config.model.attention, device_type, config.model.head_dim)
+    resolve_backend(config.model.attention, device_type)
     if config.train.mixed_precision != "auto":  # `auto` needs the device itself, which is not started yet
         resolve_precision(config.train.mixed_precision, device_type, config.model.width)
     check_compile(config.train.compile, device_type)

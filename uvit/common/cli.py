@@ -47,7 +47,7 @@ def parse(
                 args=list(arguments),
                 prog=f"{Path(sys.argv[0]).name} {operands}".strip(),
                 description=description,
-                config=(tyro.conf.FlagConversionOff,),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
                 use_underscores=True,
                 **settings,
             )
@@ -63,7 +63,7 @@ def _flatten_box(box: str) -> str:
     rules = [number for number, line in enumerate(lines) if re.fullmatch(r"[─╭╮╰╯+-].*[─╭╮╰╯+-]{3,}", line)]
     start, end = (rules[0] + 1, rules[1]) if len(rules) > 1 else (0, len(lines))
     message = " ".join(line for line in lines[start:end] if line)
-    message = re.sub(r"^Error parsing [A-Z]\w+: ", "", message)  # the name of a dataclass
+    message = re.sub(r"^Error parsing [\w.]+: ", "", message)  # the name of a dataclass or option
     _, _, suggestions = box.partition("Perhaps you meant")
     near = re.findall(r"(--[\w.-]+)", suggestions.partition("full helptext")[0])
     return message + (f", did you mean {near[0]}?" if near else "")

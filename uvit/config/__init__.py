@@ -31,7 +31,6 @@ from uvit.config.network import (
     MAX_TOKENS,
     Backend,
     NetworkConfig,
-    UViTConfig,
 )
 from uvit.config.run import (
     MAX_BATCH,
@@ -64,6 +63,8 @@ from uvit.config.section import (
     replace_fields,
     to_json,
 )
+from uvit.config.unet import GROUPS, TIME_WIDTHS, UNetConfig
+from uvit.config.uvit import UViTConfig
 
 __all__ = [
     "BLOCK_WIDTHS",
@@ -72,6 +73,7 @@ __all__ = [
     "EVALUATION_FILE",
     "GRID_FOLDER",
     "GRID_PATTERN",
+    "GROUPS",
     "INCEPTION",
     "INT_LIMIT",
     "MAX_BATCH",
@@ -87,6 +89,7 @@ __all__ = [
     "METRICS_FILE",
     "NO_TEXT",
     "STEP_PREFIX",
+    "TIME_WIDTHS",
     "WEIGHTS_FILE",
     "Backend",
     "Compile",
@@ -105,6 +108,7 @@ __all__ = [
     "SolverName",
     "Spacing",
     "TrainConfig",
+    "UNetConfig",
     "UViTConfig",
     "check_fields",
     "checkpoint_dirs",

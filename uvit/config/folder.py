@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from uvit.common.errors import InputError, did_you_mean, one_line
 from uvit.config.network import NetworkConfig
-from uvit.config.run import Config
+from uvit.config.run import AnyNetworkConfig, Config
 from uvit.config.section import from_dict, read_json
 
 CONFIG_FILE = "config.json"
@@ -84,7 +84,7 @@ def read_network_config(folder: Path) -> NetworkConfig:
         InputError: no config there, or an invalid one.
     """
     raw = read_json(folder / CONFIG_FILE)
-    return from_dict(NetworkConfig, raw["model"] if config_kind(raw) == "run" and "model" in raw else raw)
+    return from_dict(AnyNetworkConfig, raw["model"] if config_kind(raw) == "run" and "model" in raw else raw)
 
 
 def load_config(path: str | Path) -> Config:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from uvit.common.errors import InputError
-from uvit.config.network import NetworkConfig, UViTConfig
 from uvit.config.section import Section
+from uvit.config.unet import UNetConfig
+from uvit.config.uvit import UViTConfig
 
 ScheduleName = Literal["vp", "ldm", "cosine", "flow"]
 Kind = Literal["noise", "data", "v", "flow"]
@@ -21,6 +22,7 @@ SolverName = Literal["ddim", "heun", "dpmpp_2m", "unipc", "dpmpp_fast", "dpm_sol
 Spacing = Literal["uniform", "log_snr"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Compile = Literal["no", "blocks", "model", "graphs"]
+AnyNetworkConfig = UViTConfig | UNetConfig
 
 # Limits that are checked before memory is allocated; each is far beyond what anyone has trained or drawn.
 MAX_WORKERS = MAX_THREADS = 1_024
@@ -63,8 +65,8 @@ class DataConfig(Section):
     """The images."""
 
     name: str = "digits"
-    """`digits` or `photos` (built in), a folder on disk (of images, one subfolder per class where they have labels, or
-    a saved data set), or a hub name."""
+    """`digits` or `photos` (built in), a folder on disk (of images, one subfolder per class where they have labels; a
+    saved data set; or IDX files, as MNIST's), or a hub name."""
     train_split: str = "train"
     """Split to train on; the built-in data sets have their own."""
     test_split: str = "test"
@@ -248,7 +250,7 @@ class TrainConfig(Section):
 class Config(Section):
     """The config of one run."""
 
-    model: NetworkConfig = field(default_factory=UViTConfig)
+    model: AnyNetworkConfig = field(default_factory=UViTConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -266,9 +268,11 @@ class Config(Section):
                 f"{count} and model.context_dim {self.model.context_dim}"
             )
         if self.sample.reused and self.sample.reused[0] > self.model.reusable_pairs:
-            given = f"got K {self.sample.reused[0]}"
+            given = f"got {self.sample.reuse}"
+            if not self.model.has_skips:
+                raise InputError(f"sample.reuse needs a model with long skips, {given} and one without")
             raise InputError(
-                f"sample.reuse must have K of model.depth / 2 = {self.model.reusable_pairs} at most, {given}"
+                f"sample.reuse must have K of at most {self.model.reusable_pairs} pairs of blocks, {given}"
             )
         # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
         if not self.model.null_class and not self.model.context_dim:

@@ -8,7 +8,7 @@ import re
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -92,26 +92,55 @@ class Section:
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def from_dict(cls: type[SectionT], raw: Any) -> SectionT:
+def _sections(hint: Any) -> list[type[Section]]:
+    """Returns the sections that a type allows: itself, the members of a union, or none."""
+    return [each for each in get_args(hint) or (hint,) if isinstance(each, type) and issubclass(each, Section)]
+
+
+def _choose(sections: Sequence[type[Section]], raw: Mapping[str, Any]) -> type[Section]:
+    """Returns the section that a JSON object is of: those of a union say so in their first field, by default the first.
+
+    Raises:
+        InputError: none of them.
+    """
+    if len(sections) == 1:
+        return sections[0]
+    named = {str(dataclasses.fields(each)[0].default): each for each in sections}
+    tag = dataclasses.fields(sections[0])[0].name
+    given = raw.get(tag, next(iter(named)))
+    if not isinstance(given, str) or given not in named:
+        near = did_you_mean(given, named) if isinstance(given, str) else ""
+        raise InputError(f"{tag} must be one of {', '.join(map(repr, named))}, got {short_repr(given)}{near}")
+    return named[given]
+
+
+def from_dict(cls: type[SectionT] | types.UnionType, raw: Any) -> SectionT:
     """Builds a section from JSON: nested sections are dicts, tuples are lists.
+
+    Args:
+        cls: the section, or a union of sections that each name themselves in their first field.
+        raw: what JSON holds.
 
     Raises:
         InputError: not a dict, an unknown or missing field, or an invalid value.
     """
+    sections = _sections(cls)
     if not isinstance(raw, dict):
-        raise InputError(f"{cls.__name__} must be a JSON object, got {short_repr(raw)}")
-    hints = get_type_hints(cls)
-    for each in dataclasses.fields(cls):
+        names = " or ".join(each.__name__ for each in sections)
+        raise InputError(f"{names} must be a JSON object, got {short_repr(raw)}")
+    chosen: Any = _choose(sections, raw)
+    hints = get_type_hints(chosen)
+    for each in dataclasses.fields(chosen):
         if each.name not in raw and each.default is each.default_factory is dataclasses.MISSING:
-            raise InputError(f"{cls.__name__} must have a field {each.name!r}, got {', '.join(raw) or 'none'}")
+            raise InputError(f"{chosen.__name__} must have a field {each.name!r}, got {', '.join(raw) or 'none'}")
     values = {}
     for name, value in raw.items():
         if name not in hints:
-            raise InputError(f"{cls.__name__} has no field {short_repr(name)}{did_you_mean(name, hints)}")
-        if isinstance(hints[name], type) and issubclass(hints[name], Section):
+            raise InputError(f"{chosen.__name__} has no field {short_repr(name)}{did_you_mean(name, hints)}")
+        if _sections(hints[name]):
             value = from_dict(hints[name], value)
         values[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**values)
+    return chosen(**values)
 
 
 def check_fields(cls: type[Section], names: Iterable[str]) -> None:

@@ -47,7 +47,7 @@ def xformers_obstacle(head_dim: int = 0, dtype: torch.dtype | None = None) -> st
 
 
 def resolve_backend(
-    backend: str, device_type: str, head_dim: int, num_tokens: int = 0, dtype: torch.dtype | None = None
+    backend: str, device_type: str, head_dim: int = 0, num_tokens: int = 0, dtype: torch.dtype | None = None
 ) -> str:
     """Returns the backend that will run: resolves `auto`, and checks an explicit name.
 

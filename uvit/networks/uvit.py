@@ -18,15 +18,15 @@ from einops import rearrange
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from uvit.config import InputError, UViTConfig, replace_fields
+from uvit.networks.backbone import Backbone, check_inputs
 from uvit.networks.layers import AdaLayerNorm, Block, ConvPatchEmbed, timestep_embedding
 
 UViTType = TypeVar("UViTType", bound="UViT")
 
 
-class UViT(nn.Module):
+class UViT(Backbone):
     """The U-ViT backbone.
 
     Args:
@@ -98,11 +98,6 @@ class UViT(nn.Module):
         self.is_whole = True  # until prune_intermediate_layers removes blocks
         self._init_weights()
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
     def reset_buffers(self) -> None:
         """Computes the buffer that is not in the state dict: fixed positions of patches, zeros for extra tokens."""
         if self.config.pos_embed == "sincos2d":
@@ -127,87 +122,6 @@ class UViT(nn.Module):
                     module.proj.bias[: self.config.embed_dim]
                 )  # the scale starts at 1, as in a plain LayerNorm
 
-    def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> None:
-        config = self.config
-        expected = (config.in_chans, *config.image_shape)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise InputError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
-        batch = x.shape[0]  # an exporter would take len(x) for a constant
-        if tuple(timesteps.shape) not in ((batch,), (1,), ()):
-            raise InputError(f"timesteps must be ({batch},), got {tuple(timesteps.shape)}")
-        if (y is None) != (config.num_classes == 0):
-            given = "none" if y is None else "labels"
-            raise InputError(
-                f"a model with num_classes {config.num_classes} takes {'y' if y is None else 'no y'}, got {given}"
-            )
-        if y is not None and tuple(y.shape) != (batch,):
-            raise InputError(f"y must be ({batch},), got {tuple(y.shape)}")
-        if (context is None) != (config.context_dim == 0):
-            given = "none" if context is None else "context"
-            takes = "context" if context is None else "no context"
-            raise InputError(f"a model with context_dim {config.context_dim} takes {takes}, got {given}")
-        if context is not None:
-            expected = (batch, config.num_context_tokens, config.context_dim)
-            if tuple(context.shape) != expected:
-                raise InputError(f"context must be {expected}, got {tuple(context.shape)}")
-
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """Predicts what the model was trained to (noise, data, v or flow) from noisy images.
-
-        Args:
-            x: (B, C, H, W) noisy images, of about unit variance.
-            timesteps: (B,) times in the network's units (999 t or 1000 t), or one time for all.
-            y: (B,) integer labels below num_classes, or num_classes for the null class.
-            context: (B, num_context_tokens, context_dim), such as text features.
-
-        Returns:
-            (B, C, H, W).
-
-        Raises:
-            InputError: (a ValueError) shapes that do not fit the config, or a missing or unexpected condition.
-        """
-        return self.forward_reusing(x, timesteps, y, context)[0]
-
-    def forward_reusing(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        y: Tensor | None = None,
-        context: Tensor | None = None,
-        outer: int = 0,
-        deep: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Predicts as `forward` does; given deep features from an earlier call, it runs only the outer blocks.
-
-        The long skips are nested, so the blocks inside the outer pairs act on the prediction only through their output,
-        which changes little between neighbouring steps of a solver (as in DeepCache, arXiv 2312.00858).
-
-        Args:
-            x: as for `forward`, like the next three.
-            timesteps: (B,).
-            y: (B,).
-            context: (B, num_context_tokens, context_dim).
-            outer: number of outermost pairs of in and out blocks, which always run: 0 to depth / 2.
-            deep: (B, L, D) deep features from an earlier call with the same `outer`; None computes them.
-
-        Returns:
-            (B, C, H, W), and the deep features (B, L, D): the output of the blocks inside the outer ones.
-
-        Raises:
-            InputError: (a ValueError) as forward, or more outer blocks than it has.
-        """
-        self.require_whole()
-        if not 0 <= outer <= len(self.in_blocks):
-            raise InputError(f"outer blocks must be 0 to depth / 2 = {len(self.in_blocks)}, got {outer}")
-        self._check_inputs(x, timesteps, y, context)
-        h, time = self._embed(x, timesteps, y, context)
-        skips: list[Tensor] = []
-        end = len(self.blocks)
-        h = self._run(range(outer), h, time, skips)
-        h = deep = self._run(range(outer, end - outer), h, time, skips) if deep is None else deep
-        h = self._run(range(end - outer, end), h, time, skips)
-        return self._to_image(h), deep
-
     def require_whole(self) -> None:
         """Checks that no block was removed.
 
@@ -217,7 +131,9 @@ class UViT(nn.Module):
         if not self.is_whole:
             raise InputError("a pruned model only gives intermediates: load the whole one to make images or save it")
 
-    def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _embed(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor]]:
         """Returns all tokens, (B, L, D), and the embedded time, (B, D)."""
         config = self.config
         time = timestep_embedding(timesteps.expand(x.shape[0]), config.embed_dim)  # (B, D)
@@ -229,20 +145,7 @@ class UViT(nn.Module):
             tokens.insert(0, time[:, None])  # (B, 1, D)
         if y is not None:
             tokens.insert(0, self.label_emb(y)[:, None])  # (B, 1, D)
-        return torch.cat(tokens, dim=1) + self.pos_embed, time  # (B, L, D), where L = extras + N
-
-    def _run(self, numbers: range, h: Tensor, time: Tensor, skips: list[Tensor]) -> Tensor:
-        """Runs blocks by number; a shallow one pushes its output to `skips`, from which its deep partner pops it."""
-        blocks, middle = self.blocks, self.config.depth // 2
-        for number in numbers:
-            inputs = (h, time, skips.pop()) if number > middle else (h, time)
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(blocks[number], *inputs, use_reentrant=False)
-            else:
-                h = blocks[number](*inputs)
-            if number < middle:
-                skips.append(h)
-        return h
+        return torch.cat(tokens, dim=1) + self.pos_embed, (time,)  # (B, L, D), where L = extras + N
 
     def _to_image(self, h: Tensor) -> Tensor:
         """Maps the tokens to the prediction, (B, C, H, W)."""
@@ -315,12 +218,12 @@ class UViT(nn.Module):
         timesteps = torch.zeros(1, device=x.device) if timesteps is None else timesteps
         if y is None and config.null_label is not None:
             y = torch.full((len(x),), config.null_label, device=x.device)
-        self._check_inputs(x, timesteps, y, context)
-        h, time = self._embed(x, timesteps, y, context)
+        check_inputs(config, x, timesteps, y, context)
+        h, conditions = self._embed(x, timesteps, y, context)
         skips: list[Tensor] = []
         prefixes, patches = [], []
         for number in range(max(taken, default=-1) + 1 if stop_early else len(self.blocks)):
-            h = self._run(range(number, number + 1), h, time, skips)
+            h = self._run(range(number, number + 1), h, conditions, skips)
             if number in taken:
                 prefix, tokens = (self.norm(h) if norm else h).tensor_split([config.num_extra_tokens], dim=1)
                 if output_fmt == "NCHW":

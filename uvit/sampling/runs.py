@@ -146,7 +146,7 @@ def load_run(
         if isinstance(raw, dict) and config_kind(raw) != "run":
             raise InputError(f"{checkpoint} holds only weights, expected a run: give the run's config with --config")
         config = from_dict(Config, raw)
-    resolve_backend(attention, device.type, config.model.head_dim)
+    resolve_backend(attention, device.type)
     known = dataclasses.asdict(config.model) if path.is_file() else {}  # not all can be inferred from a published file
     model = load_network(path, {**known, "attention": attention})
     if dataclasses.replace(model.config, attention=config.model.attention) != config.model:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from uvit.common.errors import InputError
 from uvit.config import NetworkConfig
-from uvit.networks import uvit
+from uvit.networks import unet, uvit
 from uvit.networks.contract import Network
 from uvit.weights.pretrained import PretrainedMixin, read_pretrained, restore
 
@@ -17,11 +17,17 @@ class UViT(PretrainedMixin, uvit.UViT):
     __doc__ = uvit.UViT.__doc__
 
 
-NETWORKS = {network.config_class: network for network in (UViT,)}
+class UNet(PretrainedMixin, unet.UNet):
+    __doc__ = unet.UNet.__doc__
+
+
+NETWORKS: dict[type[NetworkConfig], type[UViT] | type[UNet]] = {
+    network.config_class: network for network in (UViT, UNet)
+}
 """The network class for each config class."""
 
 
-def build_network(config: NetworkConfig) -> UViT:
+def build_network(config: NetworkConfig) -> UViT | UNet:
     """Builds the network of a config, with initial weights.
 
     Raises:
@@ -30,7 +36,7 @@ def build_network(config: NetworkConfig) -> UViT:
     if type(config) not in NETWORKS:
         names = " or ".join(each.__name__ for each in NETWORKS)
         raise InputError(f"the config of a network must be a {names}, got a {type(config).__name__}")
-    return NETWORKS[type(config)](config)
+    return cast(Any, NETWORKS[type(config)])(config)
 
 
 def load_network(path: Path, fields: Mapping[str, Any]) -> Network:

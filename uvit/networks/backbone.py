@@ -1,0 +1,150 @@
+"""What every backbone shares: checked inputs, blocks joined by nested long skips, and reuse of their deep features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from uvit.config import InputError, NetworkConfig
+
+
+class Backbone(nn.Module):
+    """A network whose shallow blocks are joined to its deep ones by long skips, the first block to the last one.
+
+    A subclass has `blocks`: its shallow ones, a middle one and as many deep ones. It maps inputs to what the first of
+    them takes, and what the last one gives to the prediction.
+    """
+
+    config: Any
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """All blocks, in the order in which they run."""
+        raise NotImplementedError
+
+    def _embed(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Returns the input of the first block, and the conditions that every block takes."""
+        raise NotImplementedError
+
+    def _to_image(self, h: Tensor) -> Tensor:
+        """Maps the output of the last block to the prediction, (B, predicted_chans, H, W)."""
+        raise NotImplementedError
+
+    def reset_buffers(self) -> None:
+        """Computes the buffers that are not in its state dict; there are none unless a subclass says so."""
+
+    def require_whole(self) -> None:
+        """Checks that no block was removed; only subclasses can remove some.
+
+        Raises:
+            InputError: (a ValueError) some were.
+        """
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """Predicts what the model was trained to (noise, data, v or flow) from noisy images.
+
+        Args:
+            x: (B, C, H, W) noisy images, of about unit variance.
+            timesteps: (B,) times in the network's units (Schedule.network_time), or one time for all.
+            y: (B,) integer labels below num_classes, or num_classes for the null class.
+            context: (B, num_context_tokens, context_dim), such as text features.
+
+        Returns:
+            (B, predicted_chans, H, W), of which the first C channels are the prediction.
+
+        Raises:
+            InputError: (a ValueError) shapes that do not fit the config, or a missing or unexpected condition.
+        """
+        return self.forward_reusing(x, timesteps, y, context)[0]
+
+    def forward_reusing(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        outer: int = 0,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predicts as `forward` does; given deep features from an earlier call, it runs only the outer blocks.
+
+        The long skips are nested, so the blocks inside the outer pairs act on the prediction only through their output,
+        which changes little between neighbouring steps of a solver (DeepCache, arXiv 2312.00858).
+
+        Args:
+            x: as for `forward`, like the next three.
+            timesteps: (B,).
+            y: (B,).
+            context: (B, num_context_tokens, context_dim).
+            outer: number of outermost pairs of shallow and deep blocks, which always run: 0 to config.reusable_pairs.
+            deep: deep features from an earlier call with the same `outer`; None computes them.
+
+        Returns:
+            The prediction, and the deep features: the output of the blocks inside the outer ones.
+
+        Raises:
+            InputError: (a ValueError) as forward, or more outer blocks than it has.
+        """
+        self.require_whole()
+        if not 0 <= outer <= self.config.reusable_pairs:
+            raise InputError(f"outer blocks must be 0 to {self.config.reusable_pairs}, got {outer}")
+        check_inputs(self.config, x, timesteps, y, context)
+        h, conditions = self._embed(x, timesteps, y, context)
+        skips: list[Tensor] = []
+        end = len(self.blocks)
+        h = self._run(range(outer), h, conditions, skips)
+        h = deep = self._run(range(outer, end - outer), h, conditions, skips) if deep is None else deep
+        h = self._run(range(end - outer, end), h, conditions, skips)
+        return self._to_image(h), deep
+
+    def _run(self, numbers: range, h: Tensor, conditions: tuple[Tensor | None, ...], skips: list[Tensor]) -> Tensor:
+        """Runs blocks by number; a shallow one pushes its output to `skips`, from which its deep partner pops it."""
+        blocks, middle, joined = self.blocks, self.config.num_pairs, self.config.has_skips
+        for number in numbers:
+            inputs = (h, *conditions, skips.pop()) if joined and number > middle else (h, *conditions)
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(blocks[number], *inputs, use_reentrant=False)
+            else:
+                h = blocks[number](*inputs)
+            if joined and number < middle:
+                skips.append(h)
+        return h
+
+
+def check_inputs(config: NetworkConfig, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> None:
+    """Checks the shapes of a network's inputs, and that it has the conditions that its config asks for.
+
+    Raises:
+        InputError: (a ValueError) what was given, and what was expected.
+    """
+    expected = (config.in_chans, *config.image_shape)
+    if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+        raise InputError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+    batch = x.shape[0]  # an exporter would take len(x) for a constant
+    if tuple(timesteps.shape) not in ((batch,), (1,), ()):
+        raise InputError(f"timesteps must be ({batch},), got {tuple(timesteps.shape)}")
+    if (y is None) != (config.num_classes == 0):
+        given = "none" if y is None else "labels"
+        takes = "y" if y is None else "no y"
+        raise InputError(f"a model with num_classes {config.num_classes} takes {takes}, got {given}")
+    if y is not None and tuple(y.shape) != (batch,):
+        raise InputError(f"y must be ({batch},), got {tuple(y.shape)}")
+    if (context is None) != (config.context_dim == 0):
+        given = "none" if context is None else "context"
+        takes = "context" if context is None else "no context"
+        raise InputError(f"a model with context_dim {config.context_dim} takes {takes}, got {given}")
+    if context is not None:
+        expected = (batch, config.num_context_tokens, config.context_dim)
+        if tuple(context.shape) != expected:
+            raise InputError(f"context must be {expected}, got {tuple(context.shape)}")

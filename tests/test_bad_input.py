@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import refused
+from helpers.idx import save_idx, write_idx
 from helpers.images import DIGITS, save_folder
 from helpers.runs import TEXT, files_of
 
@@ -40,6 +41,22 @@ BAD_INPUT = [
     ("train", "tiny.py --train.accumulation_steps 3", "batch_size 8 must be divisible by accumulation_steps 3"),
     ("train", "tiny.py --data.name empty", "data folder empty is empty"),
     ("train", "tiny.py --data.name no/such", "cannot load split 'train' of data 'no/such'"),
+    (
+        "train",
+        "tiny.py --data.name cut",
+        "cut/train-images-idx3-ubyte must have 20x8x8 bytes after its header, got 1270",
+    ),
+    (
+        "train",
+        "tiny.py --data.name uneven",
+        "uneven/train-labels-idx1-ubyte.gz must have a label for each of 20 images",
+    ),
+    ("train", "tiny.py --data.name half --model.img_size 16", "images of data 'half' are 8x8, got a model for 16x16"),
+    (
+        "evaluate",
+        "--images half --reference half --split test",
+        "split 'test' of data 'half' must be t10k-images-idx3-ubyte, plain or .gz, found no such file",
+    ),
     ("train", "tiny.py --train.tracker wandb", "train.tracker 'wandb' needs the package wandb"),
     ("train", "tiny.py --train.run_dir tiny.py/run", "cannot write to tiny.py/run: tiny.py is not a folder"),
     ("train", "tiny.py --train.seed 99999999999999999999999", "seed must be below 9223372036854775808"),
@@ -220,6 +237,12 @@ def obstacles(trained_on_text) -> None:
     np.savez(trained / "imaginary.npz", mu=np.zeros(64), sigma=np.eye(64) * 1j)
     np.savez(trained / "negative.npz", mu=np.zeros(64), sigma=-np.eye(64))
     np.savez(trained / "sized.npz", mu=np.zeros(64), sigma=np.eye(64), features="pixels", image_size=(4, 16))
+    for name in ("half", "cut"):
+        save_idx(trained / name, num_test=0)
+    images = trained / "cut/train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-10])
+    save_idx(trained / "uneven", names="-{}-ubyte.gz")
+    write_idx(trained / "uneven/train-labels-idx1-ubyte.gz", np.zeros(19, np.uint8))
     for name, text in (("foreign", config), ("emptied", "[]")):
         save_checkpoint(trained / name, load_config(trained / "runs/tiny/config.json"), 2, {}, keep=1)
         (trained / name / "config.json").write_text(text)

@@ -17,6 +17,7 @@ from uvit.common.libraries import quiet
 from uvit.config import DataConfig
 from uvit.data.batch import MIN_IMAGES, Batch, ImageData, ImageSpec
 from uvit.data.embedded import PHOTO_SHAPE, Arrays, Digits, Photos
+from uvit.data.idx import is_idx_data, load_idx
 from uvit.data.images import fit_image, open_image
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
@@ -113,7 +114,8 @@ def load_images(config: DataConfig, spec: ImageSpec, train: bool = True) -> Imag
         return Photos.load(spec.shape or PHOTO_SHAPE, train)
     if Path(config.name).suffix == ".npz":
         return Arrays.load(Path(config.name), spec.shape)
-    return _load_hub(config, spec, config.train_split if train else config.test_split)
+    split = config.train_split if train else config.test_split
+    return load_idx(config, spec, split) if is_idx_data(config.name) else _load_hub(config, spec, split)
 
 
 def _load_hub(config: DataConfig, spec: ImageSpec, split: str) -> HubData:

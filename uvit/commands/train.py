@@ -46,6 +46,9 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     config = parse(Config, arguments[1:], __doc__, "CONFIG", load_config(arguments[0]))
     accelerator = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
     device_type = accelerator.type if accelerator is not None and torch.accelerator.is_available() else "cpu"
+    if config.model.predicted_chans != config.model.in_chans:
+        given = f"got {config.model.predicted_chans}"
+        raise InputError(f"model.out_chans must be None or in_chans {config.model.in_chans} to train, {given}")
     resolve_backend(config.model.attention, device_type)
     if config.train.mixed_precision != "auto":  # `auto` needs the device itself, which is not started yet
         resolve_precision(config.train.mixed_precision, device_type, config.model.width)

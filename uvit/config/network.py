@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from uvit.common.errors import InputError
 from uvit.config.section import Section
@@ -23,6 +23,8 @@ BLOCK_WIDTHS = 16
 class NetworkConfig(Section):
     """The config of any network that a run can have; each network has its own kind, with its sizes and options."""
 
+    title: ClassVar[str] = "network"
+    """What this kind is called in words."""
     backbone: str
     """Which network it is."""
     img_size: int | tuple[int, int] = 32

@@ -16,7 +16,7 @@ from uvit.config.section import Section
 from uvit.config.unet import UNetConfig
 from uvit.config.uvit import UViTConfig
 
-ScheduleName = Literal["vp", "ldm", "cosine", "flow"]
+ScheduleName = Literal["vp", "ldm", "ddpm", "iddpm", "cosine", "flow"]
 Kind = Literal["noise", "data", "v", "flow"]
 SolverName = Literal["ddim", "heun", "dpmpp_2m", "unipc", "dpmpp_fast", "dpm_solver_fast", "euler", "euler_maruyama"]
 Spacing = Literal["uniform", "log_snr"]

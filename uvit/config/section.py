@@ -56,6 +56,12 @@ def _expected(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
 
 
+def _hints(cls: type[Section]) -> dict[str, Any]:
+    """Returns the types of a section's fields, by name."""
+    hints = get_type_hints(cls)
+    return {each.name: hints[each.name] for each in dataclasses.fields(cls)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """A part of a config, whose fields are checked against their annotations on construction.
@@ -65,7 +71,7 @@ class Section:
     """
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
+        for name, hint in _hints(type(self)).items():
             value = getattr(self, name)
             if not _fits(value, hint):
                 near = did_you_mean(value, _choices(hint)) if isinstance(value, str) else ""
@@ -129,7 +135,7 @@ def from_dict(cls: type[SectionT] | types.UnionType, raw: Any) -> SectionT:
         names = " or ".join(each.__name__ for each in sections)
         raise InputError(f"{names} must be a JSON object, got {short_repr(raw)}")
     chosen: Any = _choose(sections, raw)
-    hints = get_type_hints(chosen)
+    hints = _hints(chosen)
     for each in dataclasses.fields(chosen):
         if each.name not in raw and each.default is each.default_factory is dataclasses.MISSING:
             raise InputError(f"{chosen.__name__} must have a field {each.name!r}, got {', '.join(raw) or 'none'}")

@@ -30,6 +30,7 @@ class Level(NamedTuple):
 class UNetConfig(NetworkConfig):
     """A diffusion U-Net. Defaults are ADM's choices (arXiv 2105.05233), in DDPM's size for 32x32 images."""
 
+    title = "U-Net"
     backbone: Literal["unet"] = "unet"
     """Which network it is."""
     out_chans: int | None = None

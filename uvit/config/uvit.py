@@ -14,6 +14,7 @@ from uvit.config.network import BLOCK_WIDTHS, MAX_DEPTH, MAX_TOKENS, NetworkConf
 class UViTConfig(NetworkConfig):
     """A U-ViT. Defaults are the paper's choices, for its size S/2 on 32x32 images (arXiv 2209.12152, table 1)."""
 
+    title = "U-ViT"
     backbone: Literal["uvit"] = "uvit"
     """Which network it is."""
     patch_size: int = 2

@@ -148,7 +148,7 @@ def load_run(
         config = from_dict(Config, raw)
     resolve_backend(attention, device.type)
     known = dataclasses.asdict(config.model) if path.is_file() else {}  # not all can be inferred from a published file
-    model = load_network(path, {**known, "attention": attention})
+    model = load_network(path, {**known, "attention": attention}, type(config.model))
     if dataclasses.replace(model.config, attention=config.model.attention) != config.model:
         different = [
             f"{name} {value!r} and {getattr(config.model, name)!r}"

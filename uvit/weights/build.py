@@ -39,15 +39,16 @@ def build_network(config: NetworkConfig) -> UViT | UNet:
     return cast(Any, NETWORKS[type(config)])(config)
 
 
-def load_network(path: Path, fields: Mapping[str, Any]) -> Network:
+def load_network(path: Path, fields: Mapping[str, Any], expected: type[NetworkConfig] = NetworkConfig) -> Network:
     """Loads the network in a folder or a published file, of whatever class, in eval mode.
 
     Args:
         path: as returned by `find_pretrained`.
         fields: fields of its config to replace.
+        expected: the kind of network; by default any.
 
     Raises:
         InputError: as `from_pretrained`.
     """
-    config, weights = read_pretrained(path, fields)
+    config, weights = read_pretrained(path, fields, expected)
     return restore(NETWORKS[type(config)], config, weights, str(path))

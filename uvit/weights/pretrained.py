@@ -33,7 +33,7 @@ from uvit.config import (
 )
 from uvit.networks.contract import Network
 from uvit.weights.card import CARD_FILE, model_card
-from uvit.weights.published import infer_config
+from uvit.weights.published import config_class_of, infer_config
 from uvit.weights.tensors import read_pth, read_weights, write_weights
 
 
@@ -47,6 +47,8 @@ class PretrainedOptions(HubOptions, total=False):
     attention: Backend
     gradient_checkpointing: bool
     num_heads: int
+    head_dim: int
+    qkv_order: str
     img_size: int | tuple[int, int]
     num_context_tokens: int
     null_class: bool
@@ -78,23 +80,34 @@ def find_pretrained(name_or_path: str | Path, **options: Unpack[HubOptions]) -> 
     return reference if isfile(reference) and not isfile(folder / WEIGHTS_FILE) else folder
 
 
-def read_pretrained(path: Path, fields: Mapping[str, Any]) -> tuple[NetworkConfig, dict[str, Tensor]]:
+def read_pretrained(
+    path: Path, fields: Mapping[str, Any], expected: type[NetworkConfig] = NetworkConfig
+) -> tuple[NetworkConfig, dict[str, Tensor]]:
     """Reads a network's config and weights.
 
     Args:
         path: as returned by find_pretrained.
         fields: fields of the config to replace; for a published file, those that its tensors do not determine.
+        expected: the kind of network; by default any.
 
     Raises:
-        InputError: missing or invalid files.
+        InputError: missing or invalid files, or another kind of network.
     """
+
+    def require(found: type[NetworkConfig]) -> None:
+        if not issubclass(found, expected):
+            raise InputError(f"{path} has the weights of a {found.title}, expected those of a {expected.title}")
+
     if path.is_file():
         weights = read_pth(path)
+        require(config_class_of(weights))
         try:
             return infer_config(weights, **fields), weights
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-    return replace_fields(read_network_config(path), fields), read_weights(path / WEIGHTS_FILE)
+    config = read_network_config(path)
+    require(type(config))
+    return replace_fields(config, fields), read_weights(path / WEIGHTS_FILE)
 
 
 def find_mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
@@ -171,7 +184,8 @@ class PretrainedMixin:
 
         Args:
             name_or_path: a folder with config.json and model.safetensors, a hub name such as `user/model`, a file of
-                the paper's code such as `imagenet256_uvit_huge.pth`, or its checkpoint folder with nnet_ema.pth.
+                the paper's code such as `imagenet256_uvit_huge.pth`, or its checkpoint folder with nnet_ema.pth; for a
+                U-Net, a file of ADM such as `256x256_diffusion.pt`.
             **options: `revision`, `token`, `cache_dir` and `local_files_only` of the hub, as HubOptions describes them;
                 and fields of the network's config, as PretrainedOptions does, such as `attention`.
 
@@ -180,8 +194,9 @@ class PretrainedMixin:
         """
         fields: dict[str, Any] = dict(options)
         fetching: Any = {name: fields.pop(name) for name in HubOptions.__annotations__ if name in fields}
-        check_fields(cast(Any, cls).config_class, fields)
-        config, weights = read_pretrained(find_pretrained(name_or_path, **fetching), fields)
+        config_class = cast(Any, cls).config_class
+        check_fields(config_class, fields)
+        config, weights = read_pretrained(find_pretrained(name_or_path, **fetching), fields, config_class)
         return restore(cls, config, weights, str(name_or_path))
 
     def save_pretrained(self: Network, directory: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""The paper's published models: their sizes, shared parts of their recipes, and inferring a config from their weights.
+"""The published models: sizes and shared parts of the recipes of the paper's, and inferring a config from weights.
 
 All are Worth Words, arXiv 2209.12152, tables 1, 8 and 9. configs/ has one config file for each run.
 """
@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from uvit.common.errors import InputError
-from uvit.config import OptimConfig, ProcessConfig, UViTConfig, replace_fields
+from uvit.config import NetworkConfig, OptimConfig, ProcessConfig, UNetConfig, UViTConfig, replace_fields
+from uvit.weights.adm import IMAGENET_CLASSES, PUBLISHED_ADM, infer_unet_config, is_unet
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"embed_dim": 512, "depth": 12, "num_heads": 8},
@@ -30,7 +31,6 @@ RANKS = {
 }
 """Number of dimensions of the tensors that the config is inferred from."""
 CLIP_CONTEXT = {"context_dim": 768, "num_context_tokens": 77}
-IMAGENET_CLASSES = 1000
 IMAGENET256_LATENTS: dict[str, Any] = {
     "img_size": 32,
     "patch_size": 2,
@@ -42,7 +42,7 @@ IMAGENET512_LATENTS = {**IMAGENET256_LATENTS, "img_size": 64, "patch_size": 4}
 IMAGENET64: dict[str, Any] = {"img_size": 64, "patch_size": 4, "num_classes": IMAGENET_CLASSES}
 MSCOCO_LATENTS: dict[str, Any] = {"img_size": 32, "patch_size": 2, "in_chans": 4, **CLIP_CONTEXT}
 
-PUBLISHED: dict[str, UViTConfig] = {
+PUBLISHED_UVIT: dict[str, UViTConfig] = {
     "cifar10_uvit_small": UViTConfig(**SIZES["small"], img_size=32, patch_size=2),
     "celeba64_uvit_small": UViTConfig(**SIZES["small"], img_size=64, patch_size=4),
     "imagenet64_uvit_mid": UViTConfig(**SIZES["mid"], **IMAGENET64),
@@ -54,7 +54,10 @@ PUBLISHED: dict[str, UViTConfig] = {
     "mscoco_uvit_small": UViTConfig(**SIZES["small"], **MSCOCO_LATENTS),
     "mscoco_uvit_small_deep": UViTConfig(**SIZES["small_deep"], **MSCOCO_LATENTS),
 }
-"""The network of each published run, by the name of its config: the data, then the size."""
+"""The network of each of the paper's runs, by the name of its config: the data, then the size."""
+
+PUBLISHED: dict[str, UViTConfig | UNetConfig] = {**PUBLISHED_UVIT, **PUBLISHED_ADM}
+"""The network of every published model, by the name of its config."""
 
 # Stable Diffusion's autoencoder, and the one of which only the decoder was fine-tuned: both encode alike.
 SD_AUTOENCODER = "CompVis/stable-diffusion-v1-4/vae"
@@ -65,8 +68,26 @@ LDM_NOISE = ProcessConfig(schedule="ldm", prediction="noise")
 ADAMW = OptimConfig(name="adamw", lr=2e-4, betas=(0.99, 0.99), weight_decay=0.03, warmup_steps=5_000)
 
 
-def infer_config(weights: Mapping[str, Tensor], **known: Any) -> UViTConfig:
+def config_class_of(weights: Mapping[str, Tensor]) -> type[NetworkConfig]:
+    """Returns the kind of config that a published model has, by the names of its tensors."""
+    return UNetConfig if is_unet(weights) else UViTConfig
+
+
+def infer_config(weights: Mapping[str, Tensor], **known: Any) -> NetworkConfig:
     """Infers the config of a published model from its tensors.
+
+    Args:
+        weights: a state dict with the published names.
+        **known: fields of the config that the tensors do not determine.
+
+    Raises:
+        InputError: as infer_uvit_config and infer_unet_config.
+    """
+    return infer_unet_config(weights, **known) if is_unet(weights) else infer_uvit_config(weights, **known)
+
+
+def infer_uvit_config(weights: Mapping[str, Tensor], **known: Any) -> UViTConfig:
+    """Infers the config of a published U-ViT from its tensors.
 
     Args:
         weights: a state dict with the published names.

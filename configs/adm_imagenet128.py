@@ -1,0 +1,11 @@
+"""Class-conditional ImageNet 128x128 in pixels, with ADM's published U-Net, 128x128_diffusion.pt: for drawing."""
+
+from uvit.config import Config, DataConfig, SampleConfig
+from uvit.weights.adm import DDPM_NOISE, PUBLISHED_ADM
+
+config = Config(
+    model=PUBLISHED_ADM["adm_imagenet128"],
+    process=DDPM_NOISE,
+    data=DataConfig(name="data/imagenet"),
+    sample=SampleConfig(sampler="dpmpp_2m", num_steps=25),
+)

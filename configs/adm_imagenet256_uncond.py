@@ -1,0 +1,11 @@
+"""Unconditional ImageNet 256x256 in pixels, with ADM's published U-Net, 256x256_diffusion_uncond.pt: for drawing."""
+
+from uvit.config import Config, DataConfig, SampleConfig
+from uvit.weights.adm import DDPM_NOISE, PUBLISHED_ADM
+
+config = Config(
+    model=PUBLISHED_ADM["adm_imagenet256_uncond"],
+    process=DDPM_NOISE,
+    data=DataConfig(name="data/imagenet"),
+    sample=SampleConfig(sampler="dpmpp_2m", num_steps=25),
+)

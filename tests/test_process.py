@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from helpers.golden import ARRAYS
 
 from uvit.config import ProcessConfig
@@ -98,3 +99,18 @@ def test_time_shift_keeps_the_ends_and_scales_the_log_snr_of_flow():
     flow = SCHEDULES["flow"]
     torch.testing.assert_close(flow.log_snr(shifted[1:3]), flow.log_snr(t[1:3]) - torch.tensor(3.0).double().log())
     assert time_grid(flow, 4, shift=3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+
+
+@pytest.mark.parametrize(("name", "betas"), [("ddpm", "linear"), ("iddpm", "squaredcos_cap_v2")])
+def test_the_tables_of_adm_equal_those_of_diffusers(name, betas):
+    scheduler = DDPMScheduler(beta_schedule=betas, beta_start=1e-4, beta_end=0.02)
+    alpha, _ = SCHEDULES[name].alpha_sigma(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    torch.testing.assert_close(alpha.square(), scheduler.alphas_cumprod.double(), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "first"), [("ldm", 1), ("ddpm", 0), ("iddpm", 0)])
+def test_a_discrete_network_counts_its_steps(name, first):
+    schedule = SCHEDULES[name]
+    assert schedule.network_time(schedule.first_time) == pytest.approx(first, abs=1e-9)
+    times = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    torch.testing.assert_close(schedule.network_time(times), torch.arange(1000.0, dtype=torch.float64) + first)

@@ -148,7 +148,8 @@ def test_every_combination_draws_gaussian_data(name, prediction, solver, spacing
     schedule = SCHEDULES[name]
 
     def network(x, timesteps):
-        t = timesteps[0].item() / schedule.network_scale
+        first, last = schedule.network_time(0.0), schedule.network_time(1.0)
+        t = (timesteps[0].item() - first) / (last - first)
         x0, eps = gaussian_denoiser(schedule)(x, t)
         return combine(prediction, x0, eps, *schedule.at(t))
 

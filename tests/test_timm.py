@@ -14,7 +14,7 @@ import torch
 import uvit.integrations.timm  # noqa: F401
 from uvit import UViT
 from uvit.common.errors import InputError
-from uvit.weights.published import PUBLISHED
+from uvit.weights.published import PUBLISHED_UVIT
 
 NAMES = {
     "uvit_small_patch2_32": ["cifar10", "mscoco"],
@@ -50,7 +50,7 @@ def test_names_are_registered_by_one_import_alone():
 
 def test_tags_are_the_published_models():
     built = [create(name).config for name in TAGGED]
-    assert sorted(map(str, built)) == sorted(map(str, PUBLISHED.values()))
+    assert sorted(map(str, built)) == sorted(map(str, PUBLISHED_UVIT.values()))
     for name, tags in NAMES.items():
         assert create(name).config == create(f"{name}.{tags[0]}").config
 
@@ -83,7 +83,7 @@ def test_fields_of_the_config_go_through():
 @pytest.mark.parametrize("way", ["checkpoint_path", "pretrained_cfg_overlay"])
 def test_published_files_load_strictly_into_timms_models(way, tmp_path):
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 4}
-    expected = UViT(PUBLISHED["cifar10_uvit_small"], **sizes).state_dict()
+    expected = UViT(PUBLISHED_UVIT["cifar10_uvit_small"], **sizes).state_dict()
     path = tmp_path / "nnet_ema.pth"
     torch.save(expected, path)
     given = {"checkpoint_path": path} if way == "checkpoint_path" else {"pretrained": True, way: {"file": str(path)}}

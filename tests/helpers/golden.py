@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uvit import UViT, UViTConfig
+from uvit import UNet, UNetConfig, UViT, UViTConfig
 
 FOLDER = Path(__file__).parent.parent / "goldens"
 FACTS = json.loads((FOLDER / "uvit.json").read_text())
 ARRAYS = np.load(FOLDER / "uvit.npz")
+UNET_FACTS = json.loads((FOLDER / "unet.json").read_text())
+UNET_ARRAYS = np.load(FOLDER / "unet.npz")
 
 
 def rnd(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -32,8 +34,8 @@ def config_of(published: dict) -> UViTConfig:
     return UViTConfig(**fields)
 
 
-def golden_model(case: str) -> UViT:
-    model = UViT(config_of(FACTS["cases"][case]["kwargs"]))
+def golden_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Weights by the rule, for each entry of a network's state dict."""
     weights = {}
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
@@ -41,10 +43,50 @@ def golden_model(case: str) -> UViT:
             weights[name] = 0.5 * rnd(name, shape)
         elif len(shape) == 1:
             weights[name] = 1 + 0.1 * rnd(name, shape) if name.endswith("weight") else 0.1 * rnd(name, shape)
+        elif name == "label_emb.weight" and isinstance(model, UNet):
+            weights[name] = rnd(name, shape)
         else:
             weights[name] = rnd(name, shape) / float(np.sqrt(np.prod(shape[1:])))
-    model.load_state_dict(weights)
+    return weights
+
+
+def golden_model(case: str) -> UViT:
+    model = UViT(config_of(FACTS["cases"][case]["kwargs"]))
+    model.load_state_dict(golden_weights(model))
     return model
+
+
+def unet_config_of(published: dict) -> UNetConfig:
+    """Our config of the arguments of ADM's constructor."""
+    side = published["image_size"]
+    return UNetConfig(
+        img_size=side,
+        in_chans=published["in_channels"],
+        out_chans=published["out_channels"],
+        model_channels=published["model_channels"],
+        channel_mult=tuple(published["channel_mult"]),
+        num_res_blocks=published["num_res_blocks"],
+        attention_sizes=tuple(side // factor for factor in published["attention_resolutions"]),
+        num_heads=published["num_heads"],
+        head_dim=max(published["num_head_channels"], 0),
+        qkv_order="new" if published["use_new_attention_order"] else "legacy",
+        scale_shift_norm=published["use_scale_shift_norm"],
+        resblock_updown=published["resblock_updown"],
+        num_classes=published["num_classes"] or 0,
+    )
+
+
+def golden_unet(case: str) -> UNet:
+    model = UNet(unet_config_of(UNET_FACTS["cases"][case]["kwargs"]))
+    model.load_state_dict(golden_weights(model))
+    return model
+
+
+def golden_unet_inputs(config: UNetConfig) -> dict[str, Tensor]:
+    inputs = {"x": rnd("x", (2, config.in_chans, *config.image_shape)), "timesteps": torch.tensor([1.0, 998.0])}
+    if config.num_classes:
+        inputs["y"] = (torch.arange(2) * 7 + 3) % config.num_classes
+    return inputs
 
 
 def golden_inputs(case: str) -> dict[str, Tensor]:

@@ -35,8 +35,8 @@ class ProcessConfig(Section):
     """The diffusion process, and the loss on it."""
 
     schedule: ScheduleName = "flow"
-    """Signal and noise over time: the paper's for pixels (vp), the paper's for latents (ldm), cosine, or rectified
-    flow."""
+    """Signal and noise over time: the paper's for pixels (vp), the paper's for latents (ldm), ADM's (ddpm, or iddpm
+    for its 64x64 model), cosine, or rectified flow."""
     prediction: Kind = "flow"
     """What the network predicts."""
     loss_space: Kind | None = None

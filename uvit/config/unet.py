@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from uvit.common.errors import InputError
-from uvit.config.network import BLOCK_WIDTHS, MAX_DEPTH, MAX_TOKENS, NetworkConfig
+from uvit.config.network import BLOCK_WIDTHS, MAX_DEPTH, MAX_SIDE, MAX_TOKENS, NetworkConfig
 
 GROUPS = 32
 """Groups of channels that are normalised together."""
@@ -68,6 +68,8 @@ class UNetConfig(NetworkConfig):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("out_chans", self.predicted_chans >= self.in_chans, f"None or at least in_chans {self.in_chans}")
         self._require("head_dim", self.head_dim >= 0, "at least 0")
+        self._require("img_size", max(self.image_shape) <= MAX_SIDE, f"at most {MAX_SIDE:,}")
+        self._require_at_most(num_context_tokens=MAX_TOKENS)
         self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         self._require(
             "channel_mult", bool(self.channel_mult) and min(self.channel_mult) > 0, "one number or more, above 0"
@@ -94,10 +96,11 @@ class UNetConfig(NetworkConfig):
             self._require(
                 "attention_sizes", side in sides, f"among the sides of the levels, {', '.join(map(str, sides))}"
             )
-        largest = max((math.prod(level.shape) for level in levels if level.attends), default=0)
+        largest = max(math.prod(level.shape) for level in levels if level.attends or level is levels[-1])
         if largest > MAX_TOKENS:
             raise InputError(
-                f"attention must see at most {MAX_TOKENS:,} pixels, got {largest:,}: fewer attention_sizes"
+                f"attention must see at most {MAX_TOKENS:,} pixels, got {largest:,}: smaller attention_sizes, or more "
+                "levels of channel_mult"
             )
 
     @property
@@ -124,7 +127,7 @@ class UNetConfig(NetworkConfig):
     def most_parameters(self) -> float:
         widest = max(self.channel_mult) * self.model_channels
         time = TIME_WIDTHS * self.model_channels
-        per_block = 60 * widest**2 + widest * (
+        per_block = 60 * widest * widest + widest * (
             2 * time + 2 * self.context_dim
         )  # convolutions, attention, MLP; embedding
         ends = 9 * widest * (self.in_chans + self.predicted_chans)

@@ -51,7 +51,7 @@ def diffusion_loss(
     alpha, sigma = (rearrange(value, "B -> B 1 1 1") for value in schedule.alpha_sigma(times))
 
     x_t = alpha * x0 + sigma * noise
-    output = network(x_t, schedule.network_scale * times).float()
+    output = network(x_t, schedule.network_time(times)).float()
     if space != process.prediction:
         output = combine(space, *separate(process.prediction, output, x_t, alpha, sigma), alpha, sigma)
     error = (output - combine(space, x0, noise, alpha, sigma)).square()

@@ -23,12 +23,14 @@ Number = TypeVar("Number", float, Tensor)
 class Schedule:
     """Amplitudes of signal and noise over time, and the network's unit of time."""
 
-    network_scale = 1000.0
-    """The network's time is t times this."""
     singular_start = False
     """Whether α(1) = 0."""
     first_time = 0.0
     """Smallest time above 0 that the network is trained at."""
+
+    def network_time(self, t: Number) -> Number:
+        """Returns the time that the network is given for t."""
+        return 1000.0 * t
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (α(t), σ(t)), of the shape and dtype of t."""
@@ -65,8 +67,10 @@ class Schedule:
 class VP(Schedule):
     """Continuous variance-preserving schedule, β(t) = 0.1 + 19.9 t (Song et al., arXiv 2011.13456, equation 33)."""
 
-    network_scale = 999.0
     beta_min, beta_max = 0.1, 20.0
+
+    def network_time(self, t: Number) -> Number:
+        return 999.0 * t
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha = -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -79,38 +83,63 @@ class VP(Schedule):
         return 2 * twice / (self.beta_min + (self.beta_min**2 + 2 * slope * twice).sqrt())
 
 
-class LDM(Schedule):
-    """The 1000 discrete steps of latent diffusion, n = 1000 t, with log α linear between them (arXiv 2112.10752)."""
+NUM_STEPS = 1000
+"""Steps of the discrete schedules."""
 
-    num_steps = 1000
-    first_time = 1 / num_steps
-    beta_first, beta_last = 0.00085, 0.012
 
-    @staticmethod
-    @functools.cache
-    def _log_alphas(device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Log α at n = 0 … 1000, where n = 0 is clean data: (1001,)."""
-        roots = torch.linspace(LDM.beta_first**0.5, LDM.beta_last**0.5, LDM.num_steps, dtype=torch.float64)
-        table = torch.cat([roots.new_zeros(1), 0.5 * torch.log1p(-(roots**2)).cumsum(0)])
-        return table.to(dtype).to(device)  # cast before the move: not every device has float64
+class Discrete(Schedule):
+    """Discrete steps n = t NUM_STEPS with their own β, and log α linear between them; n = 0 is clean data.
+
+    Args:
+        betas: (NUM_STEPS,) β of steps 1, 2 …, in float64.
+        first_network_time: the network's time of step 1.
+    """
+
+    first_time = 1 / NUM_STEPS
+
+    def __init__(self, betas: Tensor, first_network_time: float = 1.0) -> None:
+        self.betas, self.first_network_time = betas, first_network_time
+        log_alphas = torch.cat([betas.new_zeros(1), 0.5 * torch.log1p(-betas).cumsum(0)])
+        # Cast before the move: not every device has float64.
+        self._log_alphas = functools.cache(lambda device, dtype: log_alphas.to(dtype).to(device))
+
+    def network_time(self, t: Number) -> Number:
+        return NUM_STEPS * t - (1.0 - self.first_network_time)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         table = self._log_alphas(t.device, t.dtype)
-        position = t * self.num_steps
-        left = position.floor().long().clamp(0, self.num_steps - 1)
+        position = t * NUM_STEPS
+        left = position.floor().long().clamp(0, NUM_STEPS - 1)
         log_alpha = table[left] + (position - left) * (table[left + 1] - table[left])
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         # t is linear in λ between two steps, as in the published sampler; n = 0 is excluded, where λ is infinite.
         log_alpha = self._log_alphas(log_snr.device, log_snr.dtype)[1:]
-        table = (log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha))).flip(0)  # (1000,), increasing
-        right = torch.searchsorted(table, log_snr.contiguous()).clamp(1, self.num_steps - 1)
+        table = (log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha))).flip(0)  # (NUM_STEPS,), increasing
+        right = torch.searchsorted(table, log_snr.contiguous()).clamp(1, NUM_STEPS - 1)
         share = (log_snr - table[right - 1]) / (table[right] - table[right - 1])
-        return (self.num_steps - (right - 1 + share)) / self.num_steps
+        return (NUM_STEPS - (right - 1 + share)) / NUM_STEPS
 
     def snap(self, t: Tensor) -> Tensor:
-        return (t * self.num_steps).ceil().clamp(1, self.num_steps) / self.num_steps
+        return (t * NUM_STEPS).ceil().clamp(1, NUM_STEPS) / NUM_STEPS
+
+
+def ldm_betas() -> Tensor:
+    """Returns the βs of latent diffusion, √β from 0.00085^½ to 0.012^½ (arXiv 2112.10752): (1000,)."""
+    return torch.linspace(0.00085**0.5, 0.012**0.5, NUM_STEPS, dtype=torch.float64) ** 2
+
+
+def linear_betas() -> Tensor:
+    """Returns the βs of DDPM, from 1e-4 to 0.02 (arXiv 2006.11239, section 4): (1000,)."""
+    return torch.linspace(1e-4, 0.02, NUM_STEPS, dtype=torch.float64)
+
+
+def cosine_betas() -> Tensor:
+    """Returns the βs of improved DDPM, at most 0.999 (arXiv 2102.09672, equation 17): (1000,)."""
+    t = torch.arange(NUM_STEPS + 1, dtype=torch.float64) / NUM_STEPS
+    alphas_cumprod = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
 
 
 class Cosine(Schedule):
@@ -138,7 +167,14 @@ class Flow(Schedule):
         return torch.sigmoid(-log_snr)
 
 
-SCHEDULES: dict[ScheduleName, Schedule] = {"vp": VP(), "ldm": LDM(), "cosine": Cosine(), "flow": Flow()}
+SCHEDULES: dict[ScheduleName, Schedule] = {
+    "vp": VP(),
+    "ldm": Discrete(ldm_betas()),
+    "ddpm": Discrete(linear_betas(), first_network_time=0.0),
+    "iddpm": Discrete(cosine_betas(), first_network_time=0.0),
+    "cosine": Cosine(),
+    "flow": Flow(),
+}
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

@@ -94,7 +94,7 @@ def guide(
 
     def output(x: Tensor, t: float) -> Tensor:
         guided = scale != 1 and interval[0] <= t <= interval[1]
-        timesteps = torch.full((len(x) * (2 if guided else 1),), schedule.network_scale * t, device=x.device)
+        timesteps = torch.full((len(x) * (2 if guided else 1),), schedule.network_time(t), device=x.device)
         if not guided or uncond is None:
             return network(x, timesteps, **cond)
         both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
@@ -108,7 +108,8 @@ def denoiser(output: Callable[[Tensor, float], Tensor], schedule: Schedule, pred
     """Turns a network's prediction into denoise(x, t) -> (x_0, ε), in float32."""
 
     def denoise(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        return separate(prediction, output(x, t).float(), x, *schedule.at(t))
+        predicted = output(x, t)[:, : x.shape[1]]  # a network may add channels of its own, such as ADM's variance
+        return separate(prediction, predicted.float(), x, *schedule.at(t))
 
     return denoise
 

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from uvit.common.errors import InputError
 from uvit.config import Kind, ProcessConfig, SampleConfig, SolverName
-from uvit.diffusion.process import LDM, SCHEDULES, TIME_MARGIN, shift_time
+from uvit.diffusion.process import NUM_STEPS, SCHEDULES, TIME_MARGIN, Discrete, shift_time
 from uvit.diffusion.samplers import sampling_times
 
+BETA_SCHEDULES = {"ldm": "scaled_linear", "ddpm": "linear"}
+"""Names that diffusers and other tools have for our tables."""
 TABLE_STEPS = 1000
 """diffusers' tables of a process hold time t at index 1000 t - 1."""
 TABLE_TOLERANCE = 1e-3
@@ -77,10 +79,11 @@ def _alphas_cumprod(process: ProcessConfig, num_steps: int) -> Tensor:
 
 def _table(process: ProcessConfig) -> dict[str, Any]:
     """Returns the fields of a scheduler's config that define a variance-preserving schedule."""
-    if process.schedule == "ldm":
-        # diffusers' name for it, which other tools know too
-        betas: dict[str, Any] = {"beta_schedule": "scaled_linear"}
-        return {**betas, "beta_start": LDM.beta_first, "beta_end": LDM.beta_last, "num_train_timesteps": LDM.num_steps}
+    schedule = SCHEDULES[process.schedule]
+    if isinstance(schedule, Discrete) and process.schedule in BETA_SCHEDULES:
+        first, last = (round(schedule.betas[end].item(), 10) for end in (0, -1))
+        named: dict[str, Any] = {"beta_schedule": BETA_SCHEDULES[process.schedule]}
+        return {**named, "beta_start": first, "beta_end": last, "num_train_timesteps": NUM_STEPS}
     num_steps = round(_first_time(process) * TABLE_STEPS)
     alphas_cumprod = _alphas_cumprod(process, num_steps)
     kept = alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
@@ -183,8 +186,8 @@ def set_times(
 ) -> list[float]:
     """Prepares a scheduler for sampling from noise, and returns the times in [0, 1] at which it needs predictions.
 
-    The network's times are these, multiplied by Schedule.network_scale; diffusers' `timesteps` are off by up to one. On
-    `flow`, the grid is that of sample.py for the same solver; with tables, the scheduler's own, in multiples of 1/1000.
+    The network's times are Schedule.network_time of these; diffusers' `timesteps` are off by up to one. On `flow`, the
+    grid is that of sample.py for the same solver; with tables, the scheduler's own, in multiples of 1/1000.
 
     Args:
         scheduler: one that fits the process.

@@ -19,7 +19,7 @@ from torch import nn
 from uvit.common.errors import InputError
 from uvit.config import UViTConfig
 from uvit.weights.build import UViT
-from uvit.weights.published import PUBLISHED
+from uvit.weights.published import PUBLISHED_UVIT
 
 
 def _timm_name(run: str, config: UViTConfig) -> tuple[str, str]:
@@ -47,7 +47,7 @@ def _pretrained_cfg(config: UViTConfig) -> dict[str, Any]:
     }
 
 
-_CONFIGS = {".".join(_timm_name(run, config)): config for run, config in PUBLISHED.items()}
+_CONFIGS = {".".join(_timm_name(run, config)): config for run, config in PUBLISHED_UVIT.items()}
 """Configs by timm's names with tags; a name without a tag means its first tag."""
 
 default_cfgs = generate_default_cfgs({name: _pretrained_cfg(config) for name, config in _CONFIGS.items()})

@@ -48,7 +48,7 @@ class Network(Protocol):
 
         Args:
             x: (B, in_chans, *image_shape) noisy images, of about unit variance.
-            timesteps: (B,) times in the network's units (t times Schedule.network_scale), or one time for all.
+            timesteps: (B,) times in the network's units (Schedule.network_time), or one time for all.
             y: (B,) integer labels; `config.null_label` means no label.
             context: (B, num_context_tokens, context_dim).
 

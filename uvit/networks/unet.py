@@ -137,8 +137,7 @@ class UNet(Backbone):
         Raises:
             InputError: (a ValueError) a size that cannot be halved so often.
         """
-        attends = [level.attends for level in self.config.levels]
-        shape = (img_size, img_size) if isinstance(img_size, int) else img_size
-        sizes = tuple(min(shape) >> number for number, each in enumerate(attends) if each)
-        self.config = dataclasses.replace(self.config, img_size=img_size, attention_sizes=sizes)
+        config = dataclasses.replace(self.config, img_size=img_size, attention_sizes=())
+        sizes = tuple(min(new.shape) for new, old in zip(config.levels, self.config.levels) if old.attends)
+        self.config = dataclasses.replace(config, attention_sizes=sizes)
         return self

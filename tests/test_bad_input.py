@@ -155,9 +155,19 @@ BAD_INPUT = [
     ),
     ("evaluate", "--checkpoint runs/tiny --reference sized.npz", "images of size (4, 16), expected (8, 8)"),
     ("evaluate", "--checkpoint runs/tiny --reference tiny.py", "cannot load split 'train' of data 'tiny.py'"),
-    ("evaluate", "--checkpoint runs/tiny --features dino", "features must be 'pixels', 'inception' or 'timm:MODEL'"),
-    ("evaluate", "--checkpoint runs/tiny --classifier svn", "classifier must be 'svm', 'timm:MODEL' or 'none', got"),
+    (
+        "evaluate",
+        "--checkpoint runs/tiny --features dino",
+        "features must be 'pixels', 'judge', 'inception' or 'timm:MODEL'",
+    ),
+    (
+        "evaluate",
+        "--checkpoint runs/tiny --classifier svn",
+        "classifier must be 'svm', 'judge', 'timm:MODEL' or 'none', got",
+    ),
     ("evaluate", "--checkpoint runs/tiny --features inception --feature_weights gone", "no weights at gone"),
+    ("evaluate", "--checkpoint runs/tiny --features judge --feature_weights gone", "no weights at gone"),
+    ("evaluate", "--images three.npz --reference three.npz --features judge", "'judge' needs the labelled images of a"),
     (
         "evaluate",
         "--checkpoint runs/text --reference fits.npz",

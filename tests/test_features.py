@@ -74,5 +74,5 @@ def test_missing_and_invalid_timm_networks(vit, tmp_path, monkeypatch):
         build_features("timm:test_vit", "nowhere", (3, 16, 16))
     with pytest.raises(InputError, match=r"timm model 'test_resnet' cannot be loaded from .*vit.safetensors: "):
         build_features("timm:test_resnet", str(vit), (3, 16, 16))
-    with pytest.raises(InputError, match="features must be 'pixels', 'inception' or 'timm:MODEL', got 'dino'"):
+    with pytest.raises(InputError, match="features must be 'pixels', 'judge', 'inception' or 'timm:MODEL', got 'dino'"):
         build_features("dino", None, (3, 16, 16))

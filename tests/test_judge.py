@@ -84,7 +84,7 @@ def test_an_svm_learns_to_recognise_digits():
 
 
 def test_unknown_classifiers_are_refused():
-    with pytest.raises(InputError, match="classifier must be 'svm', 'timm:MODEL' or 'none', got 'svn'"):
+    with pytest.raises(InputError, match="classifier must be 'svm', 'judge', 'timm:MODEL' or 'none', got 'svn'"):
         build_classifier("svn", None, None, CPU)
     with pytest.raises(InputError, match="'svm' needs the labelled images"):
         build_classifier("svm", None, None, CPU)
@@ -103,6 +103,16 @@ def test_statistics_do_not_depend_on_the_batch_size(batch_size):
     np.testing.assert_allclose(statistics.moments.gaussian.mean, pixels.mean(0), atol=1e-6)
     assert statistics.hash == ImageHash().update(read_all(data).images).compute(state.device)
     assert statistics.recognised is None  # nobody was asked
+
+
+def test_some_of_the_images_are_chosen_at_random_and_always_the_same():
+    data, state = Digits.load(train=False), PartialState()
+    some, again = ([*read_with_progress(data, 7, 0, state, num_images=20)] for _ in range(2))
+    images = torch.cat([each for each, _ in some])
+    assert len(images) == 20 and torch.equal(images, torch.cat([each for each, _ in again]))
+    labels = torch.cat([each for _, each in some])
+    assert not torch.equal(images, data.images[:20]) and len(labels.unique()) > 4
+    assert len(torch.cat([each for each, _ in read_with_progress(data, 500, 0, state, num_images=361)])) == 360
 
 
 def test_the_share_of_images_that_are_recognised():

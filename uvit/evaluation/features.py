@@ -1,4 +1,4 @@
-"""The features that images are compared by: pixels, Inception, or a network of timm."""
+"""The features that images are compared by: pixels, a judge's, Inception's, or those of a network of timm."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from uvit.common.errors import InputError, missing_package, one_line
 from uvit.config import INCEPTION
+from uvit.data.batch import ImageData
 from uvit.data.images import to_unit_range
+from uvit.evaluation.judge_network import load_judge
 from uvit.weights.tensors import hash_weights, read_pth, read_weights
 
 MAX_PIXEL_FEATURES = 4096
 """With more, their covariance needs more time and memory than a network's features."""
-PIXELS, TIMM = "pixels", "timm:"
+PIXELS, JUDGE, TIMM = "pixels", "judge", "timm:"
 INCEPTION_FEATURES, INCEPTION_CLASSES = 2048, 1008
 
 
@@ -55,6 +57,38 @@ class PixelFeatures(Features):
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
         """Returns (B, C·H·W) features of (B, C, H, W) uint8 images, and no logits."""
         return to_unit_range(images).flatten(1), None
+
+
+class JudgeFeatures(Features):
+    """The judge of a run's training part: the input of its last layer, and its logits.
+
+    Args:
+        train_part: the run's training images, with labels.
+        weights: file of a judge's weights; None trains one, or finds it in the cache.
+
+    Raises:
+        InputError: no labelled images, or as load_judge.
+    """
+
+    def __init__(self, train_part: ImageData | None, weights: str | None) -> None:
+        super().__init__()
+        self.network = load_judge(require_labels(JUDGE, train_part), None if weights is None else _existing(weights))
+        self.num_features, self.num_classes = self.network.head.in_features, self.network.head.out_features
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (B, num_features) features and (B, num_classes) logits of (B, C, H, W) uint8 images."""
+        return self.network(images)
+
+
+def require_labels(name: str, train_part: ImageData | None) -> ImageData:
+    """Returns the training part that features or a classifier learn from.
+
+    Raises:
+        InputError: there is none, or it has no labels.
+    """
+    if train_part is None or not train_part.class_names:
+        raise InputError(f"{name!r} needs the labelled images of a run's own data to learn from, got none")
+    return train_part
 
 
 @contextlib.contextmanager
@@ -155,21 +189,26 @@ def _existing(weights: str) -> Path:
     return Path(weights)
 
 
-def build_features(name: str, weights: str | None, shape: tuple[int, int, int]) -> Features:
+def build_features(
+    name: str, weights: str | None, shape: tuple[int, int, int], train_part: ImageData | None = None
+) -> Features:
     """Builds features by name: forward(images) -> (features, logits or None).
 
     Args:
-        name: `pixels`, `inception` or `timm:MODEL`.
-        weights: file of the network's weights; None downloads them once.
+        name: `pixels`, `judge`, `inception` or `timm:MODEL`.
+        weights: file of the network's weights; None trains a judge and downloads the others, once.
         shape: (C, H, W) of the images.
+        train_part: the images that a judge learns from.
 
     Raises:
         InputError: an unknown name, or as the classes above.
     """
     if name == PIXELS:
         return PixelFeatures(shape)
+    if name == JUDGE:
+        return JudgeFeatures(train_part, weights)
     if name == INCEPTION:
         return InceptionFeatures(weights)
     if name.startswith(TIMM):
         return TimmFeatures(name.removeprefix(TIMM), weights)
-    raise InputError(f"features must be {PIXELS!r}, {INCEPTION!r} or '{TIMM}MODEL', got {name!r}")
+    raise InputError(f"features must be {PIXELS!r}, {JUDGE!r}, {INCEPTION!r} or '{TIMM}MODEL', got {name!r}")

@@ -20,16 +20,14 @@ from uvit.data.batch import ImageData, read_all
 from uvit.data.images import to_unit_range
 from uvit.data.loader import read_in_parts
 from uvit.diffusion.samplers import num_evaluations
-from uvit.evaluation.features import TIMM, Features, TimmFeatures
+from uvit.evaluation.features import JUDGE, TIMM, Features, JudgeFeatures, TimmFeatures, require_labels
 from uvit.evaluation.metrics import FeatureSample, ImageHash, InceptionScore, Moments, shuffled_places
 from uvit.networks.contract import Network
 from uvit.networks.encoders import Encoders
 from uvit.sampling.conditions import Condition
 from uvit.sampling.generate import generate_batches
 
-MAX_SMALL = 1024
-"""Largest number of values in an image for which an SVM and the covariance of raw pixels are fast and meaningful."""
-SVM_C = 10.0
+SVM, SVM_C = "svm", 10.0
 
 Labelled = tuple[Tensor, Tensor | None]
 """(B, C, H, W) uint8 images, and their (B,) labels if they have any."""
@@ -94,22 +92,26 @@ def build_classifier(name: str, weights: str | None, train_part: ImageData | Non
     """Builds a classifier by name.
 
     Args:
-        name: `svm`, fitted to the pixels of real images, or `timm:MODEL`, whose classes are the labels.
-        weights: file of the network's weights; None downloads them once.
-        train_part: the images to fit the SVM to.
+        name: `svm`, fitted to the pixels of real images; `judge`, trained on them; or `timm:MODEL`, whose classes are
+            the labels.
+        weights: file of the network's weights; None trains a judge and downloads others, once.
+        train_part: the images to fit the SVM to, or to train the judge on.
         device: where the network goes.
 
     Raises:
-        InputError: an unknown name, no labelled images to fit to, or as TimmFeatures.
+        InputError: an unknown name, no labelled images to learn from, or as TimmFeatures.
     """
+    if name == JUDGE:
+        judge = JudgeFeatures(train_part, weights).to(device)
+        description = f"{name}, weights {judge.weights_hash}"
+        return Classifier(lambda images: judge(images.to(device))[1].argmax(dim=1), judge.num_classes, description)
     if name.startswith(TIMM):
         network = TimmFeatures(name.removeprefix(TIMM), weights, classify=True).to(device)
         description = f"{name}, weights {network.weights_hash}"
         return Classifier(lambda images: network(images.to(device))[0].argmax(dim=1), network.num_features, description)
-    if name != "svm":
-        raise InputError(f"classifier must be 'svm', '{TIMM}MODEL' or 'none', got {name!r}")
-    if train_part is None or not train_part.class_names:
-        raise InputError("classifier 'svm' needs the labelled images of a run's own data to learn from, got none")
+    if name != SVM:
+        raise InputError(f"classifier must be {SVM!r}, {JUDGE!r}, '{TIMM}MODEL' or 'none', got {name!r}")
+    train_part = require_labels(SVM, train_part)
     real = read_all(train_part)
     svm = SVC(C=SVM_C).fit(_pixels(real.images), real.labels)
     description = f"svm on the pixels of {len(real.labels)} training images"
@@ -170,9 +172,22 @@ def choose_captions(
     return [next(captions[label]) for label in labels], labels
 
 
-def read_with_progress(data: ImageData, batch_size: int, num_workers: int, state: PartialState) -> Iterator[Labelled]:
-    """Reads this process's share of a data set, with a progress bar."""
-    own_items = range(len(data))[state.process_index :: state.num_processes]
+def read_with_progress(
+    data: ImageData, batch_size: int, num_workers: int, state: PartialState, num_images: int | None = None
+) -> Iterator[Labelled]:
+    """Reads this process's share of a data set, with a progress bar.
+
+    Args:
+        data: the images.
+        batch_size: images at a time.
+        num_workers: loader processes.
+        state: which process this is.
+        num_images: how many to read if there are more, chosen at random with a fixed seed; None reads all, in order.
+    """
+    items = [*range(len(data))]
+    if num_images is not None and num_images < len(items):
+        items = np.random.default_rng(0).permutation(len(items))[:num_images].tolist()
+    own_items = items[state.process_index :: state.num_processes]
     parts = [own_items[n : n + batch_size] for n in range(0, len(own_items), batch_size)]
     hidden = not state.is_main_process
     with tqdm(total=len(own_items), unit="image", desc="reading", disable=hidden, dynamic_ncols=True) as progress:

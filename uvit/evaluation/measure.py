@@ -16,9 +16,9 @@ from uvit.common.errors import InputError
 from uvit.common.messages import warn
 from uvit.config import EVALUATION_FILE, INCEPTION, MAX_IMAGES, MAX_WORKERS
 from uvit.data.batch import ImageData
-from uvit.evaluation.features import PIXELS, Features, build_features
+from uvit.evaluation.features import JUDGE, PIXELS, build_features
 from uvit.evaluation.judge import (
-    MAX_SMALL,
+    SVM,
     Classifier,
     ImageStatistics,
     build_classifier,
@@ -50,6 +50,10 @@ from uvit.evaluation.subject import (
 from uvit.sampling.runs import DrawArguments
 
 BATCH_SIZE = 64  # for images that are read, not drawn
+MAX_SVM = 256
+"""Largest number of values in an image for which an SVM on its pixels is fast and good."""
+MAX_SMALL = 1024
+"""Largest number for which `auto` does without Inception, which is made for photographs."""
 DRAWING_OPTIONS = {field.name for field in dataclasses.fields(DrawArguments)} - {"checkpoint", "batch_size", "compile"}
 DRAWING_OPTIONS |= {"num_images", "label_mode", "caption_column"}
 
@@ -77,12 +81,14 @@ class MeasureArguments(DrawArguments):
     """Equally many images of each label, or random labels; for captions without labels, the reference's first ones, or
     random ones."""
     features: str = "auto"
-    """Features to compare: `pixels`, `inception` (FID, KID, Inception score) or `timm:MODEL`; `auto` is pixels for
-    small images and inception for others."""
+    """Features to compare: `pixels`, `judge` (of a small network that learns the labels of the run's training part),
+    `inception` (FID, KID, Inception score) or `timm:MODEL`. `auto` is pixels for images of up to 256 values, or up to
+    1024 without labels; the judge for other images of up to 1024; inception for larger ones."""
     feature_weights: str | None = None
     """File of the feature network's weights, if they cannot be downloaded."""
     classifier: str = "auto"
-    """Classifier to recognise labels with: `svm`, `timm:MODEL` or `none`; `auto` is the SVM for small images."""
+    """Classifier to recognise labels with: `svm`, `judge`, `timm:MODEL` or `none`. `auto` is the SVM for images of up
+    to 256 values, the judge up to 1024, none for larger ones."""
     classifier_weights: str | None = None
     """File of the classifier's weights (safetensors), if they cannot be downloaded."""
     num_workers: int = 0
@@ -135,19 +141,24 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
         subject = find_images(given.images, given.split)
     else:
         subject = DrawnImages(given.checkpoint, *given.load(default_guidance=1.0))
-    features, network = _build_features(given, subject)
+    train_part = _find_training_part(given, subject)
+    features, classifier_name = _resolve_auto(given, subject, train_part)
+    network = build_features(features, given.feature_weights, subject.shape, train_part)
     reference = find_reference(subject, given.reference, given.split, given.caption_column, features, network)
     real_images = None if isinstance(reference, Gaussian) else reference
     if isinstance(subject, DrawnImages):
         mode, seed = given.label_mode, given.seed
         conditions, labels = choose_conditions(subject, real_images, given.reference, given.num_images, mode, seed)
-    classifier = _build_classifier(given, subject, real_images, state)
-    other = find_other_part(subject, given.reference) if features == PIXELS else None
+    classifier = _build_classifier(classifier_name, given, subject, train_part, real_images, state)
+    other = find_other_part(subject, given.reference) if features in (PIXELS, JUDGE) else None
     network.to(state.device)
 
-    def read_statistics(data: ImageData, classifier: Classifier | None = None) -> ImageStatistics:
-        batches = read_with_progress(data, given.batch_size or BATCH_SIZE, given.num_workers, state)
-        return ImageStatistics(network, len(data), state).update(batches, classifier)
+    def read_statistics(
+        data: ImageData, classifier: Classifier | None = None, num_images: int | None = None
+    ) -> ImageStatistics:
+        count = min(len(data), num_images or len(data))
+        batches = read_with_progress(data, given.batch_size or BATCH_SIZE, given.num_workers, state, count)
+        return ImageStatistics(network, count, state).update(batches, classifier)
 
     if isinstance(subject, GivenImages):
         seen = read_statistics(subject.data, classifier)
@@ -178,8 +189,11 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
     results["recognised"] = seen.recognised
     results["frechet"] = frechet_distance(seen.moments.gaussian, target)
     if other is not None:
-        results["frechet_real"] = frechet_distance(read_statistics(other).moments.gaussian, target)
-    if seen.score is not None:
+        # Fewer images have a larger distance, so as many real ones are compared as were drawn.
+        same_number = read_statistics(other, num_images=seen.moments.count)
+        results["frechet_real"] = frechet_distance(same_number.moments.gaussian, target)
+        protocol["frechet_real"] = f"{same_number.moments.count} images of the other part"
+    if seen.score is not None and features == INCEPTION:
         results["inception_score"], results["inception_score_deviation"] = seen.score.compute()
         protocol["inception_score"] = f"{SCORE_SPLITS} random splits"
     protocol |= {
@@ -190,29 +204,41 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
     return {name: value for name, value in results.items() if value is not None}, protocol
 
 
-def _is_small(subject: Subject) -> bool:
-    return math.prod(subject.shape) <= MAX_SMALL
+def _find_training_part(given: MeasureArguments, subject: Subject) -> ImageData | None:
+    """Returns the images that an SVM or a judge learns from; None where there are none, or they are not needed."""
+    needed = math.prod(subject.shape) <= MAX_SMALL or JUDGE in (given.features, given.classifier)
+    if isinstance(subject, GivenImages) or subject.config.data.autoencoder is not None or not needed:
+        return None
+    return find_own_part(subject, "train")
 
 
-def _build_features(given: MeasureArguments, subject: Subject) -> tuple[str, Features]:
-    """Returns the features' name, with `auto` resolved, and the features."""
-    auto = PIXELS if _is_small(subject) else INCEPTION
-    name = auto if given.features == "auto" else given.features
-    return name, build_features(name, given.feature_weights, subject.shape)
+def _resolve_auto(given: MeasureArguments, subject: Subject, train_part: ImageData | None) -> tuple[str, str]:
+    """Returns the names of the features and of the classifier, with `auto` resolved."""
+    num_values = math.prod(subject.shape)
+    if num_values > MAX_SMALL:
+        features, classifier = INCEPTION, "none"
+    elif train_part is None or not train_part.class_names:
+        features, classifier = PIXELS, "none"
+    else:
+        features, classifier = (PIXELS, SVM) if num_values <= MAX_SVM else (JUDGE, JUDGE)
+    return (
+        features if given.features == "auto" else given.features,
+        classifier if given.classifier == "auto" else given.classifier,
+    )
 
 
 def _build_classifier(
-    given: MeasureArguments, subject: Subject, reference: ImageData | None, state: PartialState
+    name: str,
+    given: MeasureArguments,
+    subject: Subject,
+    train_part: ImageData | None,
+    reference: ImageData | None,
+    state: PartialState,
 ) -> Classifier | None:
-    """Returns the classifier, with `auto` resolved; None for `none`."""
-    real = None
-    if isinstance(subject, DrawnImages) and subject.config.data.autoencoder is None and _is_small(subject):
-        real = find_own_part(subject, "train")
-    auto = "svm" if real is not None and real.class_names else "none"
-    name = auto if given.classifier == "auto" else given.classifier
+    """Returns the classifier of a name, which is checked to know the labels; None for `none`."""
     if name == "none":
         return None
-    classifier = build_classifier(name, given.classifier_weights, real, state.device)
+    classifier = build_classifier(name, given.classifier_weights, train_part, state.device)
     labelled = {subject.name: subject.num_classes}
     if reference is not None:
         labelled[given.reference] = len(reference.class_names)

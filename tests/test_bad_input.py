@@ -136,7 +136,7 @@ BAD_INPUT = [
     ("evaluate", "--checkpoint runs/tiny --num_images 7", "num_images must be a multiple of 10 classes"),
     ("sample", "--checkpoint nan", "weights of nan must be finite, got NaN or infinity"),
     ("evaluate", "--images texts --reference digits", "data 'texts' must have a column of images, got columns text"),
-    ("sample", "--checkpoint runs/tiny --reuse 2:2", "K of model.depth / 2 = 1 at most, got K 2"),
+    ("sample", "--checkpoint runs/tiny --reuse 2:2", "K of at most 1 pairs of blocks, got 2:2"),
     ("sample", "--checkpoint runs/tiny --reuse 1:1", "'none' or K:EVERY with K at least 1 and EVERY at least 2"),
     ("evaluate", "--checkpoint runs/tiny --steps 0", "num_steps must be at least 1, got 0"),
     ("evaluate", "", "give --checkpoint or --images, got neither"),

@@ -8,11 +8,11 @@ from helpers.commands import refused
 from helpers.measured_run import MODEL, NAME
 from huggingface_hub import ModelCard
 
-from uvit import Config, UViT, UViTConfig
+from uvit import Config, UNet, UViT, UViTConfig
 from uvit.commands import card as card_command
 from uvit.config import DataConfig
 from uvit.weights.card import describe_figures, model_card
-from uvit.weights.published import PUBLISHED
+from uvit.weights.published import PUBLISHED, PUBLISHED_UVIT
 
 
 def test_the_card_has_recipe_figures_and_how_to_load(measured_run, tmp_path):
@@ -35,19 +35,23 @@ def test_the_card_has_recipe_figures_and_how_to_load(measured_run, tmp_path):
         assert text in card.text
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED_UVIT, "adm_imagenet64"])
 def test_the_example_in_a_card_runs(name):
     """What a card says to call has the names of what the backbone takes."""
     model = PUBLISHED[name]
     card = ModelCard(model_card(model, 1, name="user/model"))
     lines = card.text.partition("```python\n")[2].partition("\n```")[0].splitlines()
     assert len(lines) == 3
-    small = UViT(model, embed_dim=8, depth=2, num_heads=1)
+    if name.startswith("adm"):
+        small: UViT | UNet = UNet(model, model_channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1, head_dim=32)
+        assert "from uvit import UNet" in lines[0] and "The first 3 of its 6 channels are the prediction." in card.text
+    else:
+        small = UViT(model, embed_dim=8, depth=2, num_heads=1)
     x = torch.zeros(1, model.in_chans, *model.image_shape)
     given = {"model": small, "x": x, "timesteps": torch.zeros(1), "y": torch.zeros(1, dtype=torch.long)}
     given["context"] = torch.zeros(1, model.num_context_tokens, model.context_dim)
     exec(lines[2], given)
-    assert given["output"].shape == x.shape
+    assert given["output"][:, : model.in_chans].shape == x.shape
 
 
 def test_a_card_says_which_encoders_are_not_on_the_hub():

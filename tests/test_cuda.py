@@ -15,9 +15,9 @@ from helpers.golden import ARRAYS, golden_inputs, golden_model
 from PIL import Image
 from timm.utils import ModelEmaV3
 
-from uvit import Config, UViT
+from uvit import Config, UViT, build_network
 from uvit.commands import sample, train
-from uvit.config import OptimConfig, ProcessConfig, SampleConfig, TrainConfig, UViTConfig, to_json
+from uvit.config import OptimConfig, ProcessConfig, SampleConfig, TrainConfig, UNetConfig, UViTConfig, to_json
 from uvit.data.batch import Batch
 from uvit.diffusion.objective import diffusion_loss
 from uvit.diffusion.process import SCHEDULES
@@ -31,6 +31,17 @@ from uvit.training.step import compute_gradients
 
 pytestmark = pytest.mark.gpu
 SMALL = UViTConfig(img_size=32, embed_dim=128, depth=4, num_heads=2, num_classes=3, null_class=True)
+SMALL_UNET = UNetConfig(img_size=32, model_channels=64, channel_mult=(1, 2, 2), num_classes=3, null_class=True)
+BOTH = pytest.mark.parametrize("config", [SMALL, SMALL_UNET], ids=["U-ViT", "U-Net"])
+
+
+def built(config):
+    """The network of a config, with weights that are not zero where a U-Net's begin at zero."""
+    network = build_network(config)
+    for parameter in network.parameters():
+        if not parameter.any() and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return network.cuda()
 
 
 def skip_without_kernel(backend, head_dim, dtype):
@@ -78,9 +89,10 @@ def test_memory_of_attention_grows_with_the_tokens(backend):
     assert peaks[1] < 5 * peaks[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_auto_runs_in_every_precision(dtype):
-    model = UViT(SMALL).to("cuda", dtype)
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_auto_runs_in_every_precision(dtype, config):
+    model = build_network(config).to("cuda", dtype)
     x, y = torch.randn(2, 3, 32, 32, device="cuda", dtype=dtype), torch.tensor([0, 3], device="cuda")
     assert model(x, torch.tensor(500.0, device="cuda"), y).dtype == dtype
 
@@ -99,12 +111,13 @@ def test_golden(backend):
 @pytest.mark.parametrize(
     ("how", "checkpointing"), [("no", False), ("no", True), ("blocks", False), ("blocks", True), ("graphs", False)]
 )
-def test_bf16_equals_float64(how, checkpointing):
+@BOTH
+def test_bf16_equals_float64(how, checkpointing, config):
     torch.manual_seed(0)
-    model = UViT(SMALL, gradient_checkpointing=checkpointing).cuda()
+    model = built(dataclasses.replace(config, gradient_checkpointing=checkpointing))
     x, timesteps = torch.randn(4, 3, 32, 32, device="cuda"), torch.linspace(0, 999, 4, device="cuda")
     y = torch.tensor([0, 1, 2, 3], device="cuda")
-    exact = UViT(model.config).cuda().double()
+    exact = built(model.config).double()
     exact.load_state_dict(model.state_dict())
     expected = exact(x.double(), timesteps.double(), y)
     expected.square().mean().backward()
@@ -135,13 +148,14 @@ def test_the_loss_is_drawn_on_the_device(name, waits_are_errors):
     assert first.device.type == "cuda" and first != second
 
 
+@BOTH
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
-def test_a_step_never_waits_for_the_device(optim, waits_are_errors):
+def test_a_step_never_waits_for_the_device(optim, config, waits_are_errors):
     config = Config(
-        model=SMALL, optim=OptimConfig(name=optim, grad_clip=1.0), train=TrainConfig(batch_size=4, label_dropout=0.5)
+        model=config, optim=OptimConfig(name=optim, grad_clip=1.0), train=TrainConfig(batch_size=4, label_dropout=0.5)
     )
     accelerator = Accelerator(mixed_precision="bf16")
-    model = UViT(SMALL).cuda()
+    model = built(config.model)
     ema = ModelEmaV3(model, decay=0.9)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, device="cuda")
@@ -159,16 +173,17 @@ def test_a_step_never_waits_for_the_device(optim, waits_are_errors):
     assert torch.stack(losses).isfinite().all()
 
 
+@BOTH
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_maruyama"])
-def test_sampling_never_waits_for_the_device(solver, waits_are_errors):
+def test_sampling_never_waits_for_the_device(solver, config, waits_are_errors):
     device, process = torch.device("cuda"), ProcessConfig(schedule="vp", prediction="noise")
-    config = SampleConfig(sampler=solver, num_steps=4, guidance=2.0)
-    model, y = UViT(SMALL).to(device).eval(), torch.tensor([0, 1], device=device)
+    sampling = SampleConfig(sampler=solver, num_steps=4, guidance=2.0)
+    model, y = built(config).eval(), torch.tensor([0, 1], device=device)
     noises = [ImageNoise([(0, 0), (0, 1)], (3, 32, 32), device) for _ in range(2)]
     arguments = {"y": y}, {"y": torch.full_like(y, 3)}
-    first = draw(model, process, config, noises[0], *arguments)
+    first = draw(model, process, sampling, noises[0], *arguments)
     waits_are_errors()
-    second = draw(model, process, config, noises[1], *arguments)
+    second = draw(model, process, sampling, noises[1], *arguments)
     torch.cuda.set_sync_debug_mode("default")
     assert torch.allclose(first, second, atol=1e-3)
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from uvit.config import CONFIG_FILE, INCEPTION, Config, NetworkConfig
+from uvit.config import CONFIG_FILE, INCEPTION, Config, NetworkConfig, UNetConfig, UViTConfig
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 CARD_FILE = "README.md"
+PAPERS: dict[type[NetworkConfig], str] = {UViTConfig: "arxiv:2209.12152", UNetConfig: "arxiv:2105.05233"}
+INTRODUCTIONS: dict[type[NetworkConfig], str] = {
+    UViTConfig: "A [U-ViT](https://arxiv.org/abs/2209.12152), a vision transformer for diffusion models with long skip "
+    "connections",
+    UNetConfig: "A [U-Net](https://arxiv.org/abs/2105.05233) for diffusion models, with attention at low resolutions",
+}
 TASKS = {
     "text": "text-to-image",
     "class": "class-conditional-image-generation",
@@ -76,7 +82,7 @@ def _metadata(
     return ModelCardData(
         library_name="uvit",
         pipeline_tag=task if task in HUB_TASKS else None,
-        tags=["u-vit", "diffusion", task, "arxiv:2209.12152"],
+        tags=[model.title.lower(), "diffusion", task, PAPERS[type(model)]],
         model_name=name,
         eval_results=measured or None,
     )
@@ -148,21 +154,24 @@ def model_card(
         else "latent": f"{model.in_chans}x{height}x{width}",
         "conditions": ", ".join(conditions) or "none",
     }
+    network = model.title.replace("-", "")
+    output = "The output has the shape of `x`."
+    if model.predicted_chans != model.in_chans:
+        output = f"The first {model.in_chans} of its {model.predicted_chans} channels are the prediction."
     lines = [
         f"---\n{_metadata(model, name, config, results, protocol).to_yaml()}\n---\n",
         f"# {name.rpartition('/')[2]}\n",
-        "A [U-ViT](https://arxiv.org/abs/2209.12152), a vision transformer for diffusion models with long skip "
-        "connections, of the Python package `uvit`.\n",
+        f"{INTRODUCTIONS[type(model)]}, of the Python package `uvit`.\n",
         *([f"![samples]({grid[0]})\n", f"Drawn at step {grid[1]:,} of the training.\n"] if grid else []),
         "## Load it\n",
         "The package is installed from its source folder, with `pip install .`.\n",
         "```python",
-        "from uvit import UViT",
-        f'model = UViT.from_pretrained("{name}")',
+        f"from uvit import {network}",
+        f'model = {network}.from_pretrained("{name}")',
         f"output = model({arguments})",
         "```\n",
         "; ".join(f"`{text.partition(',')[0]}`{text.partition(',')[2]}" for text, taken in takes.items() if taken)
-        + ". The output has the shape of `x`.\n",
+        + f". {output}\n",
     ]
     if config is not None:
         lines += ["Images:\n", "```bash", f"python -m uvit sample --checkpoint {name} --output grid.png", "```\n"]

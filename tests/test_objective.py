@@ -18,22 +18,24 @@ def network(x, timesteps):
     return 0.7 * x + 1e-3 * timesteps[:, None, None, None]
 
 
-@pytest.mark.parametrize("name", ["vp", "flow"])
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_is_the_mean_squared_error(name, kind):
     process = ProcessConfig(schedule=name, prediction=kind)
     loss = diffusion_loss(network, X0, process, times=TIMES, noise=NOISE)
     alpha, sigma = (value[:, None, None, None] for value in SCHEDULES[name].alpha_sigma(TIMES))
     target = {"noise": NOISE, "data": X0, "v": alpha * NOISE - sigma * X0, "flow": NOISE - X0}[kind]
-    output = network(alpha * X0 + sigma * NOISE, (999 if name == "vp" else 1000) * TIMES)
+    timesteps = {"vp": 999 * TIMES, "ddpm": 1000 * TIMES - 1, "iddpm": 1000 * TIMES - 1}.get(name, 1000 * TIMES)
+    output = network(alpha * X0 + sigma * NOISE, timesteps)
     torch.testing.assert_close(loss, (output - target).square().mean())
 
 
-def test_exact_prediction_has_no_loss_in_any_space():
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_exact_prediction_has_no_loss_in_any_space(name):
     for kind in KINDS:
         for space in KINDS:
-            process = ProcessConfig(schedule="cosine", prediction=kind, loss_space=space, weighting="min_snr")
-            alpha, sigma = (value[:, None, None, None] for value in SCHEDULES["cosine"].alpha_sigma(TIMES))
+            process = ProcessConfig(schedule=name, prediction=kind, loss_space=space, weighting="min_snr")
+            alpha, sigma = (value[:, None, None, None] for value in SCHEDULES[name].alpha_sigma(TIMES))
             exact = combine(kind, X0, NOISE, alpha, sigma)
             assert diffusion_loss(lambda x, t: exact, X0, process, times=TIMES, noise=NOISE).item() < 1e-9  # noqa: B023
 

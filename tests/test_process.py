@@ -6,10 +6,12 @@ from diffusers import DDPMScheduler
 from helpers.golden import ARRAYS
 
 from uvit.config import ProcessConfig
-from uvit.diffusion.process import SCHEDULES, combine, sample_times, separate, shift_time
+from uvit.diffusion.process import SCHEDULES, Discrete, combine, sample_times, separate, shift_time
 from uvit.diffusion.samplers import time_grid
 
+STEPS = torch.arange(1, 1001, dtype=torch.float64)
 KINDS = ["noise", "data", "v", "flow"]
+DISCRETE = [name for name, schedule in SCHEDULES.items() if isinstance(schedule, Discrete)]
 INSIDE = torch.linspace(0.01, 0.99, 41, dtype=torch.float64)
 
 
@@ -30,7 +32,6 @@ def test_schedules_go_from_data_to_noise(name):
     assert schedule.at(0.0) == (1.0, 0.0)
     alpha, sigma = schedule.at(1.0)
     assert sigma > 0.99
-    assert (alpha == 0) == schedule.singular_start
     assert (schedule.log_snr(INSIDE).diff() < 0).all()
     if name != "flow":
         alpha, sigma = schedule.alpha_sigma(INSIDE)
@@ -72,8 +73,9 @@ def test_predictions_are_what_their_names_say():
     torch.testing.assert_close(combine("flow", x0, eps, alpha, sigma), eps - x0)
 
 
-def test_ldm_is_trained_at_its_steps_only():
-    times = sample_times(ProcessConfig(schedule="ldm"), 20_000, torch.device("cpu"), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", DISCRETE)
+def test_discrete_schedules_are_trained_at_their_steps_only(name):
+    times = sample_times(ProcessConfig(schedule=name), 20_000, torch.device("cpu"), torch.Generator().manual_seed(0))
     steps = (times * 1000).round()
     torch.testing.assert_close(steps, times * 1000, rtol=0, atol=1e-3)
     assert steps.min() == 1 and steps.max() == 1000
@@ -101,16 +103,46 @@ def test_time_shift_keeps_the_ends_and_scales_the_log_snr_of_flow():
     assert time_grid(flow, 4, shift=3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
 
 
-@pytest.mark.parametrize(("name", "betas"), [("ddpm", "linear"), ("iddpm", "squaredcos_cap_v2")])
-def test_the_tables_of_adm_equal_those_of_diffusers(name, betas):
-    scheduler = DDPMScheduler(beta_schedule=betas, beta_start=1e-4, beta_end=0.02)
-    alpha, _ = SCHEDULES[name].alpha_sigma(torch.arange(1, 1001, dtype=torch.float64) / 1000)
-    torch.testing.assert_close(alpha.square(), scheduler.alphas_cumprod.double(), rtol=1e-4, atol=1e-9)
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("ldm", {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        ("ddpm", {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
+        ("iddpm", {"beta_schedule": "squaredcos_cap_v2"}),
+    ],
+)
+def test_tables_equal_those_of_diffusers(name, fields):
+    betas = DDPMScheduler(**fields).betas.double()  # of float32
+    torch.testing.assert_close(SCHEDULES[name].betas, betas, rtol=1e-6, atol=0)
+    alpha, _ = SCHEDULES[name].alpha_sigma(STEPS / 1000)
+    # The last 1 - β of iddpm, 0.001, is rounded to 3e-5 of itself, where α² is 2e-9.
+    torch.testing.assert_close(alpha.square(), (1 - betas).cumprod(0), rtol=1e-6, atol=1e-13)
+
+
+def test_iddpm_is_a_squared_cosine_but_for_its_last_step():
+    """Its βs are defined by their product, which needs no table (Nichol & Dhariwal, arXiv 2102.09672, equation 17)."""
+    alpha, _ = SCHEDULES["iddpm"].alpha_sigma(STEPS / 1000)
+    angle = (torch.cat([torch.zeros(1).double(), STEPS / 1000]) + 0.008) / 1.008 * (torch.pi / 2)
+    torch.testing.assert_close(alpha[:-1], (angle.cos() / angle.cos()[0])[1:-1], rtol=1e-9, atol=0)
+    assert (alpha[-1] / alpha[-2]).item() == pytest.approx(0.001**0.5)
 
 
 @pytest.mark.parametrize(("name", "first"), [("ldm", 1), ("ddpm", 0), ("iddpm", 0)])
-def test_a_discrete_network_counts_its_steps(name, first):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_discrete_network_counts_its_steps(name, first, dtype):
     schedule = SCHEDULES[name]
-    assert schedule.network_time(schedule.first_time) == pytest.approx(first, abs=1e-9)
-    times = torch.arange(1, 1001, dtype=torch.float64) / 1000
-    torch.testing.assert_close(schedule.network_time(times), torch.arange(1000.0, dtype=torch.float64) + first)
+    assert schedule.network_time(schedule.first_time) == first
+    times = schedule.network_time((STEPS / 1000).to(dtype))
+    torch.testing.assert_close(times, (STEPS - 1 + first).to(dtype), rtol=1e-6, atol=0)
+    assert times.min() == first
+
+
+def test_networks_of_continuous_schedules_are_told_a_multiple_of_the_time():
+    for name, scale in {"vp": 999, "cosine": 1000, "flow": 1000}.items():
+        assert SCHEDULES[name].network_time(0.25) == scale / 4
+        assert torch.equal(SCHEDULES[name].network_time(INSIDE), scale * INSIDE)
+
+
+def test_starts_from_which_noise_gives_no_image():
+    """There α is 0, or for iddpm 5e-5; of vp and ddpm it is 6e-3."""
+    assert [name for name, schedule in SCHEDULES.items() if schedule.singular_start] == ["iddpm", "cosine", "flow"]

@@ -13,9 +13,11 @@ from helpers.golden import ARRAYS, golden_model, rnd
 
 from uvit.common.errors import InputError
 from uvit.config import ProcessConfig, SampleConfig
-from uvit.diffusion.process import SCHEDULES, TIME_MARGIN, combine, shift_time
+from uvit.diffusion.process import SCHEDULES, TIME_MARGIN, Discrete, combine, shift_time
 from uvit.diffusion.samplers import ImageNoise, denoiser, guide, num_evaluations, sample, sampling_times, time_grid
 from uvit.diffusion.solvers import SOLVERS
+
+DISCRETE = [name for name, schedule in SCHEDULES.items() if isinstance(schedule, Discrete)]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_every_combination_draws_gaussian_data(name, prediction, solver, spacing
 
 
 @pytest.mark.parametrize("solver", ["euler_maruyama", "dpm_solver_fast", "dpmpp_fast"])
-@pytest.mark.parametrize("name", ["cosine", "flow"])
+@pytest.mark.parametrize("name", ["iddpm", "cosine", "flow"])
 def test_a_grid_on_which_a_solver_is_unstable_is_refused(name, solver):
     config = SampleConfig(sampler=solver, spacing="uniform")
     with pytest.raises(InputError, match=f"'{name}' needs spacing 'log_snr', got 'uniform'"):
@@ -185,6 +187,26 @@ def test_denoiser_inverts_the_prediction():
     for kind in ("noise", "data", "v", "flow"):
         output = combine(kind, x0, eps, alpha, sigma)
         torch.testing.assert_close(denoiser(lambda x, t: output, schedule, kind)(x, 0.3), (x0, eps))  # noqa: B023
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_network_of_six_channels_draws_as_its_first_three(guidance):
+    """ADM's networks predict the noise and, after it, a variance."""
+
+    def noise(x, timesteps, y):
+        return 0.8 * x + 1e-4 * timesteps[:, None, None, None] * y[:, None, None, None]
+
+    def noise_and_variance(x, timesteps, y):
+        predicted = noise(x, timesteps, y)
+        return torch.cat([predicted, 100 - predicted], dim=1)
+
+    process, config = ProcessConfig(schedule="ddpm", prediction="noise"), SampleConfig(guidance=guidance)
+    x_init, labels = rnd("x_init", (2, 3, 8, 8)), {"y": torch.tensor([1.0, 2.0])}
+    images = [
+        sample(network, process, config, lambda: x_init, labels, {"y": torch.zeros(2)})
+        for network in (noise, noise_and_variance)
+    ]
+    assert torch.equal(*images) and images[0].shape == x_init.shape
 
 
 def test_noise_belongs_to_the_image_not_to_the_batch():
@@ -217,6 +239,40 @@ def test_sampling_respects_the_guidance_interval():
 
 
 def test_sampling_keeps_clear_of_singular_ends():
-    noise = ProcessConfig(schedule="flow", prediction="noise")
-    assert sampling_times(noise, SampleConfig(num_steps=4))[0] == 1 - TIME_MARGIN
-    assert sampling_times(ProcessConfig(), SampleConfig(num_steps=4))[0] == 1
+    for name, schedule in SCHEDULES.items():
+        first = {
+            kind: sampling_times(ProcessConfig(schedule=name, prediction=kind), SampleConfig(num_steps=4))[0]
+            for kind in ("noise", "v")
+        }
+        assert first == {"noise": 1 - TIME_MARGIN if schedule.singular_start else 1, "v": 1}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_error_of_the_noise_does_not_drown_the_image(name):
+    """No network is exact: at the first step, its error is divided by α."""
+    schedule, generator = SCHEDULES[name], torch.Generator().manual_seed(0)
+
+    def network(x, timesteps):
+        start = schedule.network_time(0.0)
+        t = (timesteps[0].item() - start) / (schedule.network_time(1.0) - start)
+        return gaussian_denoiser(schedule)(x, t)[1] + 0.01 * torch.randn(x.shape, generator=generator)
+
+    process = ProcessConfig(schedule=name, prediction="noise")
+    noise = ImageNoise([(0, k) for k in range(64)], (1, 8, 8), torch.device("cpu"))
+    images = sample(network, process, SampleConfig(num_steps=50), noise, {})
+    assert images.std().item() == pytest.approx(STD, rel=0.1)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_discrete_networks_are_asked_at_times_they_were_trained_at(name):
+    process, first = ProcessConfig(schedule=name, prediction="v"), SCHEDULES[name].network_time(0.001)
+    whole = torch.tensor(sampling_times(process, SampleConfig(num_steps=1000))[:-1], dtype=torch.float64)
+    expected = torch.arange(999, -1, -1, dtype=torch.float64) + first
+    torch.testing.assert_close(SCHEDULES[name].network_time(whole), expected, rtol=0, atol=1e-9)
+    for solver in SOLVERS:
+        for spacing in ("auto", "log_snr"):
+            times = sampling_times(process, SampleConfig(sampler=solver, spacing=spacing))
+            assert SCHEDULES[name].network_time(min(t for t in times if t > 0)) > first - 1e-9
+    for config in (SampleConfig(num_steps=1001), SampleConfig(t_end=1e-4)):
+        with pytest.raises(InputError, match=f"schedule '{name}' begins at time 0.001, got a grid with"):
+            sampling_times(process, config)

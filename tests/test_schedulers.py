@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import DDPMScheduler, UniPCMultistepScheduler
 
 from uvit.common.errors import InputError
 from uvit.config import ProcessConfig
@@ -10,15 +10,43 @@ from uvit.diffusion.process import SCHEDULES
 from uvit.integrations.diffusers import check_scheduler, make_scheduler, set_times
 
 
-def test_times_of_a_table_are_those_of_the_network():
-    """sample.py asks an ldm network at n, where diffusers counts n - 1."""
-    process = ProcessConfig(schedule="ldm", prediction="noise")
+@pytest.mark.parametrize(("schedule", "first"), [("ldm", 1), ("ddpm", 0), ("iddpm", 0)])
+def test_times_of_a_table_are_those_of_the_network(schedule, first):
+    """sample.py asks an ldm network at n, where diffusers counts n - 1, as ADM's networks do."""
+    process = ProcessConfig(schedule=schedule, prediction="v")
     scheduler = make_scheduler(process)
-    assert set_times(scheduler, process, 4) == [1.0, 0.75, 0.5, 0.25]
+    times = set_times(scheduler, process, 4)
+    assert times == [1.0, 0.75, 0.5, 0.25]
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    assert [SCHEDULES[schedule].network_time(t) for t in times] == (scheduler.timesteps + first).tolist()
 
 
-TABLES = [(schedule, prediction) for schedule in ("vp", "ldm", "cosine") for prediction in ("noise", "data", "v")]
+@pytest.mark.parametrize(
+    ("schedule", "scheduler"),
+    [
+        ("ddpm", DDPMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)),
+        ("iddpm", DDPMScheduler(beta_schedule="squaredcos_cap_v2")),
+    ],
+)
+def test_the_schedulers_of_adm_fit_its_processes_alone(schedule, scheduler):
+    check_scheduler(scheduler, ProcessConfig(schedule=schedule, prediction="noise"))
+    for other in {"ldm", "ddpm", "iddpm", "cosine"} - {schedule}:
+        with pytest.raises(InputError, match=f"another table of alphas, expected the process of schedule '{other}'"):
+            check_scheduler(scheduler, ProcessConfig(schedule=other, prediction="noise"))
+
+
+def test_tables_that_diffusers_has_are_named():
+    for schedule, expected in {"ldm": ("scaled_linear", 0.00085, 0.012), "ddpm": ("linear", 1e-4, 0.02)}.items():
+        config = make_scheduler(ProcessConfig(schedule=schedule, prediction="noise")).config
+        assert (config.beta_schedule, config.beta_start, config.beta_end) == expected
+        assert config.trained_betas is None and config.num_train_timesteps == 1000
+
+
+TABLES = [
+    (schedule, prediction)
+    for schedule in ("vp", "ldm", "ddpm", "iddpm", "cosine")
+    for prediction in ("noise", "data", "v")
+]
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), [*TABLES, ("flow", "flow"), ("flow", "noise")])

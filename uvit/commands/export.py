@@ -1,8 +1,8 @@
 """Exports a network to a file that runs without this package, for any batch size and one image size.
 
-Its inputs are x (B, C, H, W), timesteps (B,) in the network's units (999 t or 1000 t), and, if the model has them, y,
-(B,) labels in int64 with num_classes for the null label, and context (B, tokens, width). Its output is the model's
-prediction. The exported file is compared with the model before it replaces an older one.
+Its inputs are x (B, C, H, W), timesteps (B,) in the network's units (999 t, 1000 t or 1000 t - 1), and, if the model
+has them, y, (B,) labels in int64 with num_classes for the null label, and context (B, tokens, width). Its output is the
+model's prediction. The exported file is compared with the model before it replaces an older one.
 """
 
 from __future__ import annotations

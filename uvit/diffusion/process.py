@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uvit.config import Kind, ProcessConfig, ScheduleName
 
-# Where a formula divides by an α or σ that vanishes at an end of [0, 1], times keep this distance from that end.
+# Where a formula divides by an α or σ that is about 0 at an end of [0, 1], times keep this distance from that end.
 TIME_MARGIN = 1e-3
 
 Number = TypeVar("Number", float, Tensor)
@@ -23,10 +23,13 @@ Number = TypeVar("Number", float, Tensor)
 class Schedule:
     """Amplitudes of signal and noise over time, and the network's unit of time."""
 
-    singular_start = False
-    """Whether α(1) = 0."""
     first_time = 0.0
     """Smallest time above 0 that the network is trained at."""
+
+    @functools.cached_property
+    def singular_start(self) -> bool:
+        """Whether α(1) is 0, or so small that a network's error in the noise, divided by it, would drown the image."""
+        return self.at(1.0)[0] < 1e-3
 
     def network_time(self, t: Number) -> Number:
         """Returns the time that the network is given for t."""
@@ -145,8 +148,6 @@ def cosine_betas() -> Tensor:
 class Cosine(Schedule):
     """α = cos(π t / 2), σ = sin(π t / 2) (Salimans & Ho, arXiv 2202.00512)."""
 
-    singular_start = True
-
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         # sin(π (1 - t) / 2) equals cos(π t / 2), and is exactly 0 at t = 1
         return torch.sin(0.5 * math.pi * (1 - t)), torch.sin(0.5 * math.pi * t)
@@ -157,8 +158,6 @@ class Cosine(Schedule):
 
 class Flow(Schedule):
     """Rectified flow: α = 1 - t, σ = t (Liu et al., arXiv 2209.03003)."""
-
-    singular_start = True
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t

@@ -15,7 +15,7 @@ from uvit.diffusion.process import SCHEDULES, TIME_MARGIN, Schedule, separate, s
 from uvit.diffusion.solvers import SOLVERS, Denoise, Noise, check_times, fast_orders
 
 Predict = Callable[..., Tensor]
-"""predict(x, timesteps, **condition)."""
+"""predict(x, timesteps, **condition) -> the prediction; channels after those of x are a network's own."""
 
 
 def time_grid(
@@ -31,8 +31,8 @@ def time_grid(
     Args:
         schedule: needed for `log_snr`.
         num_steps: steps between the times.
-        spacing: uniform in t (`uniform`) or in log-SNR (`log_snr`). Where the log-SNR is infinite at an end, the grid
-            keeps TIME_MARGIN away from it, and its last step goes to t_end.
+        spacing: uniform in t (`uniform`) or in log-SNR (`log_snr`). Where α or σ is about 0 at an end, the grid keeps
+            TIME_MARGIN away from it, and its last step goes to t_end.
         t_start: first time, at most 1.
         t_end: last time, at least 0 and below t_start.
         shift: s in t -> s t / (1 + (s - 1) t), for `uniform`.
@@ -154,7 +154,7 @@ FAST_SOLVERS: tuple[SolverName, ...] = ("dpm_solver_fast", "dpmpp_fast")
 
 
 def _is_stiff(process: ProcessConfig, sampler: SolverName) -> bool:
-    """Returns whether a solver needs a log-SNR grid: where α(1) = 0, the SDE's drift and steps in ε divide by α."""
+    """Returns whether a solver needs a log-SNR grid: where α(1) ≈ 0, the SDE's drift and steps in ε divide by α."""
     return SCHEDULES[process.schedule].singular_start and sampler in (*FAST_SOLVERS, "euler_maruyama")
 
 

@@ -66,7 +66,7 @@ def _prediction_type(process: ProcessConfig) -> str:
 
 
 def _first_time(process: ProcessConfig) -> float:
-    """Returns the first time of sampling: where α = 0, a prediction of the noise gives no estimate of the image."""
+    """Returns the first time of sampling: where α is about 0, a prediction of noise gives no estimate of the image."""
     singular = SCHEDULES[process.schedule].singular_start and process.prediction == "noise"
     return 1 - TIME_MARGIN if singular else 1.0
 
@@ -81,7 +81,7 @@ def _table(process: ProcessConfig) -> dict[str, Any]:
     """Returns the fields of a scheduler's config that define a variance-preserving schedule."""
     schedule = SCHEDULES[process.schedule]
     if isinstance(schedule, Discrete) and process.schedule in BETA_SCHEDULES:
-        first, last = (round(schedule.betas[end].item(), 10) for end in (0, -1))
+        first, last = (round(schedule.betas[end].item(), 10) for end in (0, -1))  # ldm's are squares of roots
         named: dict[str, Any] = {"beta_schedule": BETA_SCHEDULES[process.schedule]}
         return {**named, "beta_start": first, "beta_end": last, "num_train_timesteps": NUM_STEPS}
     num_steps = round(_first_time(process) * TABLE_STEPS)
@@ -101,9 +101,9 @@ def make_scheduler(process: ProcessConfig, sampler: SolverName = "dpmpp_2m") -> 
     starts `flow` at 1 - 1e-6, and the multistep solvers start `cosine` at α = 2⁻¹² instead of 0.
 
     Args:
-        process: `ldm` is diffusers' `scaled_linear`; `vp` and `cosine` are tables of 1000 betas (999 for a `cosine`
-            network that predicts noise, which sample.py starts at 0.999 too); `flow` is flow matching, with time_shift
-            as its shift.
+        process: `ldm` and `ddpm` are diffusers' `scaled_linear` and `linear`; `vp`, `iddpm` and `cosine` are tables of
+            1000 betas (999 for an `iddpm` or `cosine` network that predicts noise, which sample.py starts at 0.999
+            too); `flow` is flow matching, with time_shift as its shift.
         sampler: `ddim`, `dpmpp_2m` or `unipc`; on `flow` also `euler` and `heun`. For another scheduler of diffusers
             and the same process, use `Other.from_config(make_scheduler(process).config)`.
 

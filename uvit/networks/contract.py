@@ -53,7 +53,7 @@ class Network(Protocol):
             context: (B, num_context_tokens, context_dim).
 
         Returns:
-            The prediction, of the shape of x.
+            (B, predicted_chans, *image_shape), of which the first in_chans channels are the prediction.
 
         Raises:
             InputError: (a ValueError) shapes that do not fit its config, or a missing or unexpected condition.

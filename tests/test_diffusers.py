@@ -23,21 +23,26 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from helpers.encoders import make_autoencoder, make_text_encoder
+from helpers.golden import with_golden_weights
 from helpers.hub_server import READER, Hub, serve_hub
 
-from uvit import UViT
+from uvit import UNet, UViT, build_network
 from uvit.commands import sample as sample_script
 from uvit.common.errors import InputError
 from uvit.common.files import write_text
-from uvit.config import Config, DataConfig, ProcessConfig, SampleConfig, UViTConfig, to_json
+from uvit.config import Config, DataConfig, ProcessConfig, SampleConfig, UNetConfig, UViTConfig, to_json
 from uvit.diffusion.process import SCHEDULES
 from uvit.diffusion.samplers import ImageNoise, denoiser, guide, sample
 from uvit.diffusion.solvers import SOLVERS
-from uvit.integrations.diffusers import UViTModel, UViTPipeline, make_scheduler, set_times
+from uvit.integrations.diffusers import UNetModel, UViTModel, UViTPipeline, make_scheduler, set_times
 from uvit.networks.encoders import load_encoders
 from uvit.sampling.runs import load_run
 
 NULL = 3
+SHARED = {"img_size": 8, "in_chans": 1, "num_classes": NULL, "null_class": True}
+UVIT = UViTConfig(patch_size=2, embed_dim=32, depth=2, num_heads=4, **SHARED)
+SMALL = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_sizes": (), "head_dim": 32}
+UNET = UNetConfig(out_chans=2, **SMALL, **SHARED)
 LABELS = [0, 1, 2, 1]
 FLOW = ProcessConfig(schedule="flow", prediction="flow")
 TABLES = [
@@ -47,8 +52,10 @@ TABLES = [
 ]
 
 
-def random_weights(model: UViT) -> UViT:
+def random_weights(model: UViT | UNet) -> UViT | UNet:
     """Gives a network outputs of about unit variance."""
+    if isinstance(model, UNet):
+        return with_golden_weights(model).eval()
     torch.manual_seed(0)
     torch.nn.init.normal_(model.decoder_pred.weight, std=0.3)
     return model.eval()
@@ -56,10 +63,7 @@ def random_weights(model: UViT) -> UViT:
 
 @pytest.fixture(scope="module")
 def network() -> UViT:
-    config = UViTConfig(
-        img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=4, num_classes=NULL, null_class=True
-    )
-    return random_weights(UViT(config))
+    return random_weights(UViT(UVIT))
 
 
 def pipeline(network: UViT, process: ProcessConfig, scheduler, **parts) -> UViTPipeline:
@@ -277,17 +281,18 @@ def test_a_scheduler_that_is_replaced_later_is_checked(network):
         pipe(class_labels=[0])
 
 
-def save_run(folder, config: Config) -> UViT:
-    model = random_weights(UViT(config.model))
+def save_run(folder, config: Config) -> UViT | UNet:
+    model = random_weights(build_network(config.model))
     model.save_pretrained(folder)
     write_text(folder / "config.json", to_json(config))
     return model
 
 
-def test_a_run_draws_what_sample_py_writes(network, tmp_path, capsys):
+@pytest.mark.parametrize("model", [UVIT, UNET], ids=["uvit", "unet"])
+def test_a_run_draws_what_sample_py_writes(model, tmp_path, capsys):
     """The same noise, the run's default solver, to a level of 8 bits."""
     config = Config(
-        model=network.config,
+        model=model,
         process=ProcessConfig(time_shift=2.0),
         data=DataConfig(class_names=("cat", "1", "dog")),
         sample=SampleConfig(num_steps=6, guidance=1.5, guidance_interval=(0.2, 0.9), reuse="1:2"),
@@ -440,21 +445,29 @@ def test_labels_may_be_tensors(network, labels):
     assert torch.equal(pipe(torch.tensor(0), **draw).images, pipe(0, **draw).images)
 
 
-@pytest.mark.parametrize("fields", [{}, {"pos_embed": "sincos2d", "time_conditioning": "adaln", "qk_norm": True}])
-def test_weights_may_be_offloaded_between_layers(network, fields):
+@pytest.mark.parametrize(
+    ("config", "layer"),
+    [
+        (UVIT, "out_blocks.0.skip_linear"),
+        (dataclasses.replace(UVIT, pos_embed="sincos2d", time_conditioning="adaln", qk_norm=True), "mid_block.mlp.fc1"),
+        (UNET, "output_blocks.0.0.skip_connection"),
+    ],
+    ids=["uvit", "options", "unet"],
+)
+def test_weights_may_be_offloaded_between_layers(config, layer):
     """As if memory were short: here the CPU stands for the device, and offloaded weights are on `meta`."""
-    model = random_weights(UViT(dataclasses.replace(network.config, **fields)))
+    model = random_weights(build_network(config))
     pipe = pipeline(model, FLOW, make_scheduler(FLOW))
-    draw = {"class_labels": [0, 1], "latents": noise_for(network, 2), "output_type": "latent", "reuse": "1:2"}
+    draw = {"class_labels": [0, 1], "latents": noise_for(model, 2), "output_type": "latent", "reuse": "1:2"}
     images = pipe(**draw).images
     offload(pipe)
-    assert pipe.transformer.out_blocks[0].skip_linear.weight.is_meta
+    assert pipe.transformer.get_submodule(layer).weight.is_meta
     torch.testing.assert_close(pipe(**draw).images, images, rtol=0, atol=1e-5)
     pipe.remove_all_hooks()
 
     other = pipeline(model, FLOW, make_scheduler(FLOW))
     other.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    assert other.transformer.out_blocks[0].skip_linear.weight.dtype == torch.bfloat16
+    assert other.transformer.get_submodule(layer).weight.dtype == torch.bfloat16
     assert (other(**draw).images - images).abs().mean() < 0.1 * images.std()
 
 
@@ -539,7 +552,7 @@ def test_parts_that_do_not_fit(network, tmp_path):
         UViTPipeline.from_pretrained(tmp_path / "vae")
     with pytest.raises(InputError, match="pipeline not found"):
         UViTPipeline.from_pretrained(tmp_path / "none")
-    with pytest.raises(InputError, match="the transformer must be a UViT, got AutoencoderKL"):
+    with pytest.raises(InputError, match="the transformer must be a UViT or a UNet, got AutoencoderKL"):
         pipeline(vae, FLOW, make_scheduler(FLOW))
     plain = UViT(img_size=8, embed_dim=16, depth=2, num_heads=2)
     for batch_size in (0, 1.5):
@@ -563,7 +576,7 @@ def test_arguments_of_diffusers_are_followed_or_refused(network, tmp_path):
         "atention": "UViTConfig has no field 'atention', did you mean 'attention'",
         "variant": "UViTConfig has no field 'variant'",
         "revision": "revision must be None for what is on disk, got 'auto'",
-        "device_map": "device_map must be a device for a UViT, such as 'cuda', got 'auto'",
+        "device_map": "device_map must be one device for a network, such as 'cuda', got 'auto'",
         "torch_dtype": "torch_dtype must be a floating point dtype such as torch.float16, got 'auto'",
     }.items():
         with pytest.raises(InputError, match=message):
@@ -643,6 +656,24 @@ def test_an_incomplete_pipeline_is_refused(network, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"pipeline .* cannot be loaded: .* expected"):
         UViTPipeline.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_of_a_unet_holds_its_folder_of_weights(tmp_path):
+    network = random_weights(UNet(UNET))
+    pipeline(network, FLOW, make_scheduler(FLOW)).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["uvit.integrations.diffusers", "UNetModel"]
+    for loaded in (UNet.from_pretrained(tmp_path / "transformer"), UNetModel.from_pretrained(tmp_path / "transformer")):
+        assert loaded.config == UNET
+        assert all(torch.equal(loaded.state_dict()[name], each) for name, each in network.state_dict().items())
+    with pytest.raises(InputError, match="has the weights of a U-Net, expected those of a U-ViT"):
+        UViTModel.from_pretrained(tmp_path, subfolder="transformer")
+
+
+def test_reuse_needs_long_skips():
+    pipe = pipeline(UNet(dataclasses.replace(UNET, skips=False)).eval(), FLOW, make_scheduler(FLOW))
+    with pytest.raises(InputError, match="reuse needs a model with long skips, got 1:2 and one without"):
+        pipe([0], reuse="1:2")
 
 
 def test_a_plain_network_is_copied_in_its_dtype(network):

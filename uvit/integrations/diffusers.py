@@ -1,4 +1,4 @@
-"""A U-ViT in a pipeline of Hugging Face's diffusers, which samples with diffusers' schedulers.
+"""A network in a pipeline of Hugging Face's diffusers, which samples with diffusers' schedulers.
 
 Guidance is w in w · cond + (1 - w) · uncond, as everywhere in this package: diffusers' `guidance_scale` is the same
 number, and 1 is no guidance. `UViT2DModel` of diffusers is a different model.
@@ -11,18 +11,15 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from os.path import isfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import (
-    ImagePipelineOutput,
-    ModelMixin,
-)
+from diffusers import ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from uvit.common.errors import InputError, did_you_mean, short_repr
 from uvit.common.hub import find_folder
@@ -30,9 +27,11 @@ from uvit.common.options import HubOptions
 from uvit.config import (
     Config,
     DataConfig,
+    NetworkConfig,
     ProcessConfig,
     SampleConfig,
     SolverName,
+    UNetConfig,
     UViTConfig,
     from_dict,
     read_json,
@@ -41,7 +40,7 @@ from uvit.diffusion.process import SCHEDULES
 from uvit.diffusion.reuse import reuse_deep_features
 from uvit.diffusion.samplers import guide
 from uvit.integrations.schedulers import Scheduler, check_scheduler, make_scheduler, set_times
-from uvit.networks import uvit
+from uvit.networks.backbone import Backbone
 from uvit.networks.encoders import (
     EMPTY_CAPTION,
     IMAGE_CHANNELS,
@@ -53,8 +52,8 @@ from uvit.networks.encoders import (
 )
 from uvit.sampling.conditions import Condition, batch_conditions, resolve_conditions
 from uvit.sampling.runs import load_run
-from uvit.weights.build import UViT
-from uvit.weights.pretrained import PretrainedOptions
+from uvit.weights.build import UNet, UViT
+from uvit.weights.pretrained import PretrainedMixin, PretrainedOptions
 
 INDEX_FILE = "model_index.json"
 READING_OPTIONS = {
@@ -75,11 +74,11 @@ def check_dtype(dtype: Any) -> None:
         raise InputError(f"torch_dtype must be a floating point dtype such as torch.float16, got {short_repr(dtype)}")
 
 
-class UViTModel(UViT, ModelMixin):
-    """A UViT that diffusers can load and save as a part of a pipeline; its folder is an ordinary folder of weights."""
+class PipelinePart(PretrainedMixin):
+    """Lets diffusers load and save a network as a part of a pipeline; its folder is an ordinary folder of weights."""
 
     def forward(
-        self,
+        self: Any,
         x: Tensor,
         timesteps: Tensor,
         y: Tensor | None = None,
@@ -87,18 +86,17 @@ class UViTModel(UViT, ModelMixin):
         outer: int | None = None,
         deep: Tensor | None = None,
     ) -> Any:
-        """Predicts as UViT, or as its forward_reusing if `outer` is given: offloading hooks wrap only `forward`."""
-        if outer is not None:
-            return self.forward_reusing(x, timesteps, y, context, outer, deep)
-        return super().forward(x, timesteps, y, context)
+        """Predicts as the network, or as its forward_reusing if `outer` is given: hooks wrap only `forward`."""
+        both = self.forward_reusing(x, timesteps, y, context, outer or 0, deep)
+        return both[0] if outer is None else both
 
-    def to(self, *arguments: Any, **named: Any) -> UViTModel:
+    def to(self: Any, *arguments: Any, **named: Any) -> Any:
         """Moves or casts the model; that of ModelMixin warns of modules to keep in float32, of which there are none."""
         return torch.nn.Module.to(self, *arguments, **named)
 
     @classmethod
-    def of(cls, network: uvit.UViT) -> UViTModel:
-        """Copies a UViT, with its device and dtype, in eval mode."""
+    def of(cls: Any, network: Backbone) -> Any:
+        """Copies a network, with its device and dtype, in eval mode."""
         weight = next(network.parameters())
         model = cls(network.config).to(weight.device, weight.dtype)
         model.load_state_dict(network.state_dict())
@@ -114,8 +112,8 @@ class UViTModel(UViT, ModelMixin):
         dtype: torch.dtype | None = None,
         device_map: str | torch.device | None = None,
         **options: Unpack[PretrainedOptions],
-    ) -> UViTModel:
-        """Loads as UViT does, with the arguments of diffusers.
+    ) -> Self:
+        """Loads as the network does, with the arguments of diffusers.
 
         Args:
             name_or_path: folder, or hub name.
@@ -123,21 +121,36 @@ class UViTModel(UViT, ModelMixin):
             torch_dtype: of the weights; None is float32.
             dtype: the same.
             device_map: device to load to; None is the CPU.
-            **options: as for UViT.from_pretrained, and READING_OPTIONS, which have no effect.
+            **options: as for PretrainedMixin.from_pretrained, and READING_OPTIONS, which have no effect.
 
         Raises:
-            InputError: as UViT.from_pretrained, or a device_map with several devices.
+            InputError: as PretrainedMixin.from_pretrained, or a device_map with several devices.
         """
         try:
             device = None if device_map is None else torch.device(device_map)
         except (RuntimeError, TypeError):
             given = short_repr(device_map)
-            raise InputError(f"device_map must be a device for a UViT, such as 'cuda', got {given}") from None
+            raise InputError(f"device_map must be one device for a network, such as 'cuda', got {given}") from None
         check_dtype(dtype or torch_dtype)
         known: Any = dict(options)
         known = {name: value for name, value in known.items() if value is not None and name not in READING_OPTIONS}
         model = super().from_pretrained(f"{name_or_path}/{subfolder}" if subfolder else name_or_path, **known)
         return model.to(device, dtype or torch_dtype)
+
+
+class UViTModel(PipelinePart, UViT, ModelMixin):
+    """A UViT as a part of a pipeline."""
+
+
+class UNetModel(PipelinePart, UNet, ModelMixin):
+    """A UNet as a part of a pipeline."""
+
+    # its first weight tells the dtype of the embedded time
+    _skip_layerwise_casting_patterns: ClassVar[tuple[str, ...]] = ("time_embed",)
+
+
+PARTS: dict[type[NetworkConfig], type[UViTModel] | type[UNetModel]] = {UViTConfig: UViTModel, UNetConfig: UNetModel}
+"""The part for each kind of network."""
 
 
 def _listed(given: Any) -> list[Any]:
@@ -189,10 +202,10 @@ class PipelineOptions(HubOptions, total=False):
 
 
 class UViTPipeline(DiffusionPipeline):
-    """Draws images with a U-ViT and a scheduler of diffusers.
+    """Draws images with a network, U-ViT or U-Net, and a scheduler of diffusers.
 
     Args:
-        transformer: the network; a plain UViT is copied.
+        transformer: the network, whichever it is; a plain UViT or UNet is copied.
         scheduler: one that fits the process, for example from make_scheduler.
         vae: the AutoencoderKL of a network of latents; its config's scaling_factor must be that of training.
         text_encoder: the CLIP text model of a network that takes a context.
@@ -221,7 +234,7 @@ class UViTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: uvit.UViT,
+        transformer: Backbone,
         scheduler: Scheduler,
         vae: Any = None,
         text_encoder: Any = None,
@@ -231,9 +244,9 @@ class UViTPipeline(DiffusionPipeline):
         class_names: list[str] | None = None,
     ) -> None:
         super().__init__()
-        model = getattr(transformer, "config", None)
-        if not isinstance(model, UViTConfig):
-            raise InputError(f"the transformer must be a UViT, got {type(transformer).__name__}")
+        model: Any = getattr(transformer, "config", None)
+        if type(model) not in PARTS:
+            raise InputError(f"the transformer must be a UViT or a UNet, got {type(transformer).__name__}")
         Config(model=model, data=DataConfig(class_names=tuple(class_names or ())))  # checks the number of names
         self.register_to_config(schedule=schedule, prediction=prediction, class_names=list(class_names or ()))
         if model.context_dim and (text_encoder is None or tokenizer is None):
@@ -241,8 +254,8 @@ class UViTPipeline(DiffusionPipeline):
                 f"a model with context_dim {model.context_dim} needs a text encoder and a tokenizer, got none"
             )
         check_encoder_sizes(model, text_encoder if model.context_dim else None, vae)
-        if isinstance(transformer, uvit.UViT) and not isinstance(transformer, UViTModel):
-            transformer = UViTModel.of(transformer)
+        if isinstance(transformer, Backbone) and not isinstance(transformer, PipelinePart):
+            transformer = PARTS[type(model)].of(transformer)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -282,7 +295,7 @@ class UViTPipeline(DiffusionPipeline):
         if vae is not None:
             vae.register_to_config(scaling_factor=config.data.scale_factor)
         return cls(
-            transformer=cast(UViT, model),
+            transformer=cast(Backbone, model),
             scheduler=scheduler,
             vae=vae,
             text_encoder=None if encoders.text is None else encoders.text.network,
@@ -319,11 +332,12 @@ class UViTPipeline(DiffusionPipeline):
         index = find_folder(name, what, [INDEX_FILE], **hub_options) / INDEX_FILE  # first, as the rest may be gigabytes
         if not isfile(index):
             raise InputError(f"{name} is not a pipeline, it has no {INDEX_FILE}: make one from a run with from_run")
-        raw, expected = read_json(index), [UViTModel.__module__, UViTModel.__name__]
+        raw, expected = read_json(index), [[part.__module__, part.__name__] for part in PARTS.values()]
         given = raw.get("transformer") if isinstance(raw, dict) else raw
-        if given != expected:
+        if given not in expected:
+            kinds = " or ".join(map(str, expected))
             raise InputError(
-                f"{name} is a pipeline of another kind, expected transformer {expected}, got {short_repr(given)}"
+                f"{name} is a pipeline of another kind, expected transformer {kinds}, got {short_repr(given)}"
             )
         folder = find_folder(name, what, ["*.json", "*.safetensors", "*.txt"], **hub_options)
         with loading(f"pipeline {name!r}", "diffusers"):
@@ -411,7 +425,7 @@ class UViTPipeline(DiffusionPipeline):
         network = self.transformer if reused is None else reuse_deep_features(self.transformer, *reused)
 
         def predict(x: Tensor, timesteps: Tensor, **condition: Tensor) -> Tensor:
-            return network(x.to(dtype), timesteps, **condition).float()
+            return network(x.to(dtype), timesteps, **condition)[:, : model.in_chans].float()
 
         interval = config.sample.guidance_interval
         output = guide(predict, SCHEDULES[process.schedule], cond, uncond, guidance_scale, interval)

@@ -67,8 +67,9 @@ def test_a_file_fits_on_a_few_screens(path):
     assert len(path.read_text().splitlines()) <= limit
 
 
-def test_the_network_knows_tensors_only():
-    for name in imports_of(PACKAGE / "networks/uvit.py"):
+@pytest.mark.parametrize("module", ["uvit", "unet", "unet_layers", "backbone"])
+def test_a_network_knows_tensors_only(module):
+    for name in imports_of(PACKAGE / f"networks/{module}.py"):
         known = ("torch", "einops", "timm", "uvit.config", "uvit.networks")
         assert name.split(".")[0] in sys.stdlib_module_names or name.startswith(known), name
 

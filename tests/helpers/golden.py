@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uvit import UNet, UNetConfig, UViT, UViTConfig
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 FOLDER = Path(__file__).parent.parent / "goldens"
 FACTS = json.loads((FOLDER / "uvit.json").read_text())
 ARRAYS = np.load(FOLDER / "uvit.npz")
@@ -34,26 +36,25 @@ def config_of(published: dict) -> UViTConfig:
     return UViTConfig(**fields)
 
 
-def golden_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Weights by the rule, for each entry of a network's state dict."""
+def with_golden_weights(module: ModuleT) -> ModuleT:
+    """Gives a network, or a part of one, weights by the rule; none of them is zero."""
     weights = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in module.state_dict().items():
         shape = tuple(tensor.shape)
         if name == "pos_embed":
             weights[name] = 0.5 * rnd(name, shape)
         elif len(shape) == 1:
             weights[name] = 1 + 0.1 * rnd(name, shape) if name.endswith("weight") else 0.1 * rnd(name, shape)
-        elif name == "label_emb.weight" and isinstance(model, UNet):
+        elif name == "label_emb.weight" and isinstance(module, UNet):
             weights[name] = rnd(name, shape)
         else:
             weights[name] = rnd(name, shape) / float(np.sqrt(np.prod(shape[1:])))
-    return weights
+    module.load_state_dict(weights)
+    return module
 
 
 def golden_model(case: str) -> UViT:
-    model = UViT(config_of(FACTS["cases"][case]["kwargs"]))
-    model.load_state_dict(golden_weights(model))
-    return model
+    return with_golden_weights(UViT(config_of(FACTS["cases"][case]["kwargs"])))
 
 
 def unet_config_of(published: dict) -> UNetConfig:
@@ -77,15 +78,15 @@ def unet_config_of(published: dict) -> UNetConfig:
 
 
 def golden_unet(case: str) -> UNet:
-    model = UNet(unet_config_of(UNET_FACTS["cases"][case]["kwargs"]))
-    model.load_state_dict(golden_weights(model))
-    return model
+    return with_golden_weights(UNet(unet_config_of(UNET_FACTS["cases"][case]["kwargs"])))
 
 
 def golden_unet_inputs(config: UNetConfig) -> dict[str, Tensor]:
     inputs = {"x": rnd("x", (2, config.in_chans, *config.image_shape)), "timesteps": torch.tensor([1.0, 998.0])}
     if config.num_classes:
         inputs["y"] = (torch.arange(2) * 7 + 3) % config.num_classes
+    if config.context_dim:
+        inputs["context"] = rnd("context", (2, config.num_context_tokens, config.context_dim))
     return inputs
 
 

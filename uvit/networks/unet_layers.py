@@ -27,7 +27,8 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(GROUPS, channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        # F.group_norm refuses a single value in a group, as one image of a single pixel may have.
+        return torch.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
 class Downsample(nn.Module):

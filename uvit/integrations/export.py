@@ -1,4 +1,7 @@
-"""Exports a network to a file that runs without this package: torch.export's `.pt2`, or ONNX."""
+"""Exports a network to a file that runs without this package: torch.export's `.pt2`, or ONNX.
+
+An exported file gives the prediction alone, of the shape of x, without a network's own channels after it.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +55,26 @@ def example_inputs(network: Network, batch: int) -> dict[str, Tensor]:
     return inputs
 
 
-def _check_exportable(network: Network) -> None:
-    if network.config.attention == "xformers":
-        raise InputError("attention 'xformers' cannot be exported, its kernels are its own: use 'sdpa' or 'math'")
+class Predictor(nn.Module):
+    """A network of which only the prediction is returned.
+
+    Args:
+        network: the network.
+
+    Raises:
+        InputError: an attention backend that cannot be exported.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        if network.config.attention == "xformers":
+            raise InputError("attention 'xformers' cannot be exported, its kernels are its own: use 'sdpa' or 'math'")
+        self.network = network
+        self.train(cast(nn.Module, network).training)
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """Predicts as the network; (B, C, H, W)."""
+        return self.network(x, timesteps, y, context)[:, : self.network.config.in_chans]
 
 
 def _traced(network: Network) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,9 +93,9 @@ def export_program(network: Network) -> torch.export.ExportedProgram:
     Raises:
         InputError: an attention backend that cannot be exported.
     """
-    _check_exportable(network)
+    predictor = Predictor(network)
     inputs, dynamic_shapes = _traced(network)
-    return torch.export.export(cast(nn.Module, network), (), inputs, dynamic_shapes=dynamic_shapes)
+    return torch.export.export(predictor, (), inputs, dynamic_shapes=dynamic_shapes)
 
 
 def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -97,7 +117,7 @@ def export_onnx(network: Network) -> torch.onnx.ONNXProgram:
     Raises:
         InputError: an attention backend that cannot be exported, or a package that is not installed.
     """
-    _check_exportable(network)
+    predictor = Predictor(network)
     for package in ONNX_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise missing_package("ONNX", package)
@@ -105,7 +125,7 @@ def export_onnx(network: Network) -> torch.onnx.ONNXProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns that all inputs share one batch size
         program = torch.onnx.export(
-            cast(nn.Module, network),
+            predictor,
             (),
             kwargs=inputs,
             dynamic_shapes=dynamic_shapes,
@@ -149,11 +169,11 @@ def save_exported(network: Network, path: Path) -> float:
             _save_program(export_program(network), temporary)
         else:
             export_onnx(network).save(temporary)
-        exported, difference = load_exported(temporary), 0.0
+        exported, predictor, difference = load_exported(temporary), Predictor(network), 0.0
         for batch in (1, 3):
             inputs = example_inputs(network, batch)
             with torch.no_grad():
-                expected, given = network(**inputs), exported(**inputs)
+                expected, given = predictor(**inputs), exported(**inputs)
             difference = max(difference, (given - expected).abs().max().item())
             if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
                 raise InputError(f"{path} would differ from the model by {difference:.1e}, expected {TOLERANCE:g}")

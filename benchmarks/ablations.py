@@ -7,7 +7,6 @@ of pixels to the held-out images along the way. Writes a table (JSON) and a pict
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,19 +17,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from measure import plot_range, spread
+from quality import averages_of
 
-from uvit import Config, UViT
+from uvit import Config
 from uvit.common.cli import parse, run
 from uvit.common.errors import InputError
 from uvit.common.files import make_directory
-from uvit.config import CONFIG_FILE, METRICS_FILE, checkpoint_dirs, load_config
+from uvit.config import CONFIG_FILE, METRICS_FILE, load_config
 from uvit.data.batch import read_all
 from uvit.data.images import to_unit_range
 from uvit.data.loader import load_data
 from uvit.evaluation.metrics import Gaussian, Moments, frechet_distance
 from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate
-from uvit.training.checkpoint import read_state
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -83,12 +83,9 @@ def distances(run_dir: Path, config: Config) -> dict[int, float]:
     conditions = resolve_conditions(config)
     wanted = [each for each in conditions for _ in range(NUM_IMAGES // len(conditions))]
     found = {}
-    for folder in checkpoint_dirs(run_dir):
-        state = read_state(folder)
-        model = UViT(config.model).eval()
-        model.load_state_dict(state["ema"])
+    for step, model in averages_of(run_dir, config):
         drawn = pixel_gaussian(generate(model, config, wanted, seed=0, batch_size=200))
-        found[state["step"]] = frechet_distance(drawn, held_out) / frechet_distance(train_part, held_out)
+        found[step] = frechet_distance(drawn, held_out) / frechet_distance(train_part, held_out)
     return found
 
 
@@ -132,11 +129,7 @@ def draw(given: Arguments, runs: list[dict], path: Path) -> None:
     ):
         for choice in STUDIES[given.study][1]:
             curves = [entry[name] for entry in runs if entry["choice"] == choice]
-            steps = list(curves[0])
-            values = [[curve[step] for curve in curves] for step in steps]
-            (line,) = axes.plot(steps, [statistics.median(each) for each in values], label=choice, marker=".")
-            low, high = [min(each) for each in values], [max(each) for each in values]
-            axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+            plot_range(axes, list(curves[0]), [list(curve.values()) for curve in curves], choice, marker=".")
         axes.set(xlabel="steps", ylabel=label, yscale="log")
         axes.legend()
     figure.suptitle(f"{STUDIES[given.study][0]} on {data_name(given)}, median and range of {len(given.seeds)} seeds")
@@ -165,7 +158,7 @@ def main(arguments: Sequence[str]) -> None:
             for entry in runs
             if entry["choice"] == choice
         ]
-        cells = [f"{statistics.median(v):.3g} ({min(v):.3g} to {max(v):.3g})" for v in zip(*ends)]
+        cells = [spread(values, ".3g") for values in zip(*ends)]
         print(f"| {choice} | {' | '.join(cells)} |")
 
 

@@ -7,7 +7,6 @@ Writes benchmarks/results/digits.json and prints the table.
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from measure import save_result
+from measure import save_result, spread
 
 from uvit.common.cli import parse, run
 
@@ -52,11 +51,6 @@ def train_and_measure(overrides: list[str], seed: int, folder: str) -> dict[str,
     result = json.loads(Path(folder, "evaluation.json").read_text())
     ratio = result["frechet"] / result["frechet_real"]
     return {"seed": seed, "seconds": seconds, "recognised": result["recognised"], "frechet_ratio": ratio}
-
-
-def spread(values: list[float], form: str) -> str:
-    """Formats `median (lowest to highest)`."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""How figures are measured and kept: on what machine, with the arms in turn, as JSON in benchmarks/results/."""
+"""How figures are measured, kept and shown: on what machine, with the arms in turn, as JSON in benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +34,22 @@ def describe_machine() -> dict[str, str]:
     return {"device": f"{processor}, {os.cpu_count()} cores", "torch": torch.__version__}
 
 
-def result_path(name: str) -> Path:
-    """Returns benchmarks/results/NAME.json, or NAME_DEVICE.json for a GPU."""
+def result_path(name: str, folder: Path = RESULTS) -> Path:
+    """Returns FOLDER/NAME.json, or NAME_DEVICE.json for a GPU."""
     device = re.sub(r"\W+", "_", describe_machine()["device"].lower()) if torch.cuda.is_available() else ""
-    return RESULTS / f"{name}{device and '_' + device}.json"
+    return folder / f"{name}{device and '_' + device}.json"
 
 
-def load_result(name: str) -> dict[str, Any]:
+def load_result(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """Returns the figures that this machine has written under a name, by this version of PyTorch; {} if none."""
-    path = result_path(name)
+    path = result_path(name, folder)
     figures = json.loads(path.read_text()) if path.is_file() else {}
     return figures if describe_machine().items() <= figures.items() else {}
 
 
-def save_result(name: str, figures: Mapping[str, Any]) -> Path:
+def save_result(name: str, figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Writes figures, with what they were measured on."""
-    path = result_path(name)
-    path.parent.mkdir(exist_ok=True)
+    path = result_path(name, folder)
     write_text(path, json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
     return path
 
@@ -89,3 +88,23 @@ def median_times(
             times[name].append(seconds_of(call))
         on_round()
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Formats `median (lowest to highest)`."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def plot_range(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, **style: Any) -> None:
+    """Plots the median of several runs' curves, and the range between the lowest and the highest.
+
+    Args:
+        axes: of matplotlib.
+        x: where they were measured.
+        curves: a value for each x, for each run.
+        label: for the legend.
+        **style: of the median's line.
+    """
+    values = [*zip(*curves)]
+    (line,) = axes.plot(x, [statistics.median(each) for each in values], label=label, **style)
+    axes.fill_between(x, [*map(min, values)], [*map(max, values)], alpha=0.15, color=line.get_color())

@@ -23,13 +23,11 @@ import matplotlib.pyplot as plt
 import torch
 from digits import ARMS, ROOT
 from measure import save_result
-from quality import Judge
+from quality import Judge, averages_of
 
-from uvit import UViT
 from uvit.common.cli import parse, run
-from uvit.config import CONFIG_FILE, METRICS_FILE, checkpoint_dirs, load_config
+from uvit.config import CONFIG_FILE, METRICS_FILE, load_config
 from uvit.sampling.generate import generate
-from uvit.training.checkpoint import read_state
 
 TARGETS = {
     **{
@@ -85,12 +83,10 @@ def train_and_judge(arm: str, seed: int, num_steps: int, num_points: int, num_im
         subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
         seconds, config = seconds_by_step(Path(folder)), load_config(Path(folder) / CONFIG_FILE)
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=1.0))
-        judge, model, points = Judge(config, num_images), UViT(config.model).eval(), []
-        for checkpoint in checkpoint_dirs(Path(folder)):
-            state = read_state(checkpoint)
-            model.load_state_dict(state["ema"])
+        judge, points = Judge(config, num_images), []
+        for step, model in averages_of(Path(folder), config):
             images = generate(model, config, judge.labels, 0)
-            points.append({"step": state["step"], "seconds": seconds[state["step"]], **judge(images)})
+            points.append({"step": step, "seconds": seconds[step], **judge(images)})
             print(f"{arm}, seed {seed}: {points[-1]}", flush=True)
     return points
 

@@ -1,0 +1,335 @@
+"""U-Net or U-ViT, with and without skips, at equal FLOPs and at equal time: `python benchmarks/backbones.py`.
+
+Each arm is the data's config with another network: the same images, process, optimizer, average and solver. Its
+learning rate comes from short runs, by their Fréchet distance from training images alone. Then each arm trains for each
+seed until it has spent the training FLOPs of the config, and again until it has spent its time, by steps that were
+timed on this machine with the arms in turn. Averages from along the way draw unguided images, which are judged as by
+evaluate.py. Writes benchmarks/results/backbones.json and .md, and for each data set pictures of quality over FLOPs and
+over time, and of samples from the same noise.
+
+The same command goes on where it was stopped: a run's folder in runs/backbones is named by its config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from judged_runs import Run, do_all
+from measure import RESULTS, best_device, load_result, median_times, plot_range, result_path, save_result, spread
+from quality import Judge
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from uvit import Config, UNetConfig, UViTConfig
+from uvit.common.cli import parse, run
+from uvit.common.errors import TrainingError
+from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
+from uvit.common.signals import StopRequest
+from uvit.config import Compile, load_config, to_json
+from uvit.data.loader import load_data
+from uvit.networks.encoders import NO_ENCODERS
+from uvit.networks.runtime import resolve_precision, set_threads, tf32
+from uvit.sampling.conditions import resolve_conditions
+from uvit.sampling.generate import generate
+from uvit.sampling.grid import image_grid
+from uvit.sampling.runs import load_run
+from uvit.training.trainer import Trainer
+from uvit.weights.build import build_network
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "backbones"
+NAME = "backbones"
+BASE = "U-ViT"
+"""The arm with the kind of network that the configs have, whose steps are the budget."""
+# Okabe and Ito's colours; dashed where there are no skips.
+STYLES = {
+    "U-Net": {"color": "#0072B2", "marker": "o"},
+    "U-Net, no skips": {"color": "#56B4E9", "marker": "o", "linestyle": "--"},
+    BASE: {"color": "#D55E00", "marker": "s"},
+    "U-ViT, no skips": {"color": "#E69F00", "marker": "s", "linestyle": "--"},
+    "DiT-like (adaLN, no skips)": {"color": "#009E73", "marker": "^", "linestyle": "--"},
+}
+BUDGETS = {"flops": "equal training FLOPs", "time": "equal training time"}
+ATTENTION_SIDE = 16
+"""Feature maps of a U-Net up to this side have attention, as in DDPM's and ADM's."""
+TRAINING_PASSES = 3  # the backward pass has two products for each one of the forward pass
+GRID_COLUMNS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    data: tuple[Literal["digits", "photos", "fashion"], ...] = ("digits",)
+    """Configs to compare on, one after the other."""
+    fashion: str | None = None
+    """Folder of Fashion-MNIST's IDX files; None is the name in configs/fashion.py."""
+    only: Literal["both", "flops", "time"] = "both"
+    """Budgets to train for."""
+    scale: float = 1.0
+    """The budget, as a multiple of what the data's config spends."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of training."""
+    patch_size: int = 2
+    """Patches of the U-ViTs, which at 2 have the FLOPs of the U-Net, the narrowest one, on 28x28 and 32x32 images."""
+    lrs: tuple[float, ...] = (2e-3, 4.3e-3, 9.3e-3, 2e-2)
+    """Learning rates to search."""
+    search_share: float = 0.2
+    """Length of a run of the search, as a share of the arm's steps at equal FLOPs."""
+    num_points: int = 4
+    """Steps of a run, evenly spaced, whose averages are judged."""
+    num_images: int = 2_000
+    """Images of each."""
+    rounds: int = 30
+    """Timed steps of each arm."""
+    compile: Compile = "no"
+    """How networks are compiled to train."""
+    jobs: int = 1
+    """Runs at a time, each in a process; they share a GPU."""
+    output: str = str(RESULTS)
+    """Folder for the results."""
+
+
+def arms_of(model: UViTConfig) -> dict[str, UViTConfig | UNetConfig]:
+    """Returns the network of each arm, for the images and labels of the config's own."""
+    side = min(model.image_shape)
+    channel_mult = (1, 1) if side <= 8 else (1, 2, 2)
+    # Group norm allows no narrower one.
+    unet = UNetConfig(
+        **{name: getattr(model, name) for name in ("img_size", "in_chans", "num_classes", "null_class")},
+        model_channels=32,
+        channel_mult=channel_mult,
+        num_res_blocks=1,
+        head_dim=32,
+        attention_sizes=tuple(side >> n for n in range(len(channel_mult)) if side >> n <= ATTENTION_SIDE),
+    )
+    networks = unet, replace(unet, skips=False), model, replace(model, skip="none")
+    return dict(zip(STYLES, (*networks, replace(model, skip="none", time_conditioning="adaln"))))
+
+
+def gflops_of(model: UViTConfig | UNetConfig) -> float:
+    """Counts the products of a forward pass of one image, in 10^9 operations."""
+    network = build_network(replace(model, attention="math"))  # the counter does not know all fused kernels
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, model.in_chans, *model.image_shape), torch.zeros(1), y=torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops() / 1e9
+
+
+def measure_arms(base: Config, rounds: int) -> dict[str, dict[str, Any]]:
+    """Measures parameters, FLOPs and the time of a whole training step of each arm."""
+    arms, data = arms_of(base.model), load_data(base.data, base.model)
+    trainers = {}
+    with tempfile.TemporaryDirectory() as folder, tf32(), tqdm(total=rounds, unit="round", desc="timing") as progress:
+        for arm, model in arms.items():
+            trainers[arm] = Trainer(replace(base, model=model), data, NO_ENCODERS, Path(folder))
+            trainers[arm].build()
+            trainers[arm].resume(())
+        steps = {arm: lambda trainer=trainer: trainer.step(StopRequest()) for arm, trainer in trainers.items()}
+        seconds = median_times(steps, rounds, warm_up=5, on_round=progress.update)
+    return {
+        arm: {
+            "parameters": trainers[arm].network.num_parameters,
+            "gflops": gflops_of(model),
+            "step_seconds": seconds[arm],
+        }
+        for arm, model in arms.items()
+    }
+
+
+class Study:
+    """The comparison on one data set.
+
+    Args:
+        name: of the data's config.
+        given: the options.
+    """
+
+    def __init__(self, name: str, given: Arguments) -> None:
+        base = load_config(ROOT / "configs" / f"{name}.py")
+        train = replace(
+            base.train,
+            # All arms in one precision, whatever their widths.
+            mixed_precision=resolve_precision(base.train.mixed_precision, best_device().type, base.model.width),
+            num_threads=1,
+            compile=given.compile,
+            sample_every=0,
+            tracker="none",
+        )
+        data = replace(base.data, name=given.fashion if name == "fashion" and given.fashion else base.data.name)
+        sample = replace(base.sample, guidance=1.0, reuse="none")
+        self.name, self.given, self.output = name, given, Path(given.output)
+        model = replace(base.model, patch_size=given.patch_size)
+        self.base = replace(base, model=model, train=train, data=data, sample=sample)
+        self.arms = arms_of(model)
+        self.planned: dict[tuple[int, str, str], Run] = {}
+        changeable = ("data", "fashion", "only", "seeds", "jobs", "output")
+        settings = {key: value for key, value in asdict(given).items() if key not in changeable}
+        settings = json.loads(json.dumps({**settings, "config": json.loads(to_json(self.base))}))
+        self.figures: dict[str, Any] = load_result(NAME, self.output).get("data", {}).get(name, {})
+        if self.figures.get("settings") != settings:
+            self.figures = {"settings": settings, "arms": measure_arms(self.base, given.rounds), "runs": []}
+
+    def steps(self, arm: str, budget: str, share: float = 1.0) -> int:
+        """Returns how many steps an arm takes for a share of a budget."""
+        cost = {"flops": "gflops", "time": "step_seconds"}[budget]
+        ratio = self.figures["arms"][BASE][cost] / self.figures["arms"][arm][cost]
+        return max(1, round(share * self.given.scale * self.base.train.num_steps * ratio))
+
+    def plan(self, arm: str, num_steps: int, lr: float, seed: int, num_points: int) -> Run:
+        """Returns a run of an arm."""
+        every = math.ceil(num_steps / num_points)
+        train = replace(self.base.train, num_steps=num_steps, seed=seed, save_every=every, keep=num_points)
+        config = replace(self.base, model=self.arms[arm], optim=replace(self.base.optim, lr=lr), train=train)
+        digest = hashlib.sha256(f"{self.given.num_images} {to_json(config)}".encode()).hexdigest()[:10]
+        label = re.sub(r"\W+", "-", f"{arm} {num_steps} steps lr {lr:g} seed {seed}".lower())
+        return Run(config, self.given.num_images, RUNS / self.name / f"{label}-{digest}")
+
+    def do(self) -> None:
+        """Searches learning rates, trains all arms, and shows what there is, also when it is stopped."""
+        judge = Judge(self.base, self.given.num_images)  # which trains a network for the processes to find
+        self.figures["real"] = {"frechet": judge.real, "recognised": judge.recognised_real}
+        searches = {
+            (arm, lr): self.plan(arm, self.steps(arm, "flops", self.given.search_share), lr, 0, num_points=1)
+            for lr in self.given.lrs
+            for arm in self.arms
+        }
+        do_all([*searches.values()], self.given.jobs, f"{self.name}: learning rates", self.save)
+        for arm, figures in self.figures["arms"].items():
+            found = {lr: searches[arm, lr].points for lr in self.given.lrs}
+            figures["search"] = {lr: points[-1]["frechet_train"] for lr, points in found.items() if points}
+            if not figures["search"]:
+                raise TrainingError(f"{arm} on {self.name} trains at none of the learning rates: give lower --lrs")
+            figures["lr"] = min(figures["search"], key=figures["search"].get)
+        self.planned = {
+            (seed, budget, arm): self.plan(
+                arm, self.steps(arm, budget), self.figures["arms"][arm]["lr"], seed, self.given.num_points
+            )
+            for seed in self.given.seeds
+            for budget in BUDGETS
+            for arm in self.arms
+        }
+        wanted = [each for (_, budget, _), each in self.planned.items() if self.given.only in ("both", budget)]
+        try:
+            do_all([*dict.fromkeys(wanted)], self.given.jobs, self.name, self.save)
+        finally:
+            self.save()
+            self.draw_samples()
+
+    def save(self) -> None:
+        """Writes the figures of what is done, their table and their picture."""
+        if self.planned:
+            self.figures["runs"] = [
+                {"arm": arm, "budget": budget, "seed": seed, "points": each.points}
+                for (seed, budget, arm), each in self.planned.items()
+                if each.points
+            ]
+        data = {**load_result(NAME, self.output).get("data", {}), self.name: self.figures}
+        path = save_result(NAME, {"data": data}, self.output)
+        write_text(path.with_suffix(".md"), "\n".join(line for item in data.items() for line in table_of(*item)) + "\n")
+        if budgets_of(self.figures):
+            draw_curves(self.name, self.figures, path.with_name(f"{path.stem}_{self.name}.png"))
+
+    def draw_samples(self) -> None:
+        """Draws a row for each arm that is done at equal FLOPs, from the same noise and for the same labels."""
+        labels = resolve_conditions(self.base)
+        wanted = [labels[column % len(labels)] for column in range(GRID_COLUMNS)]
+        rows = {}
+        for arm in self.arms:
+            each = self.planned[self.given.seeds[0], "flops", arm]
+            if each.points:
+                config, model = load_run(str(each.folder), "auto", best_device())
+                rows[arm] = generate(model, config, wanted, seed=0)
+        if rows:
+            path = result_path(NAME, self.output)
+            with atomic_write(path.with_name(f"{path.stem}_{self.name}_samples.png")) as temporary:
+                image_grid(torch.cat([*rows.values()]), GRID_COLUMNS, [*rows]).save(temporary)
+
+
+def budgets_of(figures: Mapping[str, Any]) -> list[str]:
+    """Returns the budgets that any arm has trained for; those of the base arm's runs are the same."""
+    trained = {each["budget"] for each in figures["runs"] if each["arm"] != BASE}
+    return [budget for budget in BUDGETS if budget in trained]
+
+
+def runs_of(figures: Mapping[str, Any], budget: str, arm: str) -> list[list[dict[str, float]]]:
+    """Returns the points of each seed that has been trained."""
+    return [each["points"] for each in figures["runs"] if (each["budget"], each["arm"]) == (budget, arm)]
+
+
+def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
+    """Returns a table of the last averages, the median and range of the seeds, in Markdown."""
+    config, real, budgets = figures["settings"]["config"], figures["real"], budgets_of(figures)
+    headings = [f"steps, {BUDGETS[budget]} | recognised | Fréchet / real" for budget in budgets]
+    lines = [
+        f"## {name}",
+        "",
+        f"Budget: {figures['settings']['scale']:g} × {config['train']['num_steps']} steps of {BASE} with batches of "
+        f"{config['train']['batch_size']}. {figures['settings']['num_images']} unguided images, median and range of "
+        f"the seeds. {real['recognised']:.1%} of held-out images are recognised.",
+        "",
+        " | ".join(["| arm | parameters | GFLOPs/image | ms/step | lr", *headings]) + " |",
+        "|---" * (5 + 3 * len(headings)) + "|",
+    ]
+    for arm, each in figures["arms"].items():
+        cells = [arm, f"{each['parameters']:,}", f"{each['gflops']:.3g}", f"{1000 * each['step_seconds']:.1f}"]
+        cells.append(f"{each['lr']:g}" if "lr" in each else "")
+        for budget in budgets:
+            ends = [points[-1] for points in runs_of(figures, budget, arm)]
+            cells += [f"{end['step']:,}" for end in ends[:1]] or [""]
+            for quality, form in (("recognised", ".1%"), ("frechet_ratio", ".2f")):
+                cells.append(spread([end[quality] for end in ends], form) if ends else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
+    """Plots quality over FLOPs and over time, the median and range of the seeds."""
+    from matplotlib.figure import Figure
+
+    batch_size = figures["settings"]["config"]["train"]["batch_size"]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    grid = figure.subplots(2, 2, sharex="col", sharey="row")
+    present = budgets_of(figures)
+    for column, axis in enumerate(BUDGETS):
+        budget = axis if axis in present else present[0]
+        for arm, style in STYLES.items():
+            each, runs = figures["arms"][arm], runs_of(figures, budget, arm)
+            if not runs:
+                continue
+            tflops = TRAINING_PASSES * each["gflops"] * batch_size / 1000
+            x = [point["step"] * (tflops if axis == "flops" else each["step_seconds"]) for point in runs[0]]
+            for axes, quality in zip(grid[:, column], ("frechet_ratio", "recognised")):
+                plot_range(axes, x, [[point[quality] for point in points] for points in runs], arm, **style)
+        grid[0, column].set(title=BUDGETS[budget], yscale="log")
+        grid[1, column].set(xlabel={"flops": "training TFLOPs", "time": "seconds of training steps"}[axis])
+    grid[0, 0].set(ylabel="Fréchet distance / real")
+    grid[1, 0].set(ylabel="recognised as the class asked for")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    handles = {label: line for axes in grid[0] for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(STYLES))
+    figure.suptitle(f"{name}: median and range of the seeds")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compares the arms on each data set and prints the tables."""
+    given = parse(Arguments, arguments, __doc__)
+    set_threads(1)
+    for name in given.data:
+        make_directory(RUNS / name)
+        with lock_folder(RUNS / name):
+            Study(name, given).do()
+    print(result_path(NAME, Path(given.output)).with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    run(main)

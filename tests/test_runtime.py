@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.forks import in_a_fork
+from helpers.golden import with_golden_weights
 
-from uvit import UViT
+from uvit import UNet, UViT
 from uvit.common.errors import InputError
 from uvit.networks.runtime import MIN_BF16_WIDTH, check_compile, compile_model, resolve_precision, tf32
 
@@ -47,6 +48,23 @@ def test_a_compiled_model_is_the_same_model(how):
         torch.autograd.grad(output.square().sum(), list(model.parameters())), gradients, rtol=1e-3, atol=1e-4
     )
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.slow
+def test_every_block_is_compiled_however_many_sizes_they_have(monkeypatch):
+    import torch._dynamo
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # PyTorch's own, which importing timm.optim raises
+    model = UNet(img_size=8, model_channels=32, channel_mult=(1, 2), attention_sizes=(4,), head_dim=32)
+    with_golden_weights(model)
+    inputs = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0])
+    with torch.no_grad():
+        expected = model(*inputs)
+        compile_model(model, "blocks")
+        torch._dynamo.utils.counters.clear()
+        torch.testing.assert_close(model(*inputs), expected, rtol=1e-4, atol=1e-5)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert 8 < frames["ok"] == frames["total"] <= len(model.blocks)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -17,6 +17,8 @@ from uvit.networks.contract import Network
 
 MIN_BF16_WIDTH = 128
 """Narrower models stay in fp32 on a CPU: casts cost most of the time that products save."""
+VARIANTS = 8
+"""How often a block may be compiled: for other batch sizes, with and without gradients, in training and sampling."""
 
 
 def cpu_has_bf16() -> bool:
@@ -71,10 +73,16 @@ def compile_model(network: Network, how: Compile) -> None:
     """Compiles a network in place, so that its parameters keep their names; the first calls are slow.
 
     Args:
-        network: the network; its blocks share their compiled code.
+        network: the network; blocks of the same sizes share their compiled code.
         how: `no`, `blocks` (the fastest to start), `model`, or `graphs` (the model, in CUDA graphs).
     """
     if how == "blocks":
+        import torch._dynamo  # takes seconds
+
+        # Blocks of one class share its code, of which Dynamo compiles eight variants and runs the others uncompiled.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, VARIANTS * len(network.blocks))
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, dynamo.recompile_limit)
         for block in network.blocks:
             block.compile()
     elif how != "no":

@@ -82,9 +82,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
 
     Args:
         q: queries, (B, L, H, D).
-        k: keys, of the same shape and dtype.
-        v: values, of the same shape and dtype.
-        backend: `auto`, `xformers`, `sdpa` or `math`; `math` is the plain formula and needs O(L²) memory, so `auto`
+        k: keys, (B, M, H, D) of the same dtype; M is L but for cross-attention.
+        v: values, of the shape and dtype of k.
+        backend: `auto`, `xformers`, `sdpa` or `math`; `math` is the plain formula and needs O(L M) memory, so `auto`
             uses it only for short sequences, where it was measured to be the fastest.
 
     Returns:

@@ -90,7 +90,7 @@ def test_given_settings_replace_those_of_the_run(run_dir):
         ({"compile": "graphs"}, "compile 'graphs' needs a CUDA device, got 'cpu'"),
         ({"attention": "xformers"}, "attention 'xformers' needs a CUDA device, got 'cpu'"),
         ({"sampler": "euler_maruyama", "spacing": "uniform"}, "needs spacing 'log_snr', got 'uniform'"),
-        ({"reuse": "2:2"}, "K of model.depth / 2 = 1 at most, got K 2"),
+        ({"reuse": "2:2"}, "K of at most 1 pairs of blocks, got 2:2"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="some of these are fine with CUDA")

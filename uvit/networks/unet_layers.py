@@ -123,14 +123,16 @@ class AttentionBlock(nn.Module):
     def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
         self.num_heads, self.backend = config.heads(channels), config.attention
-        self.pattern = "B L (H K D) -> K B L H D" if config.qkv_order == "legacy" else "B L (K H D) -> K B L H D"
+        self.pattern = "B L (H K D) -> B L K H D" if config.qkv_order == "legacy" else "B L (K H D) -> B L K H D"
         self.norm = GroupNorm(channels)
         self.qkv = Pointwise(channels, 3 * channels)
         self.proj_out = zeroed(Pointwise(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.norm(x), "B C H W -> B (H W) C")  # (B, L, C), where L = H * W
-        q, k, v = rearrange(self.qkv(tokens), self.pattern, K=3, H=self.num_heads)  # (B, L, heads, D) each
+        # Queries, keys and values in one piece each way: xformers' compiled backward pass knows no other strides.
+        packed = rearrange(self.qkv(tokens), self.pattern, K=3, H=self.num_heads).contiguous()  # (B, L, 3, heads, D)
+        q, k, v = packed.unbind(2)  # (B, L, heads, D) each
         tokens = self.proj_out(rearrange(attention(q, k, v, self.backend), "B L H D -> B L (H D)"))
         return x + rearrange(tokens, "B (H W) C -> B C H W", H=x.shape[2])
 

@@ -1,0 +1,32 @@
+"""Class-conditional Fashion-MNIST, 28x28 grey: clothes in ten classes.
+
+Neither its time nor its quality has been measured yet. It is downloaded from the hub, or read from a folder of its IDX files: `--data.name FOLDER`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from uvit.config import DataConfig, load_config
+
+digits = load_config(Path(__file__).with_name("digits.py"))
+config = replace(
+    digits,
+    model=replace(digits.model, img_size=28, patch_size=4, embed_dim=128),
+    data=DataConfig(
+        name="zalando-datasets/fashion_mnist",
+        class_names=(
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        ),
+    ),
+    train=replace(digits.train, num_steps=2_900, num_threads=0, ema_decay=0.995, sample_every=1_000, save_every=1_000),
+    sample=replace(digits.sample, reuse="none"),  # not measured here
+)

@@ -1,6 +1,7 @@
 """Class-conditional Fashion-MNIST, 28x28 grey: clothes in ten classes.
 
-Neither its time nor its quality has been measured yet. It is downloaded from the hub, or read from a folder of its IDX files: `--data.name FOLDER`.
+Neither its time nor its quality has been measured yet. It is downloaded from the hub, or read from a folder of its
+IDX files: `--data.name FOLDER`.
 """
 
 from dataclasses import replace

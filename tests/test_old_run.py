@@ -20,8 +20,8 @@ from uvit.commands import sample, train
 from uvit.training.checkpoint import load_checkpoint
 
 DATA = Path(__file__).parent / "data"
-MAX_DIFFERENCE = 0.1
-"""Of a tensor's change in three steps: Muon orthogonalises in bf16, whose rounding differs by 5% among processors."""
+MAX_DIFFERENCE = 0.2
+"""Of a tensor's change in three steps: version 0.1 orthogonalised in bf16, from which fp32 differs by up to 13%."""
 
 
 @pytest.fixture

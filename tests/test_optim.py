@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.optim import muon
 
 from uvit import UViT
 from uvit.config import OptimConfig
+from uvit.training import optim
 from uvit.training.optim import build_optimizer, build_schedule, load_optimizer_state, lr_factor
 
 
@@ -33,6 +35,23 @@ def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(tiny):
     singular = torch.linalg.svdvals(update)
     assert singular.max() / singular.min() < 2.5  # orthogonalised: all directions about alike, 20 apart before
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_muon_orthogonalises_in_bf16_only_where_the_processor_has_it(tiny, monkeypatch, has_bf16):
+    monkeypatch.setattr(optim, "cpu_has_bf16", lambda: has_bf16)
+    model, of_timm = UViT(tiny), muon.zeropower_via_newtonschulz
+    optimizer = build_optimizer(model, OptimConfig(name="muon", lr=1.0, weight_decay=0.0, momentum=0.0))
+    weight = model.mid_block.mlp.fc1.weight
+    with torch.no_grad():
+        weight.zero_()
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    update = weight / torch.linalg.matrix_norm(weight)
+    expected = of_timm(weight.grad, 5, muon._COEFFICIENTS["quintic"], dtype=torch.float32)
+    difference = torch.linalg.matrix_norm(update + expected / torch.linalg.matrix_norm(expected))
+    assert (difference > 1e-3) if has_bf16 else (difference < 1e-5)
+    assert muon.zeropower_via_newtonschulz is of_timm
 
 
 @pytest.mark.parametrize(

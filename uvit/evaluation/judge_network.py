@@ -19,6 +19,7 @@ from uvit.common.errors import InputError
 from uvit.config import WEIGHTS_FILE
 from uvit.data.batch import Batch, ImageData, read_all
 from uvit.data.images import to_unit_range
+from uvit.training.optim import orthogonalise_in_fp32
 from uvit.weights.tensors import read_weights, write_weights
 
 WARMUP_SHARE = 0.2
@@ -80,6 +81,7 @@ def train_judge(images: Tensor, labels: Tensor, num_classes: int, recipe: Recipe
         torch.manual_seed(recipe.seed)
         judge = Judge(images.shape[1], num_classes, recipe)
     optimizer = create_optimizer_v2(judge, "muon", recipe.lr)
+    orthogonalise_in_fp32(optimizer)  # whatever the processor has, so that all train about the same judge
     warmup, num_steps = WARMUP_SHARE * recipe.num_steps, recipe.num_steps
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (num_steps - step) / (num_steps - warmup)))
     num_images = num_steps * recipe.batch_size

@@ -38,11 +38,11 @@ def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimi
         **shared,
     )
     if not cpu_has_bf16():
-        _orthogonalise_in_fp32(optimizer)
+        orthogonalise_in_fp32(optimizer)
     return optimizer
 
 
-def _orthogonalise_in_fp32(optimizer: torch.optim.Optimizer) -> None:
+def orthogonalise_in_fp32(optimizer: torch.optim.Optimizer) -> None:
     """Makes timm's Muon orthogonalise what is on the CPU in fp32: emulated bf16 takes most of a small model's step."""
     in_bf16 = muon.zeropower_via_newtonschulz  # timm has no option for its dtype
 

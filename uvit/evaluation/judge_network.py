@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from timm.layers import ConvNormAct, SelectAdaptivePool2d
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, RandomSampler
@@ -19,7 +18,6 @@ from uvit.common.errors import InputError
 from uvit.config import WEIGHTS_FILE
 from uvit.data.batch import Batch, ImageData, read_all
 from uvit.data.images import to_unit_range
-from uvit.training.optim import orthogonalise_in_fp32
 from uvit.weights.tensors import read_weights, write_weights
 
 WARMUP_SHARE = 0.2
@@ -31,10 +29,11 @@ class Recipe:
 
     layers: tuple[tuple[int, int, int], ...] = ((32, 5, 2), (64, 3, 2), (64, 3, 1), (128, 3, 2))
     """Width, kernel size and stride of each convolution."""
-    num_steps: int = 1_500
+    num_steps: int = 3_000
     batch_size: int = 128
-    lr: float = 0.02
-    """Muon's, at the peak between a linear warm-up and a linear decay to 0."""
+    lr: float = 5e-3
+    """AdamW's, at the peak between a linear warm-up and a linear decay to 0."""
+    weight_decay: float = 0.05
     label_smoothing: float = 0.1
     seed: int = 0
 
@@ -80,8 +79,7 @@ def train_judge(images: Tensor, labels: Tensor, num_classes: int, recipe: Recipe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         judge = Judge(images.shape[1], num_classes, recipe)
-    optimizer = create_optimizer_v2(judge, "muon", recipe.lr)
-    orthogonalise_in_fp32(optimizer)  # whatever the processor has, so that all train about the same judge
+    optimizer = torch.optim.AdamW(judge.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     warmup, num_steps = WARMUP_SHARE * recipe.num_steps, recipe.num_steps
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (num_steps - step) / (num_steps - warmup)))
     num_images = num_steps * recipe.batch_size

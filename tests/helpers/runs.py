@@ -21,6 +21,16 @@ config = Config(
 )
 """
 """A config file of a network that learns digits in some seconds."""
+TINY_UNET = (
+    TINY
+    + """
+from dataclasses import replace
+
+fields = dict(model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_sizes=(4,), head_dim=16)
+config = replace(config, model=UNetConfig(img_size=8, in_chans=1, num_classes=10, null_class=True, **fields))
+"""
+)
+"""The same with a U-Net."""
 TEXT = "--model.num_classes 0 --model.null_class False --model.context_dim 8 --model.num_context_tokens 24".split()
 """What makes a text model of it."""
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from uvit.common.errors import InputError
 from uvit.config import ProcessConfig
 from uvit.diffusion.objective import diffusion_loss
 from uvit.diffusion.process import SCHEDULES, combine
@@ -69,3 +70,9 @@ def test_loss_depends_on_the_generator_alone():
     process = ProcessConfig(time_distribution="logit_normal")
     losses = [diffusion_loss(network, X0, process, torch.Generator().manual_seed(seed)).item() for seed in (3, 3, 4)]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_prediction_of_another_shape_is_refused():
+    x0 = torch.randn(2, 3, 4, 4)
+    with pytest.raises(InputError, match=r"must predict \(2, 3, 4, 4\) as x0 has, got \(2, 6, 4, 4\)"):
+        diffusion_loss(lambda x, t: torch.cat([x, x], dim=1), x0, ProcessConfig())

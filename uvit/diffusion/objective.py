@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from uvit.common.errors import InputError
 from uvit.config import ProcessConfig
 from uvit.diffusion.process import (
     SCHEDULES,
@@ -39,6 +40,9 @@ def diffusion_loss(
 
     Returns:
         The loss, a float32 scalar.
+
+    Raises:
+        InputError: (a ValueError) the network's output has another shape than x0.
     """
     schedule = SCHEDULES[process.schedule]
     if times is None:
@@ -52,6 +56,8 @@ def diffusion_loss(
 
     x_t = alpha * x0 + sigma * noise
     output = network(x_t, schedule.network_time(times)).float()
+    if output.shape != x0.shape:  # as that of a network that predicts its variance, too
+        raise InputError(f"the network must predict {tuple(x0.shape)} as x0 has, got {tuple(output.shape)}")
     if space != process.prediction:
         output = combine(space, *separate(process.prediction, output, x_t, alpha, sigma), alpha, sigma)
     error = (output - combine(space, x0, noise, alpha, sigma)).square()

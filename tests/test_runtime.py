@@ -51,10 +51,8 @@ def test_a_compiled_model_is_the_same_model(how):
 
 
 @pytest.mark.slow
-def test_every_block_is_compiled_however_many_sizes_they_have(monkeypatch):
-    import torch._dynamo
-
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # PyTorch's own, which importing timm.optim raises
+@torch._dynamo.config.patch(recompile_limit=8)  # PyTorch's own, which importing timm.optim raises
+def test_every_block_is_compiled_however_many_sizes_they_have():
     model = UNet(img_size=8, model_channels=32, channel_mult=(1, 2), attention_sizes=(4,), head_dim=32)
     with_golden_weights(model)
     inputs = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0])

@@ -28,6 +28,7 @@ config = replace(
             "Ankle boot",
         ),
     ),
+    optim=replace(digits.optim, lr=5e-3),
     train=replace(digits.train, num_steps=2_900, num_threads=0, ema_decay=0.995, sample_every=1_000, save_every=1_000),
     sample=replace(digits.sample, reuse="none"),  # not measured here
 )

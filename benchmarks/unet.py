@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,6 @@ CONFIG = UNetConfig(
     scale_shift_norm=False,
     resblock_updown=False,
 )
-Network = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ def gflops_of(network: nn.Module) -> float:
 
 
 def step_of(network: nn.Module, x: Tensor, precision: str) -> Callable[[], None]:
-    """Makes a training step."""
+    """Makes a training step of a network that predicts x itself."""
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
     timesteps = torch.linspace(0, 999, len(x), device=x.device)
 
@@ -122,7 +121,7 @@ def step_of(network: nn.Module, x: Tensor, precision: str) -> Callable[[], None]
     return step
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Times the arms and prints the table."""
     given, device = parse(Arguments, arguments, __doc__), best_device()
     set_threads(given.threads)

@@ -24,9 +24,19 @@ from typing import Any, Literal
 
 import torch
 from judged_runs import Run, do_all
-from measure import RESULTS, best_device, load_result, median_times, plot_range, result_path, save_result, spread
+from measure import (
+    RESULTS,
+    TRAINING_PASSES,
+    best_device,
+    forward_flops,
+    load_result,
+    median_times,
+    plot_range,
+    result_path,
+    save_result,
+    spread,
+)
 from quality import Judge
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from uvit import Config, UNetConfig, UViTConfig
@@ -61,7 +71,6 @@ STYLES = {
 BUDGETS = {"flops": "equal training FLOPs", "time": "equal training time"}
 ATTENTION_SIDE = 16
 """Feature maps of a U-Net up to this side have attention, as in DDPM's and ADM's."""
-TRAINING_PASSES = 3  # the backward pass has two products for each one of the forward pass
 GRID_COLUMNS = 10
 
 
@@ -114,14 +123,6 @@ def arms_of(model: UViTConfig) -> dict[str, UViTConfig | UNetConfig]:
     return dict(zip(STYLES, (*networks, replace(model, skip="none", time_conditioning="adaln"))))
 
 
-def gflops_of(model: UViTConfig | UNetConfig) -> float:
-    """Counts the products of a forward pass of one image, in 10^9 operations."""
-    network = build_network(replace(model, attention="math"))  # the counter does not know all fused kernels
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, model.in_chans, *model.image_shape), torch.zeros(1), y=torch.zeros(1, dtype=torch.long))
-    return counter.get_total_flops() / 1e9
-
-
 def measure_arms(base: Config, rounds: int) -> dict[str, dict[str, Any]]:
     """Measures parameters, FLOPs and the time of a whole training step of each arm."""
     arms, data = arms_of(base.model), load_data(base.data, base.model)
@@ -136,7 +137,8 @@ def measure_arms(base: Config, rounds: int) -> dict[str, dict[str, Any]]:
     return {
         arm: {
             "parameters": trainers[arm].network.num_parameters,
-            "gflops": gflops_of(model),
+            # The counter does not know all fused kernels.
+            "gflops": forward_flops(build_network(replace(model, attention="math")), model) / 1e9,
             "step_seconds": seconds[arm],
         }
         for arm, model in arms.items()

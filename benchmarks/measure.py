@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from uvit.common.files import write_text
+from uvit.config.run import AnyNetworkConfig
 
 RESULTS = Path(__file__).parent / "results"
+TRAINING_PASSES = 3  # in FLOPs of a forward pass: the backward pass has two products for each one of the forward pass
 
 
 def best_device() -> torch.device:
@@ -52,6 +56,21 @@ def save_result(name: str, figures: Mapping[str, Any], folder: Path = RESULTS) -
     path = result_path(name, folder)
     write_text(path, json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
     return path
+
+
+def forward_flops(network: nn.Module, config: AnyNetworkConfig) -> int:
+    """Counts the FLOPs of a forward pass of one image, 2 for a multiply-add of a matrix product or a convolution.
+
+    Args:
+        network: on any device, also `meta`; fused kernels of attention are not all counted.
+        config: of the images and labels that it takes.
+    """
+    device = next(network.parameters()).device
+    x, timesteps = torch.zeros(1, config.in_chans, *config.image_shape, device=device), torch.zeros(1, device=device)
+    labels = {"y": torch.zeros(1, dtype=torch.long, device=device)} if config.num_classes else {}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(x, timesteps, **labels)
+    return counter.get_total_flops()
 
 
 def seconds_of(call: Callable[[], object]) -> float:

@@ -24,10 +24,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from einops import rearrange
-from measure import best_device, load_result, median_times, save_result, seconds_of
+from measure import TRAINING_PASSES, best_device, forward_flops, load_result, median_times, save_result, seconds_of
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from uvit import Config, UViT, UViTConfig
@@ -123,14 +122,10 @@ def build_unet(config: Config, channels: int) -> nn.Module:
 
 
 def training_flops(build: Callable[[], nn.Module], config: Config) -> float:
-    """Counts the FLOPs of training on one image: three times those of the forward pass, 2 for a multiply-add."""
+    """Counts the FLOPs of training on one image."""
     with torch.device("meta"):
         network = build().eval()
-        x, timesteps = torch.empty(1, config.model.in_chans, *config.model.image_shape), torch.empty(1)
-        condition = {"y": torch.empty(1, dtype=torch.long)} if config.model.num_classes else {}
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(x, timesteps, **condition)
-    return 3.0 * counter.get_total_flops()
+    return TRAINING_PASSES * forward_flops(network, config.model)
 
 
 def unet_channels(config: Config, flops: float) -> int:

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
-from measure import best_device, median_times, save_result
+from measure import best_device, forward_flops, median_times, save_result
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from uvit import UNet, UNetConfig
@@ -99,13 +98,6 @@ def build_published(checkout: Path) -> nn.Module:
     )
 
 
-def gflops_of(network: nn.Module) -> float:
-    """Counts the products of a forward pass of one image, in 10^9 operations."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, CONFIG.in_chans, *CONFIG.image_shape), torch.zeros(1))
-    return counter.get_total_flops() / 1e9
-
-
 def step_of(network: nn.Module, x: Tensor, precision: str) -> Callable[[], None]:
     """Makes a training step of a network that predicts x itself."""
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
@@ -132,7 +124,10 @@ def main(arguments: Sequence[str]) -> None:
         networks["published code"] = build_published(given.published)
         networks["published code"].load_state_dict(ours.state_dict())
     figures = {
-        name: {"parameters": sum(each.numel() for each in network.parameters()), "gflops": gflops_of(network)}
+        name: {
+            "parameters": sum(each.numel() for each in network.parameters()),
+            "gflops": forward_flops(network, CONFIG) / 1e9,
+        }
         for name, network in networks.items()
     }
     x = torch.randn(given.batch_size, CONFIG.in_chans, *CONFIG.image_shape, device=device)

@@ -70,8 +70,8 @@ def build_page(folder: Path) -> gr.Blocks:
     Args:
         folder: of the runs.
     """
-    with gr.Blocks(title="U-ViT", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
-        gr.Markdown("# U-ViT\nDraw images from a trained run.")
+    with gr.Blocks(title="uvit", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
+        gr.Markdown("# uvit\nDraw images from a trained run.")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 with gr.Group():

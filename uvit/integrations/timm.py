@@ -1,4 +1,4 @@
-"""Adds the published models to timm's registry on import: `import uvit.integrations.timm`.
+"""Adds the published U-ViTs to timm's registry on import: `import uvit.integrations.timm`.
 
 Names follow timm: `uvit_small_patch2_32` is a size, its patch size and the side of its images (or latents); a tag names
 the data where several published models share a name, as in `uvit_large_patch4_64.imagenet512`. The published weights

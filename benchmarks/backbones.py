@@ -7,7 +7,8 @@ timed on this machine with the arms in turn. Averages from along the way draw un
 evaluate.py. Writes benchmarks/results/backbones.json and .md, and for each data set pictures of quality over FLOPs and
 over time, and of samples from the same noise.
 
-The same command goes on where it was stopped: a run's folder in runs/backbones is named by its config.
+The same command goes on where it was stopped, from the JSON and from folders in runs/backbones, each named by its
+run's config; with other --seeds it adds theirs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from uvit.common.cli import parse, run
 from uvit.common.errors import TrainingError
 from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
 from uvit.common.signals import StopRequest
-from uvit.config import Compile, load_config, to_json
+from uvit.config import WEIGHTS_FILE, Compile, load_config, to_json
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
 from uvit.networks.runtime import resolve_precision, set_threads, tf32
@@ -86,15 +87,13 @@ class Arguments:
     """The budget, as a multiple of what the data's config spends."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of training."""
-    patch_size: int = 2
-    """Patches of the U-ViTs, which at 2 have the FLOPs of the U-Net, the narrowest one, on 28x28 and 32x32 images."""
     lrs: tuple[float, ...] = (2e-3, 4.3e-3, 9.3e-3, 2e-2)
     """Learning rates to search."""
     search_share: float = 0.2
     """Length of a run of the search, as a share of the arm's steps at equal FLOPs."""
-    num_points: int = 4
+    num_points: int = 3
     """Steps of a run, evenly spaced, whose averages are judged."""
-    num_images: int = 2_000
+    num_images: int = 1_000
     """Images of each."""
     rounds: int = 30
     """Timed steps of each arm."""
@@ -165,15 +164,15 @@ class Study:
             tracker="none",
         )
         data = replace(base.data, name=given.fashion if name == "fashion" and given.fashion else base.data.name)
-        sample = replace(base.sample, guidance=1.0, reuse="none")
+        sample = replace(base.sample, guidance=1.0, reuse="none", mixed_precision=train.mixed_precision)
         self.name, self.given, self.output = name, given, Path(given.output)
-        model = replace(base.model, patch_size=given.patch_size)
-        self.base = replace(base, model=model, train=train, data=data, sample=sample)
-        self.arms = arms_of(model)
+        self.base = replace(base, train=train, data=data, sample=sample)
+        self.arms = arms_of(base.model)
         self.planned: dict[tuple[int, str, str], Run] = {}
         changeable = ("data", "fashion", "only", "seeds", "jobs", "output")
         settings = {key: value for key, value in asdict(given).items() if key not in changeable}
-        settings = json.loads(json.dumps({**settings, "config": json.loads(to_json(self.base))}))
+        public = replace(self.base, data=base.data)  # names no folder of this machine
+        settings = json.loads(json.dumps({**settings, "config": json.loads(to_json(public))}))
         self.figures: dict[str, Any] = load_result(NAME, self.output).get("data", {}).get(name, {})
         if self.figures.get("settings") != settings:
             self.figures = {"settings": settings, "arms": measure_arms(self.base, given.rounds), "runs": []}
@@ -197,6 +196,29 @@ class Study:
         """Searches learning rates, trains all arms, and shows what there is, also when it is stopped."""
         judge = Judge(self.base, self.given.num_images)  # which trains a network for the processes to find
         self.figures["real"] = {"frechet": judge.real, "recognised": judge.recognised_real}
+        if not all("lr" in each for each in self.figures["arms"].values()):
+            self.search()
+        self.planned = {
+            (seed, budget, arm): self.plan(
+                arm, self.steps(arm, budget), self.figures["arms"][arm]["lr"], seed, self.given.num_points
+            )
+            for seed in self.given.seeds
+            for budget in BUDGETS
+            for arm in self.arms
+        }
+        for each in self.figures["runs"]:
+            key = each["seed"], each["budget"], each["arm"]
+            if key in self.planned:
+                self.planned[key].write_points(each["points"])
+        wanted = [each for (_, budget, _), each in self.planned.items() if self.given.only in ("both", budget)]
+        try:
+            do_all([*dict.fromkeys(wanted)], self.given.jobs, self.name, self.save)
+        finally:
+            self.save()
+            self.draw_samples()
+
+    def search(self) -> None:
+        """Chooses each arm's learning rate by short runs."""
         searches = {
             (arm, lr): self.plan(arm, self.steps(arm, "flops", self.given.search_share), lr, 0, num_points=1)
             for lr in self.given.lrs
@@ -209,29 +231,14 @@ class Study:
             if not figures["search"]:
                 raise TrainingError(f"{arm} on {self.name} trains at none of the learning rates: give lower --lrs")
             figures["lr"] = min(figures["search"], key=figures["search"].get)
-        self.planned = {
-            (seed, budget, arm): self.plan(
-                arm, self.steps(arm, budget), self.figures["arms"][arm]["lr"], seed, self.given.num_points
-            )
-            for seed in self.given.seeds
-            for budget in BUDGETS
-            for arm in self.arms
-        }
-        wanted = [each for (_, budget, _), each in self.planned.items() if self.given.only in ("both", budget)]
-        try:
-            do_all([*dict.fromkeys(wanted)], self.given.jobs, self.name, self.save)
-        finally:
-            self.save()
-            self.draw_samples()
 
     def save(self) -> None:
         """Writes the figures of what is done, their table and their picture."""
-        if self.planned:
-            self.figures["runs"] = [
-                {"arm": arm, "budget": budget, "seed": seed, "points": each.points}
-                for (seed, budget, arm), each in self.planned.items()
-                if each.points
-            ]
+        kept = {(each["seed"], each["budget"], each["arm"]): each for each in self.figures["runs"]}
+        for (seed, budget, arm), each in self.planned.items():
+            if each.points:
+                kept[seed, budget, arm] = {"arm": arm, "budget": budget, "seed": seed, "points": each.points}
+        self.figures["runs"] = [kept[key] for key in sorted(kept, key=lambda key: key[:2])]
         data = {**load_result(NAME, self.output).get("data", {}), self.name: self.figures}
         path = save_result(NAME, {"data": data}, self.output)
         write_text(path.with_suffix(".md"), "\n".join(line for item in data.items() for line in table_of(*item)) + "\n")
@@ -239,13 +246,13 @@ class Study:
             draw_curves(self.name, self.figures, path.with_name(f"{path.stem}_{self.name}.png"))
 
     def draw_samples(self) -> None:
-        """Draws a row for each arm that is done at equal FLOPs, from the same noise and for the same labels."""
+        """Draws a row for each arm that was trained here at equal FLOPs, from the same noise, for the same labels."""
         labels = resolve_conditions(self.base)
         wanted = [labels[column % len(labels)] for column in range(GRID_COLUMNS)]
         rows = {}
         for arm in self.arms:
             each = self.planned[self.given.seeds[0], "flops", arm]
-            if each.points:
+            if each.points and (each.folder / WEIGHTS_FILE).is_file():
                 config, model = load_run(str(each.folder), "auto", best_device())
                 rows[arm] = generate(model, config, wanted, seed=0)
         if rows:

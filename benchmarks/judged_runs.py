@@ -8,7 +8,7 @@ import multiprocessing
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -50,6 +50,11 @@ class Run:
         path = self.folder / POINTS_FILE
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def write_points(self, points: Sequence[Mapping[str, float]]) -> None:
+        """Ends it with these figures; what has any is not trained again."""
+        make_directory(self.folder)
+        write_text(self.folder / POINTS_FILE, json.dumps(points, indent=1) + "\n")
+
     @property
     def share_done(self) -> float:
         """How much of it is done, for a progress bar."""
@@ -67,7 +72,7 @@ class Run:
             Trainer(self.config, data, NO_ENCODERS, self.folder).train()
             for step, model in averages_of(self.folder, self.config, judge.device):
                 points.append({"step": step, **judge(generate(model, self.config, judge.labels, seed=0))})
-        write_text(self.folder / POINTS_FILE, json.dumps(points, indent=1) + "\n")
+        self.write_points(points)
         shutil.rmtree(self.folder / CHECKPOINT_FOLDER, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench constraints
+.PHONY: demo test lint bench mutants constraints
 
 demo: .venv/.installed  ## train on digits, draw a grid, measure it
 	$(BIN)/python train.py configs/digits.py $(TRAIN_ARGS)
@@ -16,6 +16,9 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutants: .venv/.installed  ## change the mathematics a little, and count the changes that the tests notice
+	$(BIN)/python tests/mutants.py
 
 bench: .venv/.installed  ## what the loader reaches; the paper's recipe and ours on digits
 	$(BIN)/python benchmarks/loader.py

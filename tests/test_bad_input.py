@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from helpers.commands import refused
+from helpers.edited import edit_json
 from helpers.idx import save_idx, write_idx
 from helpers.images import DIGITS, save_folder
 from helpers.runs import TEXT, files_of
@@ -183,7 +183,7 @@ BAD_INPUT = [
     (
         "evaluate",
         "--checkpoint runs/tiny --reference folder.png --split test",
-        "cannot load split 'test' of data 'folder.png'",
+        "data 'folder.png' has no part 'test': expected folders train and test",
     ),
     ("evaluate", "--checkpoint runs/tiny --reference imaginary.npz", "must hold mu and sigma of real numbers, got"),
     ("evaluate", "--checkpoint runs/tiny --reference negative.npz", "must hold a positive semidefinite sigma"),
@@ -214,6 +214,25 @@ BAD_INPUT = [
     ("sample", "--checkpoint user/model/../../..", "checkpoint not found: user/model/../../.."),
     ("sample", "--checkpoint runs/tiny --classes \x1b[31m", r"class must be 0 to 9 or a class name, got '\x1b[31m'"),
     ("evaluate", "--checkpoint runs/tiny --num_images 99999999999", "num_images must be at most 10,000,000"),
+    ("train", "tiny.py --train.run_dir bare", "bare holds weights that are no run's: use another"),
+    ("train", "tiny.py --train.run_dir new --sample.mixed_precision fp16", "'fp16' needs a CUDA device, got 'cpu'"),
+    (
+        "train",
+        "tiny.py --train.run_dir new --process.schedule ldm --process.prediction noise --sample.t_end 1e-5",
+        "schedule 'ldm' begins at time 0.001, got a grid with 1e-05",
+    ),
+    ("train", "exits.py", "exits.py cannot be read as Python: SystemExit: bye"),
+    ("train", "tiny.py --train.run_dir locked", "cannot write to locked/.lock: it is a folder"),
+    ("sample", "--checkpoint runs/tiny --guidance 1e30", "guidance must be at most 10,000 in size, got 1e+30"),
+    ("sample", "--checkpoint runs/tiny --paper_scale 1e308", "guidance must be at most 10,000 in size, got 1e+308"),
+    ("sample", "--checkpoint complex", "patch_embed.proj.weight is torch.complex64, expected floating point"),
+    (
+        "evaluate",
+        "--checkpoint runs/tiny --features dino --output new/deep/figures.json",
+        "features must be 'pixels', ",
+    ),
+    ("encode", "--data folder.png --output folder.png", "--output must be another folder than that of the images"),
+    ("encode", "--data folder.png --output runs/tiny", "got runs/tiny, which has a config.json"),
 ]
 
 
@@ -222,15 +241,17 @@ def obstacles(trained_on_text) -> None:
     """Runs, weights and images that bad input names, beside the trained runs."""
     trained = trained_on_text
     shutil.copytree(trained / "runs/text", trained / "promptless")
-    config = json.loads((trained / "promptless/config.json").read_text())
-    config["sample"]["prompts"] = []
-    (trained / "promptless/config.json").write_text(json.dumps(config))
+    edit_json(trained / "promptless/config.json", sample__prompts=[])
     shutil.copytree(trained / "runs/tiny", trained / "discrete")
-    config = (trained / "runs/tiny/config.json").read_text()
-    (trained / "discrete/config.json").write_text(config.replace('"schedule": "flow"', '"schedule": "ldm"'))
+    edit_json(trained / "discrete/config.json", process__schedule="ldm")
+    (trained / "exits.py").write_text("raise SystemExit('bye')")
+    (trained / "locked/.lock").mkdir(parents=True)
+    shutil.copytree(trained / "runs/tiny", trained / "complex")
+    weights = read_weights(trained / "complex/model.safetensors")
+    write_weights(trained / "complex", {**weights, "patch_embed.proj.weight": weights["patch_embed.proj.weight"] * 1j})
     for name in ("empty", "other"):
         (trained / name).mkdir()
-    (trained / "other" / "config.json").write_text(config.replace('"embed_dim": 16', '"embed_dim": 32'))
+    edit_json(trained / "runs/tiny/config.json", trained / "other/config.json", model__embed_dim=32)
     (trained / "other" / "model.safetensors").write_bytes((trained / "runs/tiny/model.safetensors").read_bytes())
     UViT(depth=2, embed_dim=8, num_heads=1).save_pretrained(trained / "bare")
     shutil.copytree(trained / "runs/tiny", trained / "nan")
@@ -253,7 +274,7 @@ def obstacles(trained_on_text) -> None:
     images.write_bytes(images.read_bytes()[:-10])
     save_idx(trained / "uneven", names="-{}-ubyte.gz")
     write_idx(trained / "uneven/train-labels-idx1-ubyte.gz", np.zeros(19, np.uint8))
-    for name, text in (("foreign", config), ("emptied", "[]")):
+    for name, text in (("foreign", (trained / "runs/tiny/config.json").read_text()), ("emptied", "[]")):
         save_checkpoint(trained / name, load_config(trained / "runs/tiny/config.json"), 2, {}, keep=1)
         (trained / name / "config.json").write_text(text)
 

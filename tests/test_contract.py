@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 from fnmatch import fnmatch
 
 import pytest
 import torch
 
 from uvit import UNet, UNetConfig, UViT, UViTConfig, build_network
+from uvit.common.errors import InputError
 from uvit.networks import unet, uvit
 from uvit.networks.contract import Network
 from uvit.weights.build import NETWORKS
@@ -131,3 +135,90 @@ def test_a_pruned_network_is_not_whole():
     network.prune_intermediate_layers([0])
     with pytest.raises(ValueError, match="a pruned model only gives intermediates"):
         network.require_whole()
+
+
+@EACH
+def test_one_time_may_be_a_number(config):
+    network, inputs = build_network(config).eval(), inputs_of(config)
+    expected = network(**{**inputs, "timesteps": torch.tensor([500.0, 500.0])})
+    for times in (500, 500.0, torch.tensor(500), torch.tensor([500.0])):
+        assert torch.equal(network(**{**inputs, "timesteps": times}), expected)
+
+
+BAD_TYPES = [
+    ("x", lambda x: x.double(), r"x must be torch.float32, as the weights are, or under autocast, got torch.float64"),
+    ("x", lambda x: x.long(), "x must be a floating point tensor, got one of torch.int64"),
+    ("x", lambda x: x.numpy(), "x must be a floating point tensor, got ndarray"),
+    ("timesteps", lambda _: "500", "timesteps must be a tensor of real numbers, or one of them, got str"),
+    ("timesteps", lambda _: True, "timesteps must be .*, got bool"),
+    ("timesteps", lambda _: [1, 2], "timesteps must be .*, got list"),
+    ("timesteps", lambda t: t > 5, r"timesteps must be .*, got one of torch\.bool"),
+    ("timesteps", lambda t: t * 1j, r"timesteps must be .*, got one of torch\.complex64"),
+    ("y", lambda y: y.float(), r"y must be a tensor of int64 or int32, got one of torch\.float32"),
+    ("y", lambda y: y.tolist(), "y must be a tensor of int64 or int32, got list"),
+    ("y", lambda y: y + 1, "y must be 0 to 5, got 2 to 6"),
+    ("y", lambda y: y - 2, "y must be 0 to 5, got -1 to 3"),
+    ("context", lambda c: c.half(), r"context must be torch.float32, as .*, got torch.float16"),
+    ("context", lambda c: c.tolist(), "context must be a floating point tensor, got list"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BAD_TYPES)
+@pytest.mark.parametrize("config", [CONFIGS["conditioned"], CONFIGS["conditioned U-Net"]], ids=["U-ViT", "U-Net"])
+def test_inputs_of_another_type_are_refused(config, name, change, message):
+    inputs = inputs_of(config)
+    with pytest.raises(InputError, match=message):
+        build_network(config)(**{**inputs, name: change(inputs[name])})
+
+
+@EACH
+def test_other_precisions_and_functional_transforms(config):
+    """Whole networks in other precisions, and those of torch.func over weights, inputs and samples."""
+    network, inputs = build_network(config).eval(), inputs_of(config)
+    with torch.no_grad():
+        expected = network(**inputs)
+        for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+            other = copy.deepcopy(network).to(dtype)
+            cast = {name: each.to(dtype) if name in ("x", "context") else each for name, each in inputs.items()}
+            found = other(**cast)
+            assert found.dtype == dtype
+            assert (found.float() - expected).norm() <= tolerance * expected.norm() + 1e-6
+        assert torch.equal(pickle.loads(pickle.dumps(network))(**inputs), expected)
+    weights = dict(network.named_parameters())
+    called = torch.func.functional_call(network, weights, (), inputs)
+    assert torch.equal(called, expected)
+    math = build_network(dataclasses.replace(config, attention="math")).eval()
+    math.load_state_dict(network.state_dict())
+    rest = {name: each for name, each in inputs.items() if name != "x"}
+    output, slope = torch.func.jvp(lambda x: math(x, **rest), (inputs["x"],), (torch.ones_like(inputs["x"]),))
+    assert torch.allclose(output, expected, atol=1e-5) and slope.shape == output.shape
+
+    def loss(weights, sample):
+        batch = {name: each[None] for name, each in sample.items()}
+        return torch.func.functional_call(math, weights, (), batch).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, inputs)
+    first = torch.func.grad(loss)(weights, {name: value[0] for name, value in inputs.items()})
+    assert all(torch.allclose(each[name][0], first[name], atol=1e-5) for name in weights)
+
+
+@EACH
+def test_a_network_survives_to_empty_and_other_default_dtypes(config):
+    """Also what is not in its state dict, as part of a larger module."""
+    network, inputs = build_network(config).eval(), inputs_of(config)
+    with torch.device("meta"):
+        whole = torch.nn.Sequential(build_network(config)).eval()
+    whole.to_empty(device="cpu")
+    for buffer in whole.buffers():
+        assert buffer.isfinite().all()
+    whole[0].load_state_dict(network.state_dict())
+    assert torch.equal(whole[0](**inputs), network(**inputs))
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            other = build_network(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {each.dtype for each in (*other.parameters(), *other.buffers())} == {dtype}
+        cast = {name: each.to(dtype) if name in ("x", "context") else each for name, each in inputs.items()}
+        assert other(**cast).dtype == dtype

@@ -78,7 +78,7 @@ def test_bad_captions(tmp_path):
     with pytest.raises(InputError, match="must have a column 'img' of captions, got columns img, file, text"):
         load_data(DataConfig(name=config.name, caption_column="img"), TEXT)
     save_folder(tmp_path / "photos")
-    with pytest.raises(InputError, match="must have a column of captions, got columns image, label"):
+    with pytest.raises(InputError, match=r"photos' must have a caption, got 6 without, such as .*cat/0.png"):
         load_data(DataConfig(name=str(tmp_path / "photos")), TEXT)
     with pytest.raises(InputError, match=r"is not a folder of latents, got data.autoencoder 'a/b'"):
         load_data(DataConfig(name=config.name, autoencoder="a/b"), TEXT)
@@ -115,7 +115,7 @@ def test_a_flat_folder_has_no_labels(tmp_path):
         Image.new("RGB", (24, 16), (index, 0, 0)).save(tmp_path / f"{index}.jpg")
     data = load_data(DataConfig(name=str(tmp_path)), UViTConfig(img_size=8))
     assert len(data) == 3 and data.read([0, 2], RNG).images.shape == (2, 3, 8, 8)
-    with pytest.raises(InputError, match="must have a column of labels, got columns image"):
+    with pytest.raises(InputError, match="must have a folder for each class, got images in none"):
         load_data(DataConfig(name=str(tmp_path)), RGB)
 
 

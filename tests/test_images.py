@@ -51,21 +51,36 @@ def test_sixteen_bits_are_scaled_not_clipped(form):
     assert np.array_equal(found, np.round(levels / 257).astype(np.uint8)) and found.max() == 255
 
 
-def png(levels, transparent):
-    """A 16-bit grey PNG with a transparent level, which Pillow does not write."""
+def png(levels, transparent, bits=16, extra=()):
+    """A grey PNG with a transparent level, which Pillow does not write; extra chunks follow the header."""
     height, width = levels.shape
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
-    parts = {
-        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0),
-        b"tRNS": struct.pack(">H", transparent),
-        b"IDAT": zlib.compress(rows),
-        b"IEND": b"",
-    }
-    return {"bytes": b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, parts, parts.values())), "path": None}
+    def packed(row):
+        text = "".join(f"{level:0{bits}b}" for level in row)
+        return bytes(int(text[start : start + 8].ljust(8, "0"), 2) for start in range(0, len(text), 8))
+
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)),
+        *extra,
+        (b"tRNS", struct.pack(">H", transparent)),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + packed(row) for row in levels))),
+        (b"IEND", b""),
+    ]
+    return {"bytes": b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts), "path": None}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_shallow_grey_with_each_transparent_level(bits):
+    """Of the levels of so many bits, scaled to 0 to 255, the transparent one is white."""
+    highest = 2**bits - 1
+    levels = np.arange(2**bits).reshape(1, -1)[:, :: -1 if bits == 1 else 1]
+    for transparent in {0, 1, highest // 2, highest}:
+        expected = np.where(levels == transparent, 255, levels * (255 // highest))
+        assert np.array_equal(np.asarray(open_image(png(levels, transparent, bits), 1)), expected)
+        assert np.array_equal(np.asarray(open_image(png(levels, transparent, bits), 3))[..., 2], expected)
 
 
 def test_sixteen_bits_with_a_transparent_level():
@@ -123,11 +138,50 @@ def test_transparent_parts_are_white():
     assert np.array_equal(pixels_of(palette.convert("PA"), form="TIFF"), solid)
 
 
-def test_rotated_files_are_upright():
-    """EXIF orientation 6: the camera was turned, the picture is to be turned clockwise."""
+# What EXIF's values say of rows and columns: row 0 and column 0 of the file are these sides of the picture.
+ORIENTATIONS = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", [*ORIENTATIONS, 0, 9])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_rotated_files_are_upright(orientation, form):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    expected = ORIENTATIONS.get(orientation, ORIENTATIONS[1])(COLOUR)
+    assert np.array_equal(pixels_of(Image.fromarray(COLOUR), 3, form, exif=exif), expected)
+
+
+def test_a_transparent_level_is_turned_too():
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert np.array_equal(pixels_of(Image.fromarray(COLOUR), exif=exif), np.rot90(COLOUR, -1))
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    levels = np.arange(4).reshape(2, 2)
+    found = np.asarray(open_image(png(levels, 1, bits=2, extra=[(b"eXIf", content)]), 1))
+    assert found.tolist() == [[170, 0], [255, 255]]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"MM", b"II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 30]
+)
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_malformed_exif_is_ignored(content, form):
+    grey = Image.fromarray(GREY)
+    assert np.array_equal(pixels_of(grey, 1, form, exif=content), pixels_of(grey, 1, form))
+
+
+def test_a_text_that_fills_the_memory_is_an_error_in_one_line():
+    bomb = zlib.compress(b"x" * 10**7)
+    with pytest.raises(ValueError, match=r"^[^\n]*too large[^\n]*$"):
+        open_image(png(np.zeros((2, 2), int), 1, bits=8, extra=[(b"zTXt", b"Comment\0\0" + bomb)]), 1)
 
 
 def resize_at_once(image, size, kind):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.edited import edit_json
 from helpers.faults import on_event
 from helpers.forks import in_a_fork
 from PIL import Image
@@ -121,9 +122,7 @@ def test_a_run_deleted_before_it_is_loaded_is_not_looked_up_on_the_hub(runs, mon
 
 def test_errors_do_not_name_other_folders_of_the_machine(runs, tmp_path):
     (tmp_path / "encoders" / "vae-large").mkdir(parents=True)
-    config = json.loads((runs / "tiny" / "config.json").read_text())
-    config["data"]["autoencoder"] = str(tmp_path / "encoders" / "vae")
-    (runs / "tiny" / "config.json").write_text(json.dumps(config))
+    edit_json(runs / "tiny" / "config.json", data__autoencoder=str(tmp_path / "encoders" / "vae"))
     with pytest.raises(InputError, match=r"^autoencoder not found: vae$"):
         draw(runs, Drawing(run="tiny"), ignore)
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.edited import edit_json
 from helpers.malicious import PICKLE, WORDS
 from safetensors.torch import load_file, save_file
 
@@ -92,10 +93,9 @@ def test_half_precision_weights_load_in_full_precision(saved):
 
 
 def test_weights_of_another_shape_are_refused(saved, tiny):
-    config = (saved / "config.json").read_text()
-    (saved / "config.json").write_text(config.replace('"num_classes": 5', '"num_classes": 6'))
+    edit_json(saved / "config.json", num_classes=6)
     with pytest.raises(InputError, match=r"do not fit their config: .*label_emb.weight.*\[5, 32\].*\[6, 32\]"):
         UViT.from_pretrained(saved)
-    (saved / "config.json").write_text(config.replace('"qk_norm": false', '"qk_norm": true'))
+    edit_json(saved / "config.json", num_classes=5, qk_norm=True)
     with pytest.raises(InputError, match=r"do not fit their config: .*q_norm.weight"):
         UViT.from_pretrained(saved)

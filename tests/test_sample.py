@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.edited import edit_json
 from helpers.encoders import make_autoencoder
 from helpers.images import read_npz
 from PIL import Image
@@ -70,7 +71,7 @@ def test_a_moved_text_encoder_can_be_given(workdir, monkeypatch):
     sample.main([*shared, "--output", "before.npz"])
     config = Path("runs/text/config.json")
     kept = config.read_text()
-    config.write_text(kept.replace('"clip"', '"gone"'))
+    edit_json(config, data__text_encoder="gone")
     try:
         sample.main([*shared, "--text_encoder", "moved", "--output", "after.npz"])
     finally:

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from uvit.common.errors import InputError
-from uvit.config import Section, from_dict, read_json, replace_fields, to_json
+from uvit.config import Section, from_dict, read_json, replace_fields, save_json, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,23 @@ def test_json_and_back():
     assert text.endswith("}\n") and json.loads(text)["inner"] == {"name": "b", "share": 1}
     assert from_dict(Outer, json.loads(text)) == WHOLE
     assert from_dict(Outer, {"count": 1}) == Outer(count=1)
+
+
+def test_a_written_section_notices_changes(tmp_path):
+    path = tmp_path / "outer.json"
+    save_json(path, WHOLE)
+    assert from_dict(Outer, read_json(path)) == WHOLE
+    text = path.read_text()
+    for place in range(len(text)):
+        if text[place].isalnum():
+            path.write_text(text[:place] + ("1" if text[place] != "1" else "2") + text[place + 1 :])
+            with pytest.raises(
+                InputError, match=r"was changed since it was written, its uvit_hash|is not valid JSON|has no field"
+            ):
+                from_dict(Outer, read_json(path))
+                pytest.fail(f"not noticed: {text[place - 5 : place + 5]}")
+    path.write_text(to_json(WHOLE))  # written by hand, or by an older version
+    assert from_dict(Outer, read_json(path)) == WHOLE
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from uvit.common.errors import InputError
 from uvit.weights.tensors import hash_weights, read_pth, read_weights, write_weights
@@ -27,8 +28,23 @@ def test_written_weights_are_read_unchanged(tmp_path):
     read = read_weights(tmp_path / "model.safetensors")
     assert read.keys() == weights.keys() and all(torch.equal(read[name], each) for name, each in weights.items())
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}  # which other libraries ask for
+        # Other libraries ask for the format.
+        assert file.metadata() == {"format": "pt", "hash": hash_weights(weights)}
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_every_flipped_bit_of_the_weights_is_noticed(tmp_path):
+    write_weights(tmp_path, {"a": torch.arange(4.0), "b": torch.ones(2, dtype=torch.bfloat16)})
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")  # the header
+    for place in range(start, len(content)):
+        for bit in range(8):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            with pytest.raises(InputError, match=r"is damaged, its weights must have hash \w{16}, got \w{16}: copy"):
+                read_weights(path)
+    save_file({"a": torch.ones(2)}, path)  # of another program, which writes no hash
+    assert torch.equal(read_weights(path)["a"], torch.ones(2))
 
 
 def test_a_state_dict_of_the_reference_code_is_read(tmp_path):

@@ -22,6 +22,7 @@ class Arguments(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require("runs", bool(self.runs.strip()), "a folder")
         self._require("port", 0 <= self.port < 2**16, "0 to 65535")
 
 

@@ -25,6 +25,10 @@ class Arguments(Section):
     name: str = "user/model"
     """Name of the model in the card."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("output", bool(self.output.strip()), "a folder")
+
 
 def main(arguments: Sequence[str]) -> None:
     """Writes the folder atomically."""

@@ -29,6 +29,10 @@ class Arguments(Section):
     null_class: bool | None = None
     """Whether the last label means "no label"; by default it does if there are 1001 labels."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("output", bool(self.output.strip()), "a folder")
+
 
 def main(arguments: Sequence[str]) -> None:
     """Reads the weights and writes the folder."""

@@ -19,7 +19,7 @@ from uvit import __version__
 from uvit.common.cli import parse, process_state
 from uvit.common.errors import InputError
 from uvit.common.libraries import installed_versions
-from uvit.config import MAX_BATCH, MAX_SIDE, MAX_WORKERS, DataConfig, Section
+from uvit.config import CONFIG_FILE, MAX_BATCH, MAX_SIDE, MAX_WORKERS, DataConfig, Section
 from uvit.data.batch import Batch, ImageData, ImageSpec
 from uvit.data.datasets import HubData, load_images
 from uvit.data.images import to_unit_range
@@ -56,6 +56,8 @@ class Arguments(Section):
     """Factor that training will multiply the latents by."""
     text_encoder: str | None = None
     """Frozen CLIP text encoder for the captions, a folder or a hub name; None encodes no captions."""
+    label_column: str | None = None
+    """Column of labels, where the data has several."""
     caption_column: str | None = None
     """Column of captions; None is the only text column, or one with a usual name."""
     num_captions: int = 1
@@ -79,6 +81,18 @@ class Arguments(Section):
         if self.text_encoder is None:
             self._require("caption_column", self.caption_column is None, "None without text_encoder")
             self._require("num_captions", self.num_captions == 1, "1 without text_encoder")
+
+
+def check_output(folder: Path, data: str) -> None:
+    """Checks that latents would be mixed with nothing else.
+
+    Raises:
+        InputError: the folder is that of the images, or holds a run or a network.
+    """
+    if folder.resolve() == Path(data).resolve():
+        raise InputError(f"--output must be another folder than that of the images, got {folder}")
+    if (folder / CONFIG_FILE).is_file():
+        raise InputError(f"--output must be a new folder or one of latents, got {folder}, which has a {CONFIG_FILE}")
 
 
 def build_manifest(
@@ -168,8 +182,13 @@ def main(arguments: Sequence[str]) -> None:
     """Parses the command line, prepares the folder and encodes."""
     given = parse(Arguments, arguments, __doc__)
     source = DataConfig(
-        name=given.data, train_split=given.split, caption_column=given.caption_column, on_error=given.on_error
+        name=given.data,
+        train_split=given.split,
+        label_column=given.label_column,
+        caption_column=given.caption_column,
+        on_error=given.on_error,
     )
+    check_output(Path(given.output), given.data)
     text = given.text_encoder is not None
     data = load_images(source, ImageSpec((3, given.image_size, given.image_size), labels=None, captions=text))
     autoencoder = Autoencoder(given.autoencoder, given.scale_factor)

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from uvit.common.cli import is_first_process, parse
+from uvit.common.cli import check_environment, is_first_process, parse
 from uvit.common.errors import InputError, missing_package
 from uvit.common.files import lock_folder, make_directory
 from uvit.config import Config, load_config
 from uvit.data.batch import ImageData
 from uvit.data.latents import check_encoded_by
 from uvit.data.loader import check_batch, load_data
+from uvit.diffusion.samplers import sampling_times
 from uvit.networks.attention import resolve_backend
 from uvit.networks.encoders import Encoders, load_encoders
 from uvit.networks.runtime import check_compile, resolve_precision
@@ -43,6 +44,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         if "-h" in arguments or "--help" in arguments:
             parse(Config, ["--help"], __doc__, "CONFIG")
         raise InputError("the first argument must be a config file, such as configs/digits.py")
+    check_environment()
     config = parse(Config, arguments[1:], __doc__, "CONFIG", load_config(arguments[0]))
     accelerator = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
     device_type = accelerator.type if accelerator is not None and torch.accelerator.is_available() else "cpu"
@@ -53,6 +55,10 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     if config.train.mixed_precision != "auto":  # `auto` needs the device itself, which is not started yet
         resolve_precision(config.train.mixed_precision, device_type, config.model.width)
     check_compile(config.train.compile, device_type)
+    if config.train.sample_every:
+        sampling_times(config.process, config.sample)
+        if config.sample.mixed_precision != "auto":
+            resolve_precision(config.sample.mixed_precision, device_type, config.model.width)
     check_batch(config.train, int(os.environ.get("WORLD_SIZE", 1)))
     for engine in ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):

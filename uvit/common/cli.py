@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import signal
 import sys
@@ -16,9 +17,12 @@ from accelerate import PartialState
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 
 from uvit.common.errors import InputError, Interrupted, TrainingError, one_line, printable
+from uvit.common.files import remove_made
 
 T = TypeVar("T")
 
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+"""Environment variables in which launchers tell a process which one it is."""
 PROGRAM = "python -m uvit"
 """What the commands of an installed package are called by."""
 
@@ -81,7 +85,21 @@ def process_state() -> PartialState:
 
 def is_first_process() -> bool:
     """Returns whether this process has rank 0 and writes the files, by the environment: it starts no device."""
-    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+    return get_int_from_env(RANKS, 0) == 0
+
+
+def check_environment() -> None:
+    """Checks the variables by which a launcher tells a process which one it is.
+
+    Raises:
+        InputError: one that is no number, or several processes of which this one does not know which it is.
+    """
+    for name in ("WORLD_SIZE", *RANKS):
+        if not re.fullmatch(r"-?\d+|", os.environ.get(name, "")):
+            raise InputError(f"environment variable {name} must be a whole number, got {os.environ[name]!r}")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not any(map(os.environ.get, RANKS)):
+        given = f"got {os.environ['WORLD_SIZE']} and no RANK"
+        raise InputError(f"environment variable WORLD_SIZE must be set by accelerate launch or torchrun, {given}")
 
 
 def _end_by_sigterm(*_: object) -> None:
@@ -101,6 +119,7 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     try:
         main(sys.argv[1:])
     except InputError as error:
+        remove_made()
         # A loader worker passes its error on with the traceback as text; the message follows the exception's name.
         message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2]
         print(f"error: {printable(one_line(message))}", file=sys.stderr)

@@ -6,6 +6,7 @@ A killed process leaves at most a hidden file or folder behind, which `remove_le
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import shutil
@@ -16,6 +17,12 @@ from uvit.common.errors import InputError, one_line, printable
 from uvit.common.messages import warn
 
 LOCK_FILE = ".lock"
+MAX_STEM = 100
+"""Bytes of a file's name in that of its temporary file; file systems take 255 in all."""
+
+
+_made: list[Path] = []
+"""The folders that this process has made, in the order of their making."""
 
 
 def make_directory(path: Path) -> None:
@@ -24,12 +31,22 @@ def make_directory(path: Path) -> None:
     Raises:
         InputError: it cannot be created.
     """
+    missing = [each for each in (path, *path.parents) if not os.path.lexists(each)]
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _made.extend(reversed(missing))
     except OSError as error:
         in_the_way = [each for each in (path, *path.parents) if os.path.lexists(each) and not os.path.isdir(each)]
         reason = f"{in_the_way[0]} is not a folder" if in_the_way else error.strerror
         raise InputError(f"cannot write to {path}: {reason}") from None
+
+
+def remove_made() -> None:
+    """Removes the folders that this process has made and in which nothing is, after an error."""
+    for path in reversed(_made):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    _made.clear()
 
 
 def sync(path: Path) -> None:
@@ -44,13 +61,21 @@ def sync(path: Path) -> None:
 
 def temporary_path(path: Path) -> Path:
     """Returns the hidden path beside `path` where this process writes what will replace it."""
-    # The suffix stays last: libraries such as Pillow choose the format by it.
-    return path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    # The suffix stays last: libraries such as Pillow choose the format by it. A long name must not become too long.
+    return path.with_name(f".{_short(path.stem)}-{os.getpid()}{path.suffix}")
+
+
+def _short(stem: str) -> str:
+    """Returns a name, or its beginning and a hash where it is long."""
+    encoded = stem.encode(errors="replace")
+    if len(encoded) <= MAX_STEM:
+        return stem
+    return encoded[:MAX_STEM].decode(errors="ignore") + hashlib.sha256(encoded).hexdigest()[:8]
 
 
 def remove_leftovers(path: Path) -> None:
     """Removes what killed processes left unfinished for `path`, which may be a pattern such as `step_*.png`."""
-    for leftover in path.parent.glob(f".{path.stem}-*{path.suffix}"):
+    for leftover in path.parent.glob(f".{_short(path.stem)}-*{path.suffix}"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -172,7 +197,7 @@ def append_new_lines(path: Path, lines: Iterable[str]) -> list[str]:
     unique = dict.fromkeys(printable(one_line(line)) for line in lines)
     if not unique:
         return []
-    known = set(path.read_text().splitlines()) if path.is_file() else set()
+    known = set(path.read_text(errors="replace").splitlines()) if path.is_file() else set()
     new = [line for line in unique if line not in known]
     append_lines(path, new)
     return new
@@ -197,6 +222,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / LOCK_FILE
+    if path.is_dir():
+        raise InputError(f"cannot write to {path}: it is a folder")
     try:
         path.touch()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Prints lines on standard error without breaking a progress bar."""
+"""Prints lines without breaking a progress bar."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from uvit.common.errors import InputError, one_line
 def notify(text: str) -> None:
     """Prints a line on standard error."""
     tqdm.write(text, file=sys.stderr)
+
+
+def tell(text: str) -> None:
+    """Prints a line on standard output: standard error has nothing but the error where a command fails."""
+    tqdm.write(text)
 
 
 def warn(text: str) -> None:

@@ -61,6 +61,7 @@ from uvit.config.section import (
     from_dict,
     read_json,
     replace_fields,
+    save_json,
     to_json,
 )
 from uvit.config.unet import GROUPS, TIME_WIDTHS, UNetConfig
@@ -120,6 +121,7 @@ __all__ = [
     "read_json",
     "read_network_config",
     "replace_fields",
+    "save_json",
     "step_name",
     "step_of",
     "to_json",

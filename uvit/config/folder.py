@@ -103,7 +103,7 @@ def load_config(path: str | Path) -> Config:
         config = runpy.run_path(str(path)).get("config")
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except Exception as error:  # a user's Python file may fail in any way
+    except (Exception, SystemExit) as error:  # a user's Python file may fail in any way
         raise InputError(f"{path} cannot be read as Python: {type(error).__name__}: {one_line(error)}") from None
     if not isinstance(config, Config):
         raise InputError(f"{path} must define `config = Config(...)`, got {type(config).__name__}")

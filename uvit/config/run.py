@@ -28,6 +28,7 @@ AnyNetworkConfig = UViTConfig | UNetConfig
 MAX_WORKERS = MAX_THREADS = 1_024
 MAX_BATCH = MAX_IMAGES = 10**7
 MAX_SAMPLER_STEPS = 100_000
+MAX_GUIDANCE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,8 @@ class DataConfig(Section):
     """Loader processes; 0 loads in the training process."""
     class_names: tuple[str, ...] = ()
     """Names of the labels; read from the data where empty."""
+    label_column: str | None = None
+    """Column of labels, where a data set has several; a folder's are its classes."""
     caption_column: str | None = None
     """Column of captions for a text model, each a text or a list of texts; None is the only text column, or the one
     named `text`, `caption`, `captions` or `prompt`."""
@@ -162,6 +165,7 @@ class SampleConfig(Section):
         self._require("num_steps", self.num_steps >= 1, "at least 1")
         self._require_at_most(num_steps=MAX_SAMPLER_STEPS)
         self._require("t_end", 0 <= self.t_end < 0.5, "in [0, 0.5)")
+        self._require("guidance", abs(self.guidance) <= MAX_GUIDANCE, f"at most {MAX_GUIDANCE:,} in size")
         low, high = self.guidance_interval
         self._require("guidance_interval", 0 <= low <= high <= 1, "two times with 0 <= low <= high <= 1")
         fits = self.reuse == "none" or re.fullmatch(r"[1-9]\d{0,3}:([2-9]|[1-9]\d{1,3})", self.reuse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import sys
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from uvit.common.errors import UNPRINTABLE, InputError, did_you_mean, short_repr
+from uvit.common.files import write_text
 
 INT_LIMIT = 2**63
 MAX_JSON_BYTES = 2**26
+SEAL = "uvit_hash"
+"""The key of a hash of the other fields in a JSON file that this package writes."""
 
 NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 """Characters that no file system, tokenizer or font accepts."""
@@ -171,16 +175,35 @@ def replace_fields(section: SectionT, fields: Mapping[str, Any]) -> SectionT:
     return dataclasses.replace(section, **fields)
 
 
-def to_json(section: Section) -> str:
-    """Returns the section as JSON, defaults included."""
-    return json.dumps(dataclasses.asdict(section), indent=2) + "\n"
+def to_json(section: Section, sealed: bool = False) -> str:
+    """Returns the section as JSON, defaults included.
+
+    Args:
+        section: what to write.
+        sealed: whether to add a hash, by which `read_json` notices changes.
+    """
+    fields = dataclasses.asdict(section)
+    return json.dumps({**fields, SEAL: _seal(fields)} if sealed else fields, indent=2) + "\n"
+
+
+def save_json(path: Path, section: Section) -> None:
+    """Writes a section as JSON with a hash of it, atomically.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    write_text(path, to_json(section, sealed=True))
+
+
+def _seal(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file, without its hash if it has one.
 
     Raises:
-        InputError: no such file, a file larger than MAX_JSON_BYTES, or invalid JSON.
+        InputError: no such file, a file larger than MAX_JSON_BYTES, invalid JSON, or a hash of something else.
     """
     try:
         with open(path, "rb") as file:
@@ -190,9 +213,17 @@ def read_json(path: Path) -> Any:
     if len(text) > MAX_JSON_BYTES:
         raise InputError(f"{path} must have at most {MAX_JSON_BYTES:,} bytes, got more")
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        content = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+    if isinstance(content, dict) and SEAL in content:
+        expected, found = content.pop(SEAL), _seal(content)
+        if found != expected:
+            change = (
+                f"{path} was changed since it was written, its {SEAL} must be {found!r}, got {short_repr(expected)}"
+            )
+            raise InputError(f"{change}: restore it, or remove the {SEAL} to accept the change")
+    return content
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

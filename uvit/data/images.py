@@ -10,13 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageMode, UnidentifiedImageError
 from torch import Tensor
 
 from uvit.common.errors import InputError
 
 MIN_RANDOM_CROP = 0.8
 """Smallest random crop, as a fraction of the image's shorter side."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by the value of EXIF's orientation."""
+SHALLOW_GREY = {"L;2": 85, "L;4": 17}
+"""What Pillow multiplies pixels of 2 and 4 bits by."""
 MAX_CUT_AWAY = 256
 """How many times larger than its crop a scaled image may be, since scaling a narrow strip could fill the memory."""
 
@@ -33,16 +45,47 @@ def open_image(stored: dict[str, Any], channels: int) -> Image.Image:
         Exception: of any type, from the decoder of a broken file.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # decoders warn of odd metadata, for example; the pixels are right
-        try:
-            image: Image.Image = Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
-        except UnidentifiedImageError:  # its message shows a memory address
-            raise InputError("not an image of a known format") from None
-        image = _to_eight_bits(ImageOps.exif_transpose(image))
+        image = _to_eight_bits(_upright(_identify(stored)))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("L" if channels == 1 else "RGB")
+
+
+def is_grey(stored: dict[str, Any]) -> bool:
+    """Returns whether a file holds an image without colours, by its header.
+
+    Args:
+        stored: as for open_image.
+
+    Raises:
+        InputError: a file that is not an image.
+    """
+    with warnings.catch_warnings(), _identify(stored) as image:
+        return ImageMode.getmode(image.mode).basemode == "L"
+
+
+def _identify(stored: dict[str, Any]) -> Image.Image:
+    """Opens an image by its header, inside of a catch_warnings."""
+    warnings.simplefilter("ignore")  # decoders warn of odd metadata, for example; the pixels are right
+    try:
+        image = Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
+    except UnidentifiedImageError:  # its message shows a memory address
+        raise InputError("not an image of a known format") from None
+    packing = image.tile[0].args if image.format == "PNG" and image.tile else None
+    if packing in SHALLOW_GREY and 0 < image.info.get("transparency", 0) < SHALLOW_GREY[packing]:
+        image.info["transparency"] *= SHALLOW_GREY[packing]  # Pillow scales the pixels alone
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns an image as its EXIF tag says; a tag that cannot be read says nothing."""
+    image.load()  # which turns TIFF files
+    try:
+        turned = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # for malformed EXIF, Pillow may raise any type
+        return image
+    return image if turned is None else image.transpose(turned)
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

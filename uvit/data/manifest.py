@@ -22,8 +22,8 @@ import pyarrow as pa
 from torch import Tensor
 
 from uvit.common.errors import InputError
-from uvit.common.files import atomic_write, write_text
-from uvit.config import MAX_SIDE, MAX_TOKENS, Section, from_dict, read_json, to_json
+from uvit.common.files import atomic_write
+from uvit.config import MAX_SIDE, MAX_TOKENS, Section, from_dict, read_json, save_json
 from uvit.networks.encoders import Autoencoder, TextEncoder
 from uvit.weights.tensors import hash_weights
 
@@ -231,7 +231,7 @@ def start_encoding(folder: Path, manifest: Manifest, empty_context: Tensor | Non
         before = read_manifest(folder)
         versions = tuple(dict.fromkeys(before.versions + manifest.versions))
         manifest = dataclasses.replace(before, versions=versions)
-    write_text(folder / MANIFEST_FILE, to_json(manifest))
+    save_json(folder / MANIFEST_FILE, manifest)
 
 
 def hash_autoencoder(autoencoder: Autoencoder) -> str:

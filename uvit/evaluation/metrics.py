@@ -142,6 +142,7 @@ def load_statistics(
             found_features = str(arrays["features"]) if "features" in arrays else features
             found_size = tuple(map(int, arrays["image_size"])) if "image_size" in arrays else image_size
             found_hash = str(arrays["weights_hash"]) if "weights_hash" in arrays else str(weights_hash)
+            arrays.get("num_images")  # which describe_statistics reads
     except Exception as error:  # a broken archive may raise any type
         raise InputError(
             f"{path} does not hold statistics (mu, sigma): {type(error).__name__}: {one_line(error, 100)}"

@@ -12,7 +12,7 @@ from typing import Literal
 from uvit.common.errors import InputError
 from uvit.config import Config, DataConfig
 from uvit.data.batch import ImageData, ImageSpec
-from uvit.data.datasets import load_images
+from uvit.data.datasets import HubData, load_images
 from uvit.evaluation.features import Features
 from uvit.evaluation.judge import choose_captions, choose_labels
 from uvit.evaluation.metrics import Gaussian, is_statistics, load_statistics
@@ -135,7 +135,10 @@ def find_reference(
     captions = True if run is not None and run.config.model.context_dim else None
     column = caption_column or (run.config.data.caption_column if run is not None else None)
     source = DataConfig(name=name, train_split=split, caption_column=column)
-    return load_images(source, ImageSpec(subject.shape, labels=None, captions=captions))
+    data = load_images(source, ImageSpec(subject.shape, labels=None, captions=captions))
+    if run is None and subject.shape[0] == 1 and isinstance(data, HubData) and not data.is_grey:
+        raise InputError(f"the images of {subject.name} are grey, expected colours as in the reference {name!r}")
+    return data
 
 
 def choose_conditions(

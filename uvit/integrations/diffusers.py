@@ -80,7 +80,7 @@ class PipelinePart(PretrainedMixin):
     def forward(
         self: Any,
         x: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | float,
         y: Tensor | None = None,
         context: Tensor | None = None,
         outer: int | None = None,

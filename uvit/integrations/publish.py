@@ -16,7 +16,7 @@ import torch
 from uvit.common.errors import InputError
 from uvit.common.files import atomic_write, write_text
 from uvit.common.hub import push_folder
-from uvit.config import CONFIG_FILE, EVALUATION_FILE, Config, config_kind, grid_files, read_json, step_of, to_json
+from uvit.config import CONFIG_FILE, EVALUATION_FILE, Config, config_kind, grid_files, read_json, save_json, step_of
 from uvit.sampling.runs import load_run
 from uvit.weights.build import load_network
 from uvit.weights.card import CARD_FILE, model_card
@@ -100,7 +100,7 @@ def write_hub_folder(source: str | Path, folder: Path, name: str) -> None:
         with atomic_write(folder / GRID_FILE) as temporary:
             shutil.copyfile(grids[-1], temporary)
     write_weights(folder, model.state_dict())
-    write_text(folder / CONFIG_FILE, to_json(config))
+    save_json(folder / CONFIG_FILE, config)
 
 
 def publish(source: str, name: str, private: bool | None = None, revision: str | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uvit.config import InputError, NetworkConfig
+
+INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 class Backbone(nn.Module):
@@ -25,6 +28,11 @@ class Backbone(nn.Module):
     def num_parameters(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Data type of the weights that inputs are multiplied with."""
+        return next(self.parameters()).dtype
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -51,7 +59,9 @@ class Backbone(nn.Module):
             InputError: (a ValueError) some were.
         """
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """Predicts what the model was trained to (noise, data, v or flow) from noisy images.
 
         Args:
@@ -64,14 +74,15 @@ class Backbone(nn.Module):
             (B, predicted_chans, H, W), of which the first C channels are the prediction.
 
         Raises:
-            InputError: (a ValueError) shapes that do not fit the config, or a missing or unexpected condition.
+            InputError: (a ValueError) types or shapes that do not fit the weights or the config, an unknown label, or a
+                missing or unexpected condition.
         """
         return self.forward_reusing(x, timesteps, y, context)[0]
 
     def forward_reusing(
         self,
         x: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | float,
         y: Tensor | None = None,
         context: Tensor | None = None,
         outer: int = 0,
@@ -99,12 +110,14 @@ class Backbone(nn.Module):
         self.require_whole()
         if not 0 <= outer <= self.config.reusable_pairs:
             raise InputError(f"outer blocks must be 0 to {self.config.reusable_pairs}, got {outer}")
-        check_inputs(self.config, x, timesteps, y, context)
+        timesteps = check_inputs(self.config, self.weight_dtype, x, timesteps, y, context)
         h, conditions = self._embed(x, timesteps, y, context)
         skips: list[Tensor] = []
         end = len(self.blocks)
         h = self._run(range(outer), h, conditions, skips)
         h = deep = self._run(range(outer, end - outer), h, conditions, skips) if deep is None else deep
+        if skips and _joint_shape(deep) != _joint_shape(skips[-1]):
+            raise InputError(f"deep must fit to {tuple(skips[-1].shape)}, got {tuple(deep.shape)}")
         h = self._run(range(end - outer, end), h, conditions, skips)
         return self._to_image(h), deep
 
@@ -122,29 +135,86 @@ class Backbone(nn.Module):
         return h
 
 
-def check_inputs(config: NetworkConfig, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> None:
-    """Checks the shapes of a network's inputs, and that it has the conditions that its config asks for.
+def check_inputs(
+    config: NetworkConfig,
+    dtype: torch.dtype,
+    x: Tensor,
+    timesteps: Tensor | float,
+    y: Tensor | None,
+    context: Tensor | None,
+) -> Tensor:
+    """Checks types and shapes of a network's inputs, and that it has the conditions that its config asks for.
+
+    Args:
+        config: of the network.
+        dtype: of its weights; autocast takes other inputs too.
+        x: (B, C, H, W).
+        timesteps: (B,), (1,), () or a number.
+        y: (B,).
+        context: (B, num_context_tokens, context_dim).
+
+    Returns:
+        The timesteps as a tensor.
 
     Raises:
         InputError: (a ValueError) what was given, and what was expected.
     """
     expected = (config.in_chans, *config.image_shape)
+    _check_tensor("x", x, dtype)
     if x.ndim != 4 or tuple(x.shape[1:]) != expected:
         raise InputError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
     batch = x.shape[0]  # an exporter would take len(x) for a constant
+    if not isinstance(timesteps, Tensor) and isinstance(timesteps, Real) and not isinstance(timesteps, bool):
+        timesteps = torch.tensor(timesteps, dtype=torch.float32, device=x.device)
+    if not isinstance(timesteps, Tensor) or timesteps.dtype == torch.bool or timesteps.is_complex():
+        raise InputError(f"timesteps must be a tensor of real numbers, or one of them, got {_kind_of(timesteps)}")
     if tuple(timesteps.shape) not in ((batch,), (1,), ()):
         raise InputError(f"timesteps must be ({batch},), got {tuple(timesteps.shape)}")
     if (y is None) != (config.num_classes == 0):
         given = "none" if y is None else "labels"
         takes = "y" if y is None else "no y"
         raise InputError(f"a model with num_classes {config.num_classes} takes {takes}, got {given}")
-    if y is not None and tuple(y.shape) != (batch,):
-        raise InputError(f"y must be ({batch},), got {tuple(y.shape)}")
+    if y is not None:
+        if not isinstance(y, Tensor) or y.dtype not in INDEX_DTYPES:
+            raise InputError(f"y must be a tensor of int64 or int32, got {_kind_of(y)}")
+        if tuple(y.shape) != (batch,):
+            raise InputError(f"y must be ({batch},), got {tuple(y.shape)}")
     if (context is None) != (config.context_dim == 0):
         given = "none" if context is None else "context"
         takes = "context" if context is None else "no context"
         raise InputError(f"a model with context_dim {config.context_dim} takes {takes}, got {given}")
     if context is not None:
+        _check_tensor("context", context, dtype)
         expected = (batch, config.num_context_tokens, config.context_dim)
         if tuple(context.shape) != expected:
             raise InputError(f"context must be {expected}, got {tuple(context.shape)}")
+    return timesteps
+
+
+def _joint_shape(h: Tensor) -> tuple[int, ...]:
+    """Returns the part of a shape that is the same in features that a long skip joins: maps may differ in channels."""
+    return tuple(h.shape) if h.ndim == 3 else (h.shape[0], *h.shape[2:])
+
+
+def _check_tensor(name: str, given: Any, dtype: torch.dtype) -> None:
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        raise InputError(f"{name} must be a floating point tensor, got {_kind_of(given)}")
+    if given.dtype != dtype and (given.is_meta or not torch.is_autocast_enabled(given.device.type)):
+        raise InputError(f"{name} must be {dtype}, as the weights are, or under autocast, got {given.dtype}")
+
+
+def _kind_of(given: Any) -> str:
+    return f"one of {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+
+
+def embed_labels(embedding: nn.Embedding, y: Tensor) -> Tensor:
+    """Looks labels up.
+
+    Raises:
+        InputError: (a ValueError) one that is out of range. A GPU, or a compiled network, has errors of its own.
+    """
+    try:
+        return embedding(y)  # (B, D)
+    except IndexError:
+        low, high = y.min().item(), y.max().item()
+        raise InputError(f"y must be 0 to {embedding.num_embeddings - 1}, got {low} to {high}") from None

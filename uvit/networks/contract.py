@@ -43,7 +43,9 @@ class Network(Protocol):
         """Its blocks in the order in which they run; they are compiled, sharded and recomputed one by one."""
         ...
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """Predicts noise, data, v or flow, whichever it was trained to.
 
         Args:

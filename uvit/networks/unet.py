@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from uvit.config import TIME_WIDTHS, InputError, UNetConfig, replace_fields
-from uvit.networks.backbone import Backbone
+from uvit.networks.backbone import Backbone, embed_labels
 from uvit.networks.layers import timestep_embedding
 from uvit.networks.unet_layers import (
     AttentionBlock,
@@ -117,9 +117,9 @@ class UNet(Backbone):
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Returns the images, and the embedded time and label, (B, 4 model_channels), with the context."""
         time = timestep_embedding(timesteps.expand(x.shape[0]), self.config.model_channels)  # (B, model_channels)
-        embedding = self.time_embed(time.to(next(self.parameters()).dtype))  # (B, 4 model_channels)
+        embedding = self.time_embed(time.to(self.weight_dtype))  # (B, 4 model_channels)
         if y is not None:
-            embedding = embedding + self.label_emb(y)
+            embedding = embedding + embed_labels(self.label_emb, y)
         return x, (embedding, context)
 
     def _to_image(self, h: Tensor) -> Tensor:

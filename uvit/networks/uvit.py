@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import index
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -20,7 +20,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from uvit.config import InputError, UViTConfig, replace_fields
-from uvit.networks.backbone import Backbone, check_inputs
+from uvit.networks.backbone import Backbone, check_inputs, embed_labels
 from uvit.networks.layers import AdaLayerNorm, Block, ConvPatchEmbed, timestep_embedding
 
 UViTType = TypeVar("UViTType", bound="UViT")
@@ -101,11 +101,22 @@ class UViT(Backbone):
     def reset_buffers(self) -> None:
         """Computes the buffer that is not in the state dict: fixed positions of patches, zeros for extra tokens."""
         if self.config.pos_embed == "sincos2d":
-            patches = build_sincos2d_pos_embed(
-                list(self.config.grid_shape), self.config.embed_dim
-            )  # (N, D), row by row
-            extras = torch.zeros(self.config.num_extra_tokens, self.config.embed_dim)
-            self.register_buffer("pos_embed", torch.cat([extras, patches])[None], persistent=False)  # (1, L, D)
+            like = next(self.parameters())
+            self.register_buffer("pos_embed", self._fixed_positions(like.device, like.dtype), persistent=False)
+
+    def _fixed_positions(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        width = self.config.embed_dim
+        patches = build_sincos2d_pos_embed(list(self.config.grid_shape), width, device=device)  # (N, D), row by row
+        extras = torch.zeros(self.config.num_extra_tokens, width, device=device)
+        return torch.cat([extras, patches])[None].to(dtype)  # (1, L, D)
+
+    def _apply(self: UViTType, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UViTType:
+        """Moves all tensors, and computes the buffer where it had no values: `to_empty` makes some up."""
+        without_values = self.config.pos_embed == "sincos2d" and self.pos_embed.is_meta
+        super()._apply(fn, recurse)
+        if without_values and not self.pos_embed.is_meta:
+            self.pos_embed = self._fixed_positions(self.pos_embed.device, self.pos_embed.dtype)
+        return self
 
     def _init_weights(self) -> None:
         """Truncated normal 0.02 for linear weights and positions; PyTorch's defaults for embeddings, convolutions."""
@@ -144,7 +155,7 @@ class UViT(Backbone):
         if config.time_conditioning == "token":
             tokens.insert(0, time[:, None])  # (B, 1, D)
         if y is not None:
-            tokens.insert(0, self.label_emb(y)[:, None])  # (B, 1, D)
+            tokens.insert(0, embed_labels(self.label_emb, y)[:, None])  # (B, 1, D)
         return torch.cat(tokens, dim=1) + self.pos_embed, (time,)  # (B, L, D), where L = extras + N
 
     def _to_image(self, h: Tensor) -> Tensor:
@@ -176,7 +187,7 @@ class UViT(Backbone):
         intermediates_only: bool = False,
         output_dict: bool = False,
         *,
-        timesteps: Tensor | None = None,
+        timesteps: Tensor | float | None = None,
         y: Tensor | None = None,
         context: Tensor | None = None,
     ) -> Any:
@@ -218,7 +229,7 @@ class UViT(Backbone):
         timesteps = torch.zeros(1, device=x.device) if timesteps is None else timesteps
         if y is None and config.null_label is not None:
             y = torch.full((len(x),), config.null_label, device=x.device)
-        check_inputs(config, x, timesteps, y, context)
+        timesteps = check_inputs(config, self.weight_dtype, x, timesteps, y, context)
         h, conditions = self._embed(x, timesteps, y, context)
         skips: list[Tensor] = []
         prefixes, patches = [], []
@@ -307,9 +318,7 @@ class UViT(Backbone):
                 requires_grad=self.pos_embed.requires_grad,
             )
         else:
-            before = self.pos_embed
             self.reset_buffers()
-            self.pos_embed = self.pos_embed.to(before)
         if isinstance(self.patch_embed, PatchEmbed):
             self.patch_embed.set_input_size(self.config.image_shape)
         return self

@@ -12,7 +12,7 @@ import torch
 
 from uvit.common.errors import InputError
 from uvit.common.files import atomic_folder, remove_leftovers
-from uvit.config import CHECKPOINT_FOLDER, CONFIG_FILE, STEP_PREFIX, Config, checkpoint_dirs, step_name, to_json
+from uvit.config import CHECKPOINT_FOLDER, CONFIG_FILE, STEP_PREFIX, Config, checkpoint_dirs, save_json, step_name
 from uvit.weights.tensors import load_tensors_only
 
 STATE_FILE = "training_state.pt"
@@ -58,7 +58,7 @@ def save_checkpoint(run_dir: Path, config: Config, step: int, state: dict[str, A
                 torch.save({"step": step, **state}, file)
         except RuntimeError as error:  # torch.save hides the reason behind a RuntimeError of its own
             raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
-        (temporary / CONFIG_FILE).write_text(to_json(config))
+        save_json(temporary / CONFIG_FILE, config)
         (temporary / MARKER_FILE).write_text(json.dumps(_describe(temporary / STATE_FILE)) + "\n")
     if keep is None:
         return

@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 
 from uvit.common.errors import InputError, one_line
 from uvit.common.messages import warn
-from uvit.config import CHECKPOINT_FOLDER, CONFIG_FILE, Config, from_dict, read_json
+from uvit.config import CHECKPOINT_FOLDER, CONFIG_FILE, WEIGHTS_FILE, Config, config_kind, from_dict, read_json
+from uvit.data.manifest import is_latent_data
 from uvit.training.checkpoint import find_checkpoint, read_state
 from uvit.training.optim import load_optimizer_state
 from uvit.training.sharding import reshard
@@ -75,11 +76,18 @@ def check_same_run(config: Config, run_dir: Path, config_file: Path | None) -> l
     Raises:
         InputError: differences that make it another run.
     """
+    if is_latent_data(str(run_dir)):
+        raise InputError(f"{run_dir} holds latents: use another --train.run_dir")
     before = None
-    if (run_dir / CHECKPOINT_FOLDER).is_dir() and (run_dir / CONFIG_FILE).is_file():
-        before = from_dict(Config, read_json(run_dir / CONFIG_FILE))  # a broken one is reported, not replaced
+    own, weights = run_dir / CONFIG_FILE, run_dir / WEIGHTS_FILE
+    if own.is_file() and (weights.is_file() or (run_dir / CHECKPOINT_FOLDER).is_dir()):
+        raw = read_json(own)
+        if config_kind(raw) != "network":
+            before = from_dict(Config, raw)  # a broken one is reported, not replaced
     if config_file is not None:
         before = from_dict(Config, read_json(config_file))
+    if before is None and weights.is_file():
+        raise InputError(f"{run_dir} holds weights that are no run's: use another --train.run_dir")
     if before is None:
         return []
     other_run, harmless = changes(before, config)

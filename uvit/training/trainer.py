@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from uvit.common.cli import command_line, process_state
 from uvit.common.errors import InputError, Interrupted, TrainingError
-from uvit.common.files import atomic_write, remove_leftovers, write_text
+from uvit.common.files import atomic_write, remove_leftovers
 from uvit.common.messages import warn, warn_on_failure
 from uvit.common.signals import StopRequest, stop_on_signals
-from uvit.config import CONFIG_FILE, GRID_FOLDER, GRID_PATTERN, METRICS_FILE, WEIGHTS_FILE, Config, grid_path, to_json
+from uvit.config import CONFIG_FILE, GRID_FOLDER, GRID_PATTERN, METRICS_FILE, WEIGHTS_FILE, Config, grid_path, save_json
 from uvit.data.batch import ImageData
 from uvit.data.loader import build_loader
 from uvit.data.skipped import describe_skipped
@@ -182,7 +182,7 @@ class Trainer:
         if self.is_main:
             for file in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, Path(GRID_FOLDER, GRID_PATTERN)):
                 remove_leftovers(self.run_dir / file)
-            write_text(self.run_dir / CONFIG_FILE, to_json(self.config))
+            save_json(self.run_dir / CONFIG_FILE, self.config)
             self.metrics = MetricsFile(self.run_dir / METRICS_FILE, self.done)
         if settings.tracker != "none":
             with warn_on_failure(f"to {settings.tracker}", (Exception,)):
@@ -304,7 +304,7 @@ class Trainer:
         config_file = self.run_dir / CONFIG_FILE
         if not config_file.is_file():
             warn(f"{config_file} is gone, and is written again")
-            write_text(config_file, to_json(self.config))
+            save_json(config_file, self.config)
         with warn_on_failure(str(self.metrics.path)):
             self.metrics.sync()
         write_weights(self.run_dir, state["ema"])

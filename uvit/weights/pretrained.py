@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, Unpack
 
-from uvit.common.errors import InputError
+from uvit.common.errors import InputError, short_repr
 from uvit.common.files import write_text
+from uvit.common.messages import notify
 from uvit.common.options import HubOptions
 from uvit.config import (
     CONFIG_FILE,
@@ -29,7 +30,7 @@ from uvit.config import (
     read_json,
     read_network_config,
     replace_fields,
-    to_json,
+    save_json,
 )
 from uvit.networks.contract import Network
 from uvit.weights.card import CARD_FILE, model_card
@@ -54,6 +55,8 @@ class PretrainedOptions(HubOptions, total=False):
     null_class: bool
 
 
+WRAPPERS = "module.", "_orig_mod."
+"""What DistributedDataParallel and torch.compile put before the names of a network's weights."""
 REFERENCE_FILE = "nnet_ema.pth"
 """Name of the averaged weights in a checkpoint folder of the paper's code."""
 
@@ -72,6 +75,8 @@ def find_pretrained(name_or_path: str | Path, **options: Unpack[HubOptions]) -> 
     """
     from uvit.common.hub import find_folder
 
+    if not isinstance(name_or_path, str | Path):
+        raise InputError(f"a checkpoint must be a path or a hub name, got {short_repr(name_or_path)}")
     path = Path(name_or_path)
     if options.get("revision") is None and isfile(path):
         return path
@@ -99,7 +104,7 @@ def read_pretrained(
             raise InputError(f"{path} has the weights of a {found.title}, expected those of a {expected.title}")
 
     if path.is_file():
-        weights = read_pth(path)
+        weights = strip_wrappers(read_pth(path), path)
         require(config_class_of(weights))
         try:
             return infer_config(weights, **fields), weights
@@ -110,8 +115,17 @@ def read_pretrained(
     return replace_fields(config, fields), read_weights(path / WEIGHTS_FILE)
 
 
+def strip_wrappers(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Removes what wrappers put before all names, and says so."""
+    stripped = weights
+    while prefix := next((each for each in WRAPPERS if stripped and all(n.startswith(each) for n in stripped)), None):
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
+        notify(f"{path}: {prefix!r} before all names is left out")
+    return stripped
+
+
 def find_mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """Describes the first difference in names or shapes between two state dicts; None where there is none.
+    """Describes the first difference in names, kinds or shapes between two state dicts; None where there is none.
 
     Args:
         expected: the network's own.
@@ -120,6 +134,8 @@ def find_mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
     for name, tensor in expected.items():
         if name not in given:
             return f"there is no {name}"
+        if tensor.is_floating_point() and not given[name].is_floating_point():
+            return f"{name} is {given[name].dtype}, expected floating point"
         if given[name].shape != tensor.shape:
             return f"{name} is {list(given[name].shape)}, expected {list(tensor.shape)}"
     unknown = [name for name in given if name not in expected]
@@ -172,7 +188,7 @@ def save_pretrained(network: Network, directory: str | Path) -> None:
     write_weights(Path(directory), network.state_dict())
     if not isfile(Path(directory) / CARD_FILE):
         write_text(Path(directory) / CARD_FILE, model_card(network.config, network.num_parameters))
-    write_text(config_file, to_json(network.config))
+    save_json(config_file, network.config)
 
 
 class PretrainedMixin:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,17 +18,21 @@ from uvit.common.errors import InputError, short_repr
 from uvit.common.files import atomic_write
 from uvit.config import WEIGHTS_FILE
 
+HASH_KEY = "hash"
+"""In a file's metadata, by which damaged weights are noticed."""
+
 
 def hash_weights(state_dict: Mapping[str, Tensor]) -> str:
     """Returns a hash of the weights: the first 16 hexadecimal digits of SHA-256 over names and float32 values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
 def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
-    """Writes a state dict to DIRECTORY/model.safetensors, atomically.
+    """Writes a state dict to DIRECTORY/model.safetensors, with its hash, atomically.
 
     Raises:
         InputError: it cannot be written.
@@ -37,23 +41,28 @@ def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
     path = directory / WEIGHTS_FILE
     try:
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_file(tensors, temporary, metadata={"format": "pt", HASH_KEY: hash_weights(tensors)})
     except SafetensorError as error:  # raised on a full disk, among others
         raise InputError(f"cannot write to {path}: {error}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file.
+    """Reads a safetensors file, and compares its weights with the hash that it has if this package wrote it.
 
     Raises:
-        InputError: no such file, or one that is not valid.
+        InputError: no such file, one that is not valid, or weights of another hash.
     """
     if not isfile(path):
         raise InputError(f"no weights at {path}")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            expected = (file.metadata() or {}).get(HASH_KEY)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a valid safetensors file: {error}") from None
+    if expected is not None and (found := hash_weights(weights)) != expected:
+        raise InputError(f"{path} is damaged, its weights must have hash {expected}, got {found}: copy it again")
+    return weights
 
 
 def load_tensors_only(path: Path) -> Any:

@@ -33,6 +33,7 @@ SKIPPED = {
     "nnet_ema.pth": "needs a published file; the tests make one",
     "imagenet": "needs a download; the tests encode and train on photos",
     "mscoco": "needs a download; the tests encode and train on captions",
+    "fashion": "needs a download; the tests train on such files",
     "birds": "needs images of your own; the tests make a folder of some",
 }
 

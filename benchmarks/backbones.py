@@ -87,7 +87,7 @@ class Arguments:
     """The budget, as a multiple of what the data's config spends."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of training."""
-    lrs: tuple[float, ...] = (2e-3, 4.3e-3, 9.3e-3, 2e-2)
+    lrs: tuple[float, ...] = (4.3e-3, 9.3e-3, 2e-2, 4.3e-2)
     """Learning rates to search."""
     search_share: float = 0.2
     """Length of a run of the search, as a share of the arm's steps at equal FLOPs."""

@@ -1,8 +1,8 @@
 """Class-conditional Fashion-MNIST, 28x28 grey: clothes in ten classes.
 
-It is downloaded from the hub, or read from a folder of its IDX files: `--data.name FOLDER`. 12,000 steps take 17
-minutes on two cores with bf16; the README has the results. Of what was tried, most of it at a third of that, wider,
-deeper or more finely cut networks, other learning rates, smaller batches and data prediction were worse for the time.
+It is downloaded from the hub, or read from a folder of its IDX files: `--data.name FOLDER`. The README has
+the results. Of what was tried, most of it with a third of the steps, wider, deeper or more finely cut networks, other
+learning rates, smaller batches and data prediction were worse for the time.
 """
 
 from dataclasses import replace

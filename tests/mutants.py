@@ -67,8 +67,8 @@ OPERATORS = {
     ast.Or: ast.And,
     ast.USub: ast.UAdd,
 }
-FORKED_FOR = 20
-"""Times as long as the unchanged module's tests that a mutant may take."""
+TIMES_AS_LONG = 20
+"""How many times as long as those of the unchanged module the tests of a mutant may run."""
 
 
 def replacements(node: ast.AST) -> Iterator[ast.AST]:
@@ -209,7 +209,7 @@ def main() -> None:
             started = time.monotonic()
             if not passes(module, (ROOT / f"uvit/{module}.py").read_text(), 3600):
                 sys.exit(f"the tests of {module} do not pass as it is")
-            limits[module] = FORKED_FOR * (time.monotonic() - started)
+            limits[module] = TIMES_AS_LONG * (time.monotonic() - started)
         key = f"{module}: {change.partition(': ')[2]}"
         if key in equivalent:
             excused += 1

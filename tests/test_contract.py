@@ -137,10 +137,20 @@ def test_a_pruned_network_is_not_whole():
         network.require_whole()
 
 
+def drawing_network(config):
+    """A network whose output depends on everything: no weights are 0, as some are at the start of training."""
+    network = build_network(config).eval()
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
 @EACH
 def test_one_time_may_be_a_number(config):
-    network, inputs = build_network(config).eval(), inputs_of(config)
+    network, inputs = drawing_network(config), inputs_of(config)
     expected = network(**{**inputs, "timesteps": torch.tensor([500.0, 500.0])})
+    assert not torch.equal(network(**{**inputs, "timesteps": 400}), expected)
     for times in (500, 500.0, torch.tensor(500), torch.tensor([500.0])):
         assert torch.equal(network(**{**inputs, "timesteps": times}), expected)
 
@@ -174,7 +184,7 @@ def test_inputs_of_another_type_are_refused(config, name, change, message):
 @EACH
 def test_other_precisions_and_functional_transforms(config):
     """Whole networks in other precisions, and those of torch.func over weights, inputs and samples."""
-    network, inputs = build_network(config).eval(), inputs_of(config)
+    network, inputs = drawing_network(config), inputs_of(config)
     with torch.no_grad():
         expected = network(**inputs)
         for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
@@ -205,7 +215,7 @@ def test_other_precisions_and_functional_transforms(config):
 @EACH
 def test_a_network_survives_to_empty_and_other_default_dtypes(config):
     """Also what is not in its state dict, as part of a larger module."""
-    network, inputs = build_network(config).eval(), inputs_of(config)
+    network, inputs = drawing_network(config), inputs_of(config)
     with torch.device("meta"):
         whole = torch.nn.Sequential(build_network(config)).eval()
     whole.to_empty(device="cpu")

@@ -272,7 +272,8 @@ def test_an_image_without_a_caption_is_an_error_or_counted(three, capsys):
             b"file_name,text\n0.png,a,b\n",
             r"cannot read .*metadata.csv: line 2 has more cells than columns",
         ),
-        ("metadata.csv", b"file_name,text\n0.png,a\n./0.png,b\n", r"0\.png must have one line of metadata, got two"),
+        ("metadata.csv", b"file_name,text\n0.png,a\n./0.png,b\n", r"'0\.png' must have one line of metadata, got two"),
+        ("metadata.csv", b"file_name,text\n,a\n,b\n", r"'' must have one line of metadata, got two"),
         (
             "metadata.csv",
             b"file_name,text,caption\n0.png,a,b\n",

@@ -59,7 +59,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         sampling_times(config.process, config.sample)
         if config.sample.mixed_precision != "auto":
             resolve_precision(config.sample.mixed_precision, device_type, config.model.width)
-    check_batch(config.train, int(os.environ.get("WORLD_SIZE", 1)))
+    check_batch(config.train, int(os.environ.get("WORLD_SIZE") or 1))
     for engine in ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise InputError(f"a model is sharded by --train.shard True, got {engine}: launch without it")

@@ -116,7 +116,7 @@ def read_captions(
         for row in rows:
             image = PurePath(os.path.normpath(os.path.join(*place, row[FILE_COLUMN]))).parts
             if image in captions:
-                raise InputError(f"{os.path.join(*image)} must have one line of metadata, got two, one in {path}")
+                raise InputError(f"{'/'.join(image)!r} must have one line of metadata, got two, one in {path}")
             sources[image], captions[image] = source, captions_in(row.get(column), path)
     beside = {_without_ending(names): names for names in files if names[-1].lower().endswith(SIDECAR)}
     for image in images:

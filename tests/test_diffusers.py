@@ -22,6 +22,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import PipelineCallback
 from helpers.encoders import make_autoencoder, make_text_encoder
 from helpers.golden import with_golden_weights
 from helpers.hub_server import READER, Hub, serve_hub
@@ -35,6 +36,7 @@ from uvit.diffusion.process import SCHEDULES
 from uvit.diffusion.samplers import ImageNoise, denoiser, guide, sample
 from uvit.diffusion.solvers import SOLVERS
 from uvit.integrations.diffusers import UNetModel, UViTModel, UViTPipeline, make_scheduler, set_times
+from uvit.networks import backbone
 from uvit.networks.encoders import load_encoders
 from uvit.sampling.runs import load_run
 
@@ -63,6 +65,7 @@ def random_weights(model: UViT | UNet) -> UViT | UNet:
 
 @pytest.fixture(scope="module")
 def network() -> UViT:
+    torch.manual_seed(0)
     return random_weights(UViT(UVIT))
 
 
@@ -486,6 +489,79 @@ def test_a_callback_may_watch_and_change_latents(network):
     assert torch.equal(seen[-1][2], images)
     zeros = pipe(**draw, callback_on_step_end=lambda *given: {"latents": torch.zeros_like(given[-1]["latents"])}).images
     assert torch.equal(zeros, torch.zeros_like(images))
+
+
+def test_a_callback_may_end_sampling(network):
+    pipe = pipeline(network, FLOW, make_scheduler(FLOW))
+    draw = {"class_labels": [0], "latents": noise_for(network, 1), "num_inference_steps": 4, "output_type": "latent"}
+    seen = []
+
+    def stop(given, step, timestep, tensors):
+        assert given.num_timesteps == 4 and not given.interrupt
+        seen.append(tensors["latents"].clone())
+        given._interrupt = step == 1
+
+    images = pipe(**draw, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["latents"]).images
+    assert len(seen) == 2 and torch.equal(images, seen[1])
+    assert not torch.equal(pipe(**draw).images, images), "the next call runs to its end"
+    nothing = []
+    pipe(**draw, callback_on_step_end=lambda *given: nothing.append(given[-1]), callback_on_step_end_tensor_inputs=[])
+    assert nothing == [{}] * 4
+
+    class Official(PipelineCallback):
+        tensor_inputs = ("prompt_embeds",)
+
+    for options in ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, {"callback_on_step_end": Official()}):
+        with pytest.raises(InputError, match="tensor_inputs must be of latents, got 'prompt_embeds'"):
+            pipe(**draw, **options)
+
+
+@pytest.mark.parametrize("config", [UVIT, UNET])
+def test_a_pipeline_may_be_made_from_another(config):
+    first = pipeline(random_weights(build_network(config)), FLOW, make_scheduler(FLOW), class_names=["a", "b", "c"])
+    second = UViTPipeline.from_pipe(first)
+    assert second.transformer is first.transformer and second.config["class_names"] == ["a", "b", "c"]
+    draw = {"class_labels": ["b"], "num_inference_steps": 2, "output_type": "latent"}
+    given, expected = (pipe(**draw, generator=torch.manual_seed(0)).images for pipe in (second, first))
+    assert torch.equal(given, expected)
+    other = UViTPipeline.from_pipe(first, scheduler=make_scheduler(FLOW, "heun"))
+    assert isinstance(other.scheduler, FlowMatchHeunDiscreteScheduler)
+
+
+@pytest.mark.parametrize("config", [UVIT, UNET])
+def test_a_part_counts_parameters_and_recomputes_blocks_as_a_model_of_diffusers(config, monkeypatch):
+    plain = random_weights(build_network(config))
+    part = pipeline(plain, FLOW, make_scheduler(FLOW)).transformer
+    assert part.num_parameters() == plain.num_parameters
+    next(part.parameters()).requires_grad_(False)
+    assert part.num_parameters(only_trainable=True) < part.num_parameters()
+    embedding = sum(layer.weight.numel() for layer in part.modules() if isinstance(layer, torch.nn.Embedding))
+    assert part.num_parameters(exclude_embeddings=True) == part.num_parameters() - embedding < part.num_parameters()
+
+    calls = []
+    recompute = backbone.checkpoint
+    monkeypatch.setattr(backbone, "checkpoint", lambda *given, **named: calls.append(1) or recompute(*given, **named))
+    inputs = noise_for(plain), 500.0, torch.tensor(LABELS)
+    assert not part.is_gradient_checkpointing
+    expected = part(*inputs)
+    assert not calls
+    part.enable_gradient_checkpointing()
+    assert part.is_gradient_checkpointing and torch.equal(part(*inputs), expected)
+    assert len(calls) == len(part.blocks)
+    part.disable_gradient_checkpointing()
+    part(*inputs)
+    assert not part.is_gradient_checkpointing and len(calls) == len(part.blocks)
+
+
+def test_numbers_of_numpy_are_numbers(network):
+    pipe = pipeline(network, FLOW, make_scheduler(FLOW))
+    latents = noise_for(network, 2)
+    draw = {"class_labels": [1], "latents": latents, "output_type": "latent"}
+    given, expected = (
+        pipe(**draw, num_inference_steps=whole(3), num_images_per_prompt=whole(2), guidance_scale=real(1.5)).images
+        for whole, real in ((np.int64, np.float32), (int, float))
+    )
+    assert torch.equal(given, expected)
 
 
 @pytest.mark.parametrize(

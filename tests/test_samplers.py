@@ -171,6 +171,16 @@ def test_every_combination_draws_gaussian_data(name, prediction, solver, spacing
     assert len(calls) == num_evaluations(process, ending)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_euler_takes_equal_steps_where_the_slope_of_the_noise_is_finite(schedule):
+    process = ProcessConfig(schedule=schedule, prediction="data")
+    times = sampling_times(process, SampleConfig(sampler="euler", num_steps=4))
+    if schedule in ("flow", "cosine"):
+        assert times == [1.0, 0.75, 0.5, 0.25, 0.0]
+    else:  # σ grows as √t
+        assert times[-2:] == [0.001, 0.0] and len(times) == 5
+
+
 @pytest.mark.parametrize("solver", ["euler_maruyama", "dpm_solver_fast", "dpmpp_fast"])
 @pytest.mark.parametrize("name", ["iddpm", "cosine", "flow"])
 def test_a_grid_on_which_a_solver_is_unstable_is_refused(name, solver):

@@ -110,6 +110,17 @@ def test_features_only_gives_the_chosen_blocks():
     assert timm.create_model(SMALL, **sizes, features_only=True).feature_info.out_indices == (2, 3, 4)
 
 
+def test_features_come_in_the_order_asked_for():
+    sizes = {"embed_dim": 32, "depth": 4, "num_heads": 4}
+    torch.manual_seed(0)
+    features = timm.create_model(SMALL, **sizes, features_only=True, out_indices=(3, 0, -2, 1))
+    assert features.feature_info.module_name() == ["out_blocks.0", "in_blocks.0", "out_blocks.0", "in_blocks.1"]
+    x = torch.randn(2, 3, 32, 32)
+    found = features(x)
+    each = [features.model.forward_intermediates(x, [n], intermediates_only=True)[0] for n in (3, 0, 3, 1)]
+    assert len(found) == 4 and all(torch.equal(ours, theirs) for ours, theirs in zip(found, each))
+
+
 @pytest.mark.parametrize("block", [0, 2, 3])
 def test_features_only_keeps_no_deep_blocks_that_it_does_not_need(block):
     sizes = {"embed_dim": 32, "depth": 4, "num_heads": 4}

@@ -11,6 +11,7 @@ import types
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,6 +25,15 @@ SEAL = "uvit_hash"
 
 NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 """Characters that no file system, tokenizer or font accepts."""
+
+
+def _plain(value: Any) -> Any:
+    """Returns numbers of other libraries, such as numpy's, as Python's, which JSON holds; also those in a tuple."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -76,7 +86,8 @@ class Section:
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
-            value = getattr(self, name)
+            value = _plain(getattr(self, name))
+            object.__setattr__(self, name, value)
             if not _fits(value, hint):
                 near = did_you_mean(value, _choices(hint)) if isinstance(value, str) else ""
                 raise InputError(f"{name} must be {_expected(hint)}, got {short_repr(value)}{near}")

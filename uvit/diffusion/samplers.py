@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import get_args
 
@@ -187,8 +188,9 @@ def _sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]
         outer = time_grid(schedule, len(orders), spacing, t_start, t_end, shift)
         parts = [time_grid(schedule, k, "log_snr", t, s) for k, t, s in zip(orders, outer, outer[1:])]
         return outer[:1] + [t for part in parts for t in part[1:]]
-    if sampler in ("euler", "euler_maruyama") and spacing == "uniform" and not config.t_end and config.num_steps > 1:
-        # For vp, σ'(t) is unbounded near 0: the last slope is taken at TIME_MARGIN, as in the paper's runs.
+    steep = sampler == "euler_maruyama" or (sampler == "euler" and not math.isfinite(schedule.derivative_at(0.0)[1]))
+    if steep and spacing == "uniform" and not config.t_end and config.num_steps > 1:
+        # σ'(0) is infinite there, or noise is left: the last slope is taken at TIME_MARGIN, as in the paper's runs.
         return [*time_grid(schedule, config.num_steps - 1, spacing, t_start, TIME_MARGIN, shift), 0.0]
     return time_grid(schedule, config.num_steps, spacing, t_start, config.t_end, shift)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from os.path import isfile
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Unpack
 
 from uvit.common.errors import InputError, did_you_mean, short_repr
 from uvit.common.hub import find_folder
@@ -39,6 +39,7 @@ from uvit.config import (
 from uvit.diffusion.process import SCHEDULES
 from uvit.diffusion.reuse import reuse_deep_features
 from uvit.diffusion.samplers import guide
+from uvit.integrations.pipeline_part import READING_OPTIONS, PipelinePart, check_dtype
 from uvit.integrations.schedulers import Scheduler, check_scheduler, make_scheduler, set_times
 from uvit.networks.backbone import Backbone
 from uvit.networks.encoders import (
@@ -53,96 +54,16 @@ from uvit.networks.encoders import (
 from uvit.sampling.conditions import Condition, batch_conditions, resolve_conditions
 from uvit.sampling.runs import load_run
 from uvit.weights.build import UNet, UViT
-from uvit.weights.pretrained import PretrainedMixin, PretrainedOptions
 
 INDEX_FILE = "model_index.json"
-READING_OPTIONS = {
-    *("use_safetensors", "low_cpu_mem_usage", "disable_mmap"),
-    *("max_memory", "offload_folder", "offload_state_dict", "use_flashpack"),
-}
-"""Arguments of diffusers for how weights are read; they are accepted and have no effect."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def check_dtype(dtype: Any) -> None:
-    """Checks the dtype to load weights in, since diffusers ignores invalid ones.
-
-    Raises:
-        InputError: neither a floating point dtype of PyTorch nor None.
-    """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(f"torch_dtype must be a floating point dtype such as torch.float16, got {short_repr(dtype)}")
-
-
-class PipelinePart(PretrainedMixin):
-    """Lets diffusers load and save a network as a part of a pipeline; its folder is an ordinary folder of weights."""
-
-    def forward(
-        self: Any,
-        x: Tensor,
-        timesteps: Tensor | float,
-        y: Tensor | None = None,
-        context: Tensor | None = None,
-        outer: int | None = None,
-        deep: Tensor | None = None,
-    ) -> Any:
-        """Predicts as the network, or as its forward_reusing if `outer` is given: hooks wrap only `forward`."""
-        both = self.forward_reusing(x, timesteps, y, context, outer or 0, deep)
-        return both[0] if outer is None else both
-
-    def to(self: Any, *arguments: Any, **named: Any) -> Any:
-        """Moves or casts the model; that of ModelMixin warns of modules to keep in float32, of which there are none."""
-        return torch.nn.Module.to(self, *arguments, **named)
-
-    @classmethod
-    def of(cls: Any, network: Backbone) -> Any:
-        """Copies a network, with its device and dtype, in eval mode."""
-        weight = next(network.parameters())
-        model = cls(network.config).to(weight.device, weight.dtype)
-        model.load_state_dict(network.state_dict())
-        return model.eval()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        *,
-        subfolder: str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
-        device_map: str | torch.device | None = None,
-        **options: Unpack[PretrainedOptions],
-    ) -> Self:
-        """Loads as the network does, with the arguments of diffusers.
-
-        Args:
-            name_or_path: folder, or hub name.
-            subfolder: a folder inside it, such as the `transformer` of a pipeline.
-            torch_dtype: of the weights; None is float32.
-            dtype: the same.
-            device_map: device to load to; None is the CPU.
-            **options: as for PretrainedMixin.from_pretrained, and READING_OPTIONS, which have no effect.
-
-        Raises:
-            InputError: as PretrainedMixin.from_pretrained, or a device_map with several devices.
-        """
-        try:
-            device = None if device_map is None else torch.device(device_map)
-        except (RuntimeError, TypeError):
-            given = short_repr(device_map)
-            raise InputError(f"device_map must be one device for a network, such as 'cuda', got {given}") from None
-        check_dtype(dtype or torch_dtype)
-        known: Any = dict(options)
-        known = {name: value for name, value in known.items() if value is not None and name not in READING_OPTIONS}
-        model = super().from_pretrained(f"{name_or_path}/{subfolder}" if subfolder else name_or_path, **known)
-        return model.to(device, dtype or torch_dtype)
-
-
-class UViTModel(PipelinePart, UViT, ModelMixin):
+class UViTModel(PipelinePart, UViT, ModelMixin):  # type: ignore[misc]  # counts parameters by a method, as diffusers
     """A UViT as a part of a pipeline."""
 
 
-class UNetModel(PipelinePart, UNet, ModelMixin):
+class UNetModel(PipelinePart, UNet, ModelMixin):  # type: ignore[misc]  # as above
     """A UNet as a part of a pipeline."""
 
     # its first weight tells the dtype of the embedded time
@@ -174,7 +95,8 @@ def _resolve_call(
             f"got {short_repr(batch_size)}: give num_images_per_prompt"
         )
     for name, number in (("batch_size", batch_size), ("num_images_per_prompt", num_images_per_prompt)):
-        if number is not None and (not isinstance(number, int) or number < 1):
+        whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if number is not None and (not whole or number < 1):
             raise InputError(f"{name} must be a whole number from 1, got {short_repr(number)}")
     rows = resolve_conditions(config, labels, config.sample.prompts) * (batch_size or 1)
     return [row for row in rows for _ in range(num_images_per_prompt)]
@@ -229,6 +151,9 @@ class UViTPipeline(DiffusionPipeline):
     text_encoder: Any
     tokenizer: Any
 
+    _interrupt = False
+    _num_timesteps = 0
+    _callback_tensor_inputs = ("latents",)
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers' name and type)
 
@@ -266,6 +191,21 @@ class UViTPipeline(DiffusionPipeline):
     def process(self) -> ProcessConfig:
         """The part of the process that sampling needs."""
         return from_dict(ProcessConfig, {name: self.config[name] for name in ("schedule", "prediction")})
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`: the steps after it are left out, and images are made from there."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of the network's evaluations in the last call, or in the one under way."""
+        return self._num_timesteps
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, Any]:
+        # from_pipe takes a part over whose class is among these
+        return {**super()._get_signature_types(), "transformer": tuple(PARTS.values())}
 
     def _check_scheduler(self) -> None:
         latents = self.vae is not None or self.transformer.config.in_chans not in IMAGE_CHANNELS
@@ -365,6 +305,7 @@ class UViTPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         reuse: str = "none",
         callback_on_step_end: Callable[[UViTPipeline, int, Any, dict[str, Tensor]], Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draws images.
 
@@ -382,8 +323,10 @@ class UViTPipeline(DiffusionPipeline):
             negative_prompt: text that guidance leads away from, instead of the empty caption.
             num_images_per_prompt: images per label or prompt, next to each other.
             reuse: `K:EVERY` reuses deep features, which is faster; `none` does not. As for sample.py's --reuse.
-            callback_on_step_end: called after each step with the pipeline, the step's number, its timestep and
-                {"latents": x}; sampling continues with the latents that it returns, if any.
+            callback_on_step_end: called after each step with the pipeline, the step's number, its timestep and a dict
+                of tensors; sampling continues with the `latents` that it returns, if any, and ends early where it sets
+                the pipeline's `_interrupt`.
+            callback_on_step_end_tensor_inputs: the tensors that it gets: `latents` is the only one.
 
         Raises:
             InputError: conditions that the network does not take, guidance without a null class, a scheduler that does
@@ -410,6 +353,11 @@ class UViTPipeline(DiffusionPipeline):
         conditions = _resolve_call(config, _listed(class_labels), batch_size, num_images_per_prompt)
         if self.vae is None and output_type != "latent" and model.in_chans not in IMAGE_CHANNELS:
             raise InputError(f"a model with in_chans {model.in_chans} needs a vae to make images, got None")
+        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        for name in _listed(tensor_inputs):
+            if name not in self._callback_tensor_inputs:
+                takes = f"callback_on_step_end_tensor_inputs must be of {', '.join(self._callback_tensor_inputs)}"
+                raise InputError(f"{takes}, got {short_repr(name)}")
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {short_repr(output_type)}")
         shape = (len(conditions), model.in_chans, *model.image_shape)
@@ -433,12 +381,16 @@ class UViTPipeline(DiffusionPipeline):
         step_options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents.to(device).float()
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        self._interrupt, self._num_timesteps = False, len(times)
         with self.progress_bar(total=len(times)) as progress:
             for step, (timestep, t) in enumerate(zip(scheduler.timesteps, times)):
+                if self.interrupt:
+                    break
                 scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
                 x = scheduler.step(output(scaled, t), timestep, x, **step_options, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    x = (callback_on_step_end(self, step, timestep, {"latents": x}) or {}).get("latents", x)
+                    tensors = {name: x for name in _listed(tensor_inputs)}
+                    x = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", x)
                 progress.update()
         if self.vae is not None and output_type != "latent":
             x = decode_latents(self.vae, x, self.vae.config.scaling_factor)

@@ -8,15 +8,28 @@ from typing import Any
 
 import torch
 from diffusers import (
+    DDIMParallelScheduler,
     DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
 
-from uvit.common.errors import InputError
+from uvit.common.errors import InputError, one_line
 from uvit.config import Kind, ProcessConfig, SampleConfig, SolverName
 from uvit.diffusion.process import NUM_STEPS, SCHEDULES, TIME_MARGIN, Discrete, shift_time
 from uvit.diffusion.samplers import sampling_times
@@ -46,6 +59,24 @@ FLOW_SCHEDULERS: dict[SolverName, Scheduler] = {
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+DRAWING_TABLES = (
+    *(DDIMScheduler, DDIMParallelScheduler, DDPMScheduler, DDPMParallelScheduler, DEISMultistepScheduler),
+    *(DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, UniPCMultistepScheduler, SASolverScheduler),
+    *(EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler),
+    *(KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler, PNDMScheduler),
+)
+"""Schedulers that draw right images of a process with a table. Others go from images to noise, take a network that was
+distilled for them, or need more than its prediction."""
+WITHOUT_DATA = (EulerAncestralDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler, PNDMScheduler)
+"""Those of them that take no network that predicts data."""
+DRAWING_FLOW = (*FLOW_SCHEDULERS.values(), DPMSolverSinglestepScheduler)
+"""Those that draw right images of `flow`: others of `use_flow_sigmas` end before the noise does."""
+STRIDING = (DDIMScheduler, DDIMParallelScheduler, PNDMScheduler)
+"""Those whose steps all go down by the same whole number of entries, wherever their grid says that the next one is."""
+STRIDE_TOLERANCE = 0.05
+"""Largest share of a table that such steps may leave out: noise is left in the images then."""
+START_TOLERANCE = 0.05
+"""Largest α of a grid's first time, above the process's own at its end, at which noise may stand for a noisy image."""
 OWN_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "shift_terminal")
 """Options of a scheduler for grids that are not uniform in time."""
 
@@ -169,6 +200,17 @@ def check_scheduler(scheduler: Scheduler, process: ProcessConfig, latents: bool 
             fits = distance.abs().max().item() <= TABLE_TOLERANCE
     if not fits:
         raise InputError(f"{name} follows {follows}, expected the process of schedule {process.schedule!r}: {advice}")
+    drawing = DRAWING_FLOW if process.schedule == "flow" else DRAWING_TABLES
+    if not isinstance(scheduler, drawing):
+        known = ", ".join(cls.__name__.removesuffix("Scheduler") for cls in drawing)
+        raise InputError(f"{name} does not draw images of schedule {process.schedule!r}, expected one of {known}")
+    if process.prediction == "data" and isinstance(scheduler, WITHOUT_DATA):
+        raise InputError(f"{name} takes networks that predict noise or v, got one that predicts data: {advice}")
+    if not _is_flow(scheduler) and SCHEDULES[process.schedule].singular_start:
+        # Others divide by α in their first step, or interpolate σ / α there.
+        begins_at_zero = _option(scheduler, "rescale_betas_zero_snr")
+        if begins_at_zero is None or (scheduler.alphas_cumprod[-1] == 0 and not begins_at_zero):
+            raise InputError(f"{name} cannot begin where α is 0, as on schedule {process.schedule!r}: {advice}")
     given = _option(scheduler, "prediction_type") or ("flow_prediction" if _is_flow(scheduler) else "epsilon")
     if given != expected:
         reason = f"expected {expected!r} for a network that predicts {process.prediction!r}"
@@ -179,6 +221,8 @@ def check_scheduler(scheduler: Scheduler, process: ProcessConfig, latents: bool 
     for option in ("use_dynamic_shifting", "invert_sigmas", *grid_options, *clip_options):
         if _option(scheduler, option):
             raise InputError(f"{name} must have {option} False for this pipeline, got True")
+    if (end := _option(scheduler, "final_sigmas_type")) not in (None, "zero"):
+        raise InputError(f"{name} must have final_sigmas_type 'zero', or noise is left in the images, got {end!r}")
 
 
 def set_times(
@@ -199,13 +243,30 @@ def set_times(
         A time for each of `scheduler.timesteps`.
 
     Raises:
-        InputError: more steps than a table has entries.
+        InputError: more steps than a table has entries, fewer than the scheduler needs, or a grid that begins where
+            images are not noise yet.
     """
     if not _is_flow(scheduler):
+        name = type(scheduler).__name__
         if num_steps > (entries := len(scheduler.alphas_cumprod)):
             raise InputError(f"num_inference_steps must be at most {entries}, the entries of a table, got {num_steps}")
-        scheduler.set_timesteps(num_steps, device=device)
+        try:
+            scheduler.set_timesteps(num_steps, device=device)
+        except ValueError as error:  # the first steps of PNDM take four
+            raise InputError(f"{name} has no grid of {num_steps} steps, take more: {one_line(error)}") from None
+        if scheduler.timesteps[-1] < 0 and scheduler.order == 1:  # their np.arange may give one timestep too many
+            scheduler.timesteps = scheduler.timesteps[:-1]
+            if hasattr(scheduler, "sigmas"):
+                scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
+        covered = entries // num_steps * num_steps
+        if isinstance(scheduler, STRIDING) and covered < (1 - STRIDE_TOLERANCE) * entries:
+            strides = f"{name} strides {entries // num_steps} entries a step, so that {num_steps} steps cover {covered}"
+            raise InputError(f"{strides} of {entries}: take fewer steps, or a number that divides {entries}")
         times = ((scheduler.timesteps.double() + 1) / TABLE_STEPS).tolist()
+        alpha, last = (SCHEDULES[process.schedule].at(t)[0] for t in (times[0], entries / TABLE_STEPS))
+        if alpha > last + START_TOLERANCE:
+            begins = f"{name} begins {num_steps} steps at time {times[0]:g}, where the image's share α is {alpha:.2g}"
+            raise InputError(f"{begins}, expected {last:.2g} as in noise: timestep_spacing 'trailing' begins there")
     else:
         samplers = [name for name, cls in FLOW_SCHEDULERS.items() if isinstance(scheduler, cls)]
         shift = _option(scheduler, "flow_shift") or _option(scheduler, "shift") or 1.0

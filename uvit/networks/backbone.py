@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -27,7 +27,7 @@ class Backbone(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return count_parameters(self.parameters())
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -133,6 +133,11 @@ class Backbone(nn.Module):
             if joined and number < middle:
                 skips.append(h)
         return h
+
+
+def count_parameters(parameters: Iterable[Tensor]) -> int:
+    """Returns how many numbers some parameters have."""
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def check_inputs(

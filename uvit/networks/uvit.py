@@ -215,7 +215,7 @@ class UViT(Backbone):
             context: (B, num_context_tokens, context_dim); a model that takes one has no default.
 
         Returns:
-            The list of intermediates, in the order of the blocks; unless `intermediates_only`, a pair of the normed
+            The list of intermediates, in the order of `indices`; unless `intermediates_only`, a pair of the normed
             tokens (B, L, D) after the last block that ran, and this list; or a dict, see `output_dict`.
 
         Raises:
@@ -232,19 +232,19 @@ class UViT(Backbone):
         timesteps = check_inputs(config, self.weight_dtype, x, timesteps, y, context)
         h, conditions = self._embed(x, timesteps, y, context)
         skips: list[Tensor] = []
-        prefixes, patches = [], []
+        found: dict[int, tuple[Tensor, Tensor]] = {}
         for number in range(max(taken, default=-1) + 1 if stop_early else len(self.blocks)):
             h = self._run(range(number, number + 1), h, conditions, skips)
             if number in taken:
                 prefix, tokens = (self.norm(h) if norm else h).tensor_split([config.num_extra_tokens], dim=1)
                 if output_fmt == "NCHW":
                     tokens = rearrange(tokens, "B (h w) D -> B D h w", h=config.grid_shape[0]).contiguous()
-                prefixes.append(prefix)
-                patches.append(tokens)
+                found[number] = prefix, tokens
+        prefixes, patches = [found[number][0] for number in taken], [found[number][1] for number in taken]
         if output_dict:
-            found: dict[str, Any] = {"image_intermediates": patches}
-            found |= {"image_intermediates_prefix": prefixes} if return_prefix_tokens else {}
-            return found if intermediates_only else {**found, "image_features": self.norm(h)}
+            named: dict[str, Any] = {"image_intermediates": patches}
+            named |= {"image_intermediates_prefix": prefixes} if return_prefix_tokens else {}
+            return named if intermediates_only else {**named, "image_features": self.norm(h)}
         intermediates = list(zip(patches, prefixes)) if return_prefix_tokens else patches
         return intermediates if intermediates_only else (self.norm(h), intermediates)
 

@@ -32,6 +32,7 @@ from uvit.config import (
     replace_fields,
     save_json,
 )
+from uvit.networks.backbone import count_parameters
 from uvit.networks.contract import Network
 from uvit.weights.card import CARD_FILE, model_card
 from uvit.weights.published import config_class_of, infer_config
@@ -187,7 +188,7 @@ def save_pretrained(network: Network, directory: str | Path) -> None:
             raise InputError(f"{directory} holds {what}, whose {CONFIG_FILE} would be overwritten: use another folder")
     write_weights(Path(directory), network.state_dict())
     if not isfile(Path(directory) / CARD_FILE):
-        write_text(Path(directory) / CARD_FILE, model_card(network.config, network.num_parameters))
+        write_text(Path(directory) / CARD_FILE, model_card(network.config, count_parameters(network.parameters())))
     save_json(config_file, network.config)
 
 
@@ -254,6 +255,6 @@ class PretrainedMixin:
         from uvit.common.hub import push_folder
 
         with tempfile.TemporaryDirectory() as folder:
-            write_text(Path(folder) / CARD_FILE, model_card(self.config, self.num_parameters, repo_id))
+            write_text(Path(folder) / CARD_FILE, model_card(self.config, count_parameters(self.parameters()), repo_id))
             save_pretrained(self, Path(folder))
             return push_folder(Path(folder), repo_id, "Push a network", private, revision, token)

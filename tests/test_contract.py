@@ -9,9 +9,11 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 
 from uvit import UNet, UNetConfig, UViT, UViTConfig, build_network
 from uvit.common.errors import InputError
+from uvit.config import WEIGHTS_FILE
 from uvit.networks import unet, uvit
 from uvit.networks.contract import Network
 from uvit.weights.build import NETWORKS
@@ -213,7 +215,7 @@ def test_other_precisions_and_functional_transforms(config):
 
 
 @EACH
-def test_a_network_survives_to_empty_and_other_default_dtypes(config):
+def test_a_network_survives_to_empty_and_other_default_dtypes(config, tmp_path):
     """Also what is not in its state dict, as part of a larger module."""
     network, inputs = drawing_network(config), inputs_of(config)
     with torch.device("meta"):
@@ -223,6 +225,12 @@ def test_a_network_survives_to_empty_and_other_default_dtypes(config):
         assert buffer.isfinite().all()
     whole[0].load_state_dict(network.state_dict())
     assert torch.equal(whole[0](**inputs), network(**inputs))
+    network.save_pretrained(tmp_path)
+    for include_buffers in (False, True):
+        with init_empty_weights(include_buffers=include_buffers):
+            empty = build_network(config)
+        loaded = load_checkpoint_and_dispatch(empty, tmp_path / WEIGHTS_FILE, device_map={"": "cpu"}).eval()
+        assert torch.equal(loaded(**inputs), network(**inputs))
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:

@@ -81,8 +81,8 @@ class UViT(Backbone):
         if config.pos_embed == "learned":
             num_tokens = config.num_extra_tokens + math.prod(config.grid_shape)
             self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, dim))
-        else:
-            self.reset_buffers()
+        else:  # on the default device, where accelerate's init_empty_weights leaves buffers
+            self.register_buffer("pos_embed", self._fixed_positions(None, torch.get_default_dtype()), persistent=False)
 
         self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.depth // 2))
         self.mid_block = Block(config)
@@ -104,7 +104,7 @@ class UViT(Backbone):
             like = next(self.parameters())
             self.register_buffer("pos_embed", self._fixed_positions(like.device, like.dtype), persistent=False)
 
-    def _fixed_positions(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _fixed_positions(self, device: torch.device | None, dtype: torch.dtype) -> Tensor:
         width = self.config.embed_dim
         patches = build_sincos2d_pos_embed(list(self.config.grid_shape), width, device=device)  # (N, D), row by row
         extras = torch.zeros(self.config.num_extra_tokens, width, device=device)
@@ -113,6 +113,8 @@ class UViT(Backbone):
     def _apply(self: UViTType, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UViTType:
         """Moves all tensors, and computes the buffer where it had no values: `to_empty` makes some up."""
         without_values = self.config.pos_embed == "sincos2d" and self.pos_embed.is_meta
+        if without_values and not next(self.parameters()).is_meta:  # as accelerate leaves it, which then moves all
+            self.reset_buffers()
         super()._apply(fn, recurse)
         if without_values and not self.pos_embed.is_meta:
             self.pos_embed = self._fixed_positions(self.pos_embed.device, self.pos_embed.dtype)

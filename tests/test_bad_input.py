@@ -231,6 +231,13 @@ BAD_INPUT = [
         "--checkpoint runs/tiny --features dino --output new/deep/figures.json",
         "features must be 'pixels', ",
     ),
+    ("train", "tiny.py --data.name zero --train.run_dir new", "of the data (zero/"),
+    (
+        "sample",
+        "--checkpoint runs/tiny --text_encoder clip",
+        "--text_encoder is for a model with a context, got 'clip'",
+    ),
+    ("evaluate", "--checkpoint runs/tiny --reference object.npz", "object.npz does not hold statistics"),
     ("encode", "--data folder.png --output folder.png", "--output must be another folder than that of the images"),
     ("encode", "--data folder.png --output runs/tiny", "got runs/tiny, which has a config.json"),
 ]
@@ -260,6 +267,10 @@ def obstacles(trained_on_text) -> None:
     (trained / "texts").mkdir()
     (trained / "texts/words.txt").write_text("a word\n")
     save_folder(trained / "folder.png", classes=DIGITS, count=1)
+    save_folder(trained / "zero", classes=DIGITS, count=1)
+    for path in (trained / "zero").rglob("*.png"):
+        path.write_bytes(b"")
+    np.savez(trained / "object.npz", mu=np.zeros(64), sigma=np.eye(64), num_images=np.array(None))
     save_folder(trained / "one", classes="a", count=1)
     np.savez(trained / "other.npz", mu=np.zeros(3), sigma=np.eye(3), features="inception")
     np.savez(trained / "fits.npz", mu=np.zeros(64), sigma=np.eye(64))

@@ -238,6 +238,13 @@ def test_bad_input_is_one_line_and_exit_2(arguments, message, workdir, monkeypat
     assert files_of(workdir) == before
 
 
+def test_a_folder_in_the_place_of_a_shard_is_found_first(workdir, monkeypatch, capsys):
+    Path("taken/shard-00003-of-00004.arrow").mkdir(parents=True)
+    line = refused("encode", [*SHARED, "--output", "taken"], monkeypatch, capsys)
+    assert line == "error: cannot write to taken/shard-00003-of-00004.arrow: it is a folder"
+    assert not Path("taken/manifest.json").exists()
+
+
 def test_latents_of_another_autoencoder_are_refused(workdir, monkeypatch, capsys):
     torch.manual_seed(1)
     other = make_autoencoder(workdir / "other")

@@ -117,6 +117,7 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack characters
     signal.signal(signal.SIGTERM, _end_by_sigterm)
     try:
+        check_environment()
         main(sys.argv[1:])
     except InputError as error:
         remove_made()

@@ -83,6 +83,16 @@ def remove_leftovers(path: Path) -> None:
                 leftover.unlink()
 
 
+def refuse_folder(path: Path) -> None:
+    """Checks that a file to write is no folder.
+
+    Raises:
+        InputError: it is.
+    """
+    if os.path.isdir(path):
+        raise InputError(f"cannot write to {path}: it is a folder")
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to; it replaces `path` once the block has ended without an error.
@@ -91,8 +101,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         InputError: the file cannot be created, written or renamed.
     """
     make_directory(path.parent)
-    if os.path.isdir(path):
-        raise InputError(f"cannot write to {path}: it is a folder")
+    refuse_folder(path)
     target = path.resolve()  # a link stays a link
     temporary = temporary_path(target)
     try:
@@ -121,8 +130,7 @@ def atomic_write_group(path: Path) -> Iterator[Path]:
         InputError: the files cannot be created, written or moved.
     """
     make_directory(path.parent)
-    if os.path.isdir(path):
-        raise InputError(f"cannot write to {path}: it is a folder")
+    refuse_folder(path)
     target = path.resolve()
     folder = temporary_path(target)
     try:
@@ -222,8 +230,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / LOCK_FILE
-    if path.is_dir():
-        raise InputError(f"cannot write to {path}: it is a folder")
+    refuse_folder(path)
     try:
         path.touch()
     except OSError as error:

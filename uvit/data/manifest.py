@@ -22,7 +22,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from uvit.common.errors import InputError
-from uvit.common.files import atomic_write
+from uvit.common.files import atomic_write, refuse_folder
 from uvit.config import MAX_SIDE, MAX_TOKENS, Section, from_dict, read_json, save_json
 from uvit.networks.encoders import Autoencoder, TextEncoder
 from uvit.weights.tensors import hash_weights
@@ -199,8 +199,10 @@ def check_same_encoding(folder: Path, manifest: Manifest) -> None:
     """Checks that a folder of latents to be continued was started with the same settings.
 
     Raises:
-        InputError: different settings, with both values.
+        InputError: different settings, with both values, or a folder where a shard would go.
     """
+    for shard in range(manifest.num_shards):
+        refuse_folder(folder / manifest.shard_file(shard))
     if is_latent_data(folder):
         before = read_manifest(folder)
         for field in dataclasses.fields(Manifest):

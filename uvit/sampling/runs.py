@@ -107,6 +107,8 @@ class DrawArguments(Section):
             reuse=self.reuse,
             mixed_precision=self.mixed_precision,
         )
+        if self.text_encoder is not None and not config.model.context_dim:
+            raise InputError(f"--text_encoder is for a model with a context, got {self.text_encoder!r} for one without")
         resolve_precision(sampling.mixed_precision, device.type, config.model.width)
         check_compile(self.compile, device.type)
         # Reuse calls parts of the network, so it is compiled block by block.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,7 +175,9 @@ class Trainer:
             self.accelerator.num_processes,
             pin_memory=self.device.type == "cuda",
         )
-        self.batches = batches_on_device(self.device, loader, self.run_dir)
+        batches = batches_on_device(self.device, loader, self.run_dir)
+        first = list(itertools.islice(batches, 1))  # before anything is written: data may be broken
+        self.batches = itertools.chain(first, batches)
 
     def open_records(self) -> None:
         """Opens the outputs of the run: its folder, metrics, tracker and progress bar."""

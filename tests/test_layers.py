@@ -3,7 +3,14 @@ from __future__ import annotations
 import torch
 
 from uvit import UViT
-from uvit.networks.layers import timestep_embedding
+from uvit.networks.layers import HeadNorm, timestep_embedding
+
+
+def test_queries_are_normed_in_their_own_precision():
+    norm, x = HeadNorm(8, eps=1e-6), 1e-3 * torch.randn(2, 8)
+    torch.nn.init.normal_(norm.weight)
+    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_adaln_equals_the_formula_of_the_paper(tiny):

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 from helpers.golden import ARRAYS, FACTS, config_of, golden_inputs, golden_model, rnd
+from helpers.plain_uvit import plain_uvit, sincos_positions
 
 from uvit import UViT, UViTConfig
 from uvit.common.errors import InputError
+from uvit.networks import backbone
 
 RELATIVE = 1e-5
 
@@ -67,7 +69,7 @@ OPTIONS = [
     {"patch_embed": "conv"},
     {"patch_embed": "conv", "patch_size": 4},
     {"patch_embed": "conv", "patch_size": 1, "img_size": 4},
-    {"pos_embed": "sincos2d"},
+    {"pos_embed": "sincos2d", "img_size": (4, 8)},
     {"qk_norm": True},
     {"qkv_bias": True, "mlp_ratio": 2.5},
 ]
@@ -86,6 +88,20 @@ def random_inputs(config: UViTConfig, batch: int = 3) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_computes_what_the_formulas_say(tiny, options):
+    torch.manual_seed(0)
+    config = dataclasses.replace(tiny, **options)
+    model = UViT(config).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    inputs = {name: each.double() if name != "y" else each for name, each in random_inputs(config).items()}
+    inputs["timesteps"] = inputs["timesteps"] / 100  # whose embedding in float32 is as good as exact
+    expected = plain_uvit(model.state_dict(), config, **inputs)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(model(**inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_reaches_every_parameter(tiny, options):
     torch.manual_seed(0)
     config = dataclasses.replace(tiny, **options)
@@ -98,7 +114,7 @@ def test_every_option_reaches_every_parameter(tiny, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"time_conditioning": "adaln"}, {"skip": "add"}], ids=str)
-def test_gradient_checkpointing_changes_nothing(tiny, options):
+def test_gradient_checkpointing_changes_nothing(tiny, options, monkeypatch):
     config = dataclasses.replace(tiny, **options)
     plain, inputs = UViT(config), random_inputs(config)
     thrifty = UViT(config, gradient_checkpointing=True)
@@ -109,6 +125,9 @@ def test_gradient_checkpointing_changes_nothing(tiny, options):
             block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model(**inputs).square().sum().backward()
         assert len(calls) == times * (config.depth + 1)
+    monkeypatch.setattr(backbone, "checkpoint", None)  # not needed where no gradient is
+    with torch.no_grad():
+        assert torch.equal(thrifty(**inputs), plain(**inputs))
     for ours, theirs in zip(plain.parameters(), thrifty.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
 
@@ -129,7 +148,15 @@ def test_initial_weights_equal_those_of_the_paper():
     assert model.mid_block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.mid_block.mlp.fc1.bias.abs().max() == 0
     assert model.label_emb.weight.std().item() == pytest.approx(1, rel=0.05)
+    weight, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
+    assert weight.abs().max() <= 12**-0.5 and bias.any()  # PyTorch's default, ±1 / √fan-in
     assert all(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if name.endswith("weight"))
+
+
+def test_an_adaptive_norm_starts_as_a_plain_one(tiny):
+    norm = UViT(tiny, time_conditioning="adaln").mid_block.norm2
+    assert torch.equal(norm.proj.bias, torch.cat([torch.ones(32), torch.zeros(32)]))
+    assert norm.proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_resize_changes_the_patch_part_of_the_positions_only(tiny):
@@ -145,6 +172,23 @@ def test_resize_changes_the_patch_part_of_the_positions_only(tiny):
     with torch.no_grad():
         flat.pos_embed.copy_(torch.ones_like(flat.pos_embed))
     torch.testing.assert_close(flat.resize(16).pos_embed, torch.ones(1, 1 + 64, 32))
+
+
+def test_resize_interpolates_positions_row_by_row(tiny):
+    model = UViT(tiny, img_size=(4, 8))
+    before = model.pos_embed.detach()[:, 1:].mT.unflatten(2, (2, 4))
+    model.resize((12, 8))
+    expected = torch.nn.functional.interpolate(before, (6, 4), mode="bicubic", antialias=True, align_corners=False)
+    torch.testing.assert_close(model.pos_embed[:, 1:].mT.unflatten(2, (6, 4)), expected)
+    assert model.patch_embed.img_size == (12, 8) and model.patch_embed.grid_size == (6, 4)
+    model.pos_embed.requires_grad_(False)
+    assert not model.resize(8).pos_embed.requires_grad
+
+
+def test_fixed_positions_are_those_of_rows_and_columns(tiny):
+    positions = UViT(tiny, pos_embed="sincos2d", img_size=(4, 8), num_classes=3).pos_embed
+    assert not positions[:, :2].any()
+    torch.testing.assert_close(positions[0, 2:], sincos_positions(2, 4, 32).float())
 
 
 def test_resize_recomputes_fixed_positions(tiny):

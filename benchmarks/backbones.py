@@ -1,11 +1,11 @@
 """U-Net or U-ViT, with and without skips, at equal FLOPs and at equal time: `python benchmarks/backbones.py`.
 
-Each arm is the data's config with another network: the same images, process, optimizer, average and solver. Its
-learning rate comes from short runs, by their Fréchet distance from training images alone. Then each arm trains for each
-seed until it has spent the training FLOPs of the config, and again until it has spent its time, by steps that were
-timed on this machine with the arms in turn. Averages from along the way draw unguided images, which are judged as by
-evaluate.py. Writes benchmarks/results/backbones.json and .md, and for each data set pictures of quality over FLOPs and
-over time, and of samples from the same noise.
+Each arm is the data's config with another network: the same images, process, optimizer and solver, and an average over
+the same share of the run. Its learning rate comes from short runs, by their Fréchet distance from training images
+alone. Then each arm trains for each seed until it has spent the training FLOPs of the config, and again until it has
+spent its time, by steps that were timed on this machine with the arms in turn. Averages from along the way draw
+unguided images, which are judged as by evaluate.py. Writes benchmarks/results/backbones.json and .md, and for each data
+set pictures of quality over FLOPs and over time, and of samples from the same noise.
 
 The same command goes on where it was stopped, from the JSON and from folders in runs/backbones, each named by its
 run's config; with other --seeds it adds theirs.
@@ -73,6 +73,8 @@ BUDGETS = {"flops": "equal training FLOPs", "time": "equal training time"}
 ATTENTION_SIDE = 16
 """Feature maps of a U-Net up to this side have attention, as in DDPM's and ADM's."""
 GRID_COLUMNS = 10
+MAX_WARMUP = 0.1
+"""Largest share of a run with a rising learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +186,13 @@ class Study:
         return max(1, round(share * self.given.scale * self.base.train.num_steps * ratio))
 
     def plan(self, arm: str, num_steps: int, lr: float, seed: int, num_points: int) -> Run:
-        """Returns a run of an arm."""
-        every = math.ceil(num_steps / num_points)
-        train = replace(self.base.train, num_steps=num_steps, seed=seed, save_every=every, keep=num_points)
-        config = replace(self.base, model=self.arms[arm], optim=replace(self.base.optim, lr=lr), train=train)
+        """Returns a run of an arm, whose average covers the same share of it as that of the data's config."""
+        every, whole = math.ceil(num_steps / num_points), self.base.train
+        ema_decay = max(0.0, 1 - (1 - whole.ema_decay) * whole.num_steps / num_steps)
+        train = replace(whole, num_steps=num_steps, seed=seed, ema_decay=ema_decay, save_every=every, keep=num_points)
+        warmup_steps = min(self.base.optim.warmup_steps, math.ceil(MAX_WARMUP * num_steps))
+        optim = replace(self.base.optim, lr=lr, warmup_steps=warmup_steps)
+        config = replace(self.base, model=self.arms[arm], optim=optim, train=train)
         digest = hashlib.sha256(f"{self.given.num_images} {to_json(config)}".encode()).hexdigest()[:10]
         label = re.sub(r"\W+", "-", f"{arm} {num_steps} steps lr {lr:g} seed {seed}".lower())
         return Run(config, self.given.num_images, RUNS / self.name / f"{label}-{digest}")
@@ -318,6 +323,8 @@ def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
                 plot_range(axes, x, [[point[quality] for point in points] for points in runs], arm, **style)
         grid[0, column].set(title=BUDGETS[budget], yscale="log")
         grid[1, column].set(xlabel={"flops": "training TFLOPs", "time": "seconds of training steps"}[axis])
+        grid[0, column].yaxis.set_major_formatter("{x:g}")
+        grid[0, column].yaxis.set_minor_formatter("{x:g}")
     grid[0, 0].set(ylabel="Fréchet distance / real")
     grid[1, 0].set(ylabel="recognised as the class asked for")
     for axes in grid.flat:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import resource
 
 import pytest
@@ -10,7 +11,14 @@ from helpers.malicious import PICKLE, WORDS
 
 from uvit import Config
 from uvit.common.errors import InputError
-from uvit.training.checkpoint import checkpoint_dirs, find_checkpoint, load_checkpoint, save_checkpoint
+from uvit.training.checkpoint import (
+    checkpoint_dirs,
+    find_checkpoint,
+    find_config,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 
 
 def test_the_newest_checkpoint_is_loaded_and_old_ones_are_removed(tmp_path):
@@ -61,6 +69,60 @@ def test_broken_checkpoints_are_not_counted_as_kept(tmp_path):
     assert [int(path.name[5:]) for path in checkpoint_dirs(tmp_path)] == [1, 2, 3, 4]
     save_checkpoint(tmp_path, Config(), 5, {}, keep=2)
     assert [int(path.name[5:]) for path in checkpoint_dirs(tmp_path)] == [4, 5]
+
+
+def test_all_checkpoints_may_be_kept(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, Config(), step, {}, keep=None)
+    (tmp_path / "checkpoints/step_of_mine").mkdir()
+    assert [path.name for path in checkpoint_dirs(tmp_path)] == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_the_marker_has_size_and_hash(tmp_path):
+    save_checkpoint(tmp_path, Config(), 1, {"w": torch.zeros(2**19)}, keep=1)
+    content = (tmp_path / "checkpoints/step_00000001/training_state.pt").read_bytes()
+    assert len(content) > 2**20
+    marker = json.loads((tmp_path / "checkpoints/step_00000001/complete.json").read_text())
+    assert marker == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda marker, state: marker.unlink(), "it has no complete.json"),
+        (lambda marker, state: state.unlink(), "it has no training_state.pt"),
+        (lambda marker, state: state.unlink() or state.mkdir(), "it cannot be read: Is a directory"),
+        (lambda marker, state: marker.write_text("{"), "its complete.json is not JSON"),
+        (lambda marker, state: marker.write_text("[" * 100_000), "its complete.json is not JSON"),
+        (lambda marker, state: marker.write_bytes(b"\xff"), "its complete.json is not JSON"),
+        (
+            lambda marker, state: state.write_bytes(state.read_bytes()[:-1] + b"\x01"),
+            "its training_state.pt is not what complete.json says",
+        ),
+    ],
+)
+def test_the_fault_of_a_broken_checkpoint_is_told(damage, fault, tmp_path):
+    save_checkpoint(tmp_path, Config(), 1, {}, keep=1)
+    assert find_checkpoint(tmp_path)[1] == {}
+    folder = tmp_path / "checkpoints/step_00000001"
+    damage(folder / "complete.json", folder / "training_state.pt")
+    with pytest.raises(InputError, match=re.escape(f"is not a complete checkpoint ({fault}), and no older one is")):
+        find_checkpoint(tmp_path)
+
+
+def test_the_config_is_that_of_the_newest_checkpoint_that_has_one(tmp_path):
+    assert find_config(tmp_path) is None
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, Config(), step, {}, keep=None)
+    assert find_config(tmp_path) == tmp_path / "checkpoints/step_00000003/config.json"
+    (tmp_path / "checkpoints/step_00000003/config.json").unlink()
+    assert find_config(tmp_path) == tmp_path / "checkpoints/step_00000002/config.json"
+
+
+def test_a_state_of_another_kind_is_refused(tmp_path):
+    torch.save([1, 2], tmp_path / "training_state.pt")
+    with pytest.raises(InputError, match=r"training_state.pt must hold a dict, got list"):
+        read_state(tmp_path)
 
 
 def test_leftovers_of_a_kill_are_removed_by_the_next_save(tmp_path):

@@ -8,9 +8,11 @@ from scipy.linalg import sqrtm
 from uvit.common.errors import InputError
 from uvit.evaluation.metrics import (
     FeatureSample,
+    Gaussian,
     ImageHash,
     InceptionScore,
     Moments,
+    describe_statistics,
     frechet_distance,
     is_statistics,
     kernel_distance,
@@ -57,6 +59,19 @@ def test_frechet_distance_to_itself_is_zero_even_where_pixels_are_constant():
     assert frechet_distance(gaussian, gaussian) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_covariance_that_rounding_made_indefinite_has_the_root_of_its_positive_part():
+    rounded = Gaussian(torch.zeros(2).double(), torch.diag(torch.tensor([1.0, -0.01])).double())
+    whole = Gaussian(torch.zeros(2).double(), torch.eye(2).double())
+    for a, b in ((rounded, whole), (whole, rounded)):
+        assert frechet_distance(a, b) == pytest.approx(0.99 + 2 - 2)
+
+
+def test_the_hash_of_a_gaussian_is_of_mean_and_covariance():
+    mean, covariance = torch.randn(3).double(), torch.eye(3).double()
+    hashes = {Gaussian(mean, covariance).hash, Gaussian(mean + 1, covariance).hash, Gaussian(mean, 2 * covariance).hash}
+    assert len(hashes) == 3 and {len(each) for each in hashes} == {16}
+
+
 class Identity(torch.nn.Module):
     num_features = 16
 
@@ -91,6 +106,27 @@ def test_kernel_distance():
         kernel_distance(a, b[:3])
     x, y = torch.ones(50, 4), torch.zeros(40, 4)  # k(x, x) = (1 + 1)³, k(x, y) = k(y, y) = 1
     assert kernel_distance(x, y)[0] == pytest.approx(8 + 1 - 2)
+
+
+def test_kernel_distance_is_torch_fidelitys_with_the_subsets_of_the_paper():
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    a, b = torch.randn(2000, 3), torch.randn(2001, 3) + 0.1
+    theirs = kid_features_to_metric(a, b, kid_subsets=100, kid_subset_size=1000, verbose=False)
+    expected = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
+    assert kernel_distance(a, b) == (*expected, 1000)
+    assert kernel_distance(a[1:], b)[2] == 999
+
+
+def test_a_sample_keeps_ten_thousand_features_in_the_order_of_their_places():
+    features, places = torch.arange(12_000.0)[:, None], shuffled_places(12_000)
+    expected = features[places.argsort()][:10_000]
+    for order in (1, -1):
+        sample = FeatureSample(1)
+        for part, its_places in [*zip(features.split(999), places.split(999))][::order]:
+            sample.update(part, its_places)
+        assert torch.equal(sample.gather(torch.device("cpu")), expected)
+    assert FeatureSample(3).gather(torch.device("cpu")).shape == (0, 3)
 
 
 def test_a_sample_of_features_is_bounded_and_fair():
@@ -166,6 +202,11 @@ def test_what_an_npz_holds(tmp_path):
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     np.savez(tmp_path / "both.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), mu=np.zeros(3), sigma=np.eye(3))
     assert not is_statistics(tmp_path / "images.npz") and is_statistics(tmp_path / "both.npz")
+    np.savez(tmp_path / "neither.npz", sigma=np.eye(3))  # which is for load_statistics to say
+    assert is_statistics(tmp_path / "neither.npz")
+    np.savez(tmp_path / "counted.npz", num_images=7)
+    described = [describe_statistics(tmp_path / name) for name in ("counted.npz", "both.npz")]
+    assert described == ["statistics of 7 images", "statistics of others"]
     assert not is_statistics(tmp_path) and not is_statistics(tmp_path / "nowhere.npz")
 
 

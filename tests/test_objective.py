@@ -66,6 +66,15 @@ def test_min_snr_weights_equal_those_of_the_paper(kind, weight):
     torch.testing.assert_close(loss, (weight((alpha / sigma) ** 2) * error.square()).mean())
 
 
+@pytest.mark.parametrize("space", ["noise", "flow"])
+def test_the_loss_is_computed_in_single_precision(space):
+    """Whatever the network's: half precision would round squares of small errors away."""
+    process = ProcessConfig(schedule="flow", prediction="noise", loss_space=space)
+    half = diffusion_loss(lambda x, t: network(x, t).bfloat16(), X0, process, times=TIMES, noise=NOISE)
+    same = diffusion_loss(lambda x, t: network(x, t).bfloat16().float(), X0, process, times=TIMES, noise=NOISE)
+    assert torch.equal(half, same) and half.dtype == torch.float32
+
+
 def test_loss_depends_on_the_generator_alone():
     process = ProcessConfig(time_distribution="logit_normal")
     losses = [diffusion_loss(network, X0, process, torch.Generator().manual_seed(seed)).item() for seed in (3, 3, 4)]

@@ -54,6 +54,37 @@ def test_muon_orthogonalises_in_bf16_only_where_the_processor_has_it(tiny, monke
     assert muon.zeropower_via_newtonschulz is of_timm
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_muon_follows_nesterovs_momentum(tiny, monkeypatch, momentum):
+    """The average of gradients so far, looked ahead by one: (1 - μ) g + μ m with m = μ m + (1 - μ) g."""
+    monkeypatch.setattr(optim, "cpu_has_bf16", lambda: False)
+    model = UViT(tiny)
+    optimizer = build_optimizer(model, OptimConfig(name="muon", lr=1.0, weight_decay=0.0, momentum=momentum))
+    weight, average = model.mid_block.mlp.fc1.weight, 0.0
+    for _ in range(3):
+        before, gradient = weight.detach().clone(), torch.randn_like(weight)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        average = momentum * average + (1 - momentum) * gradient
+        ahead = (1 - momentum) * gradient + momentum * average
+        expected = muon.zeropower_via_newtonschulz(ahead, 5, muon._COEFFICIENTS["quintic"], dtype=torch.float32)
+        update = before - weight.detach()
+        assert torch.cosine_similarity(update.flatten(), expected.flatten(), dim=0) > 1 - 1e-5
+
+
+def test_adamw_of_muon_has_its_own_rate_and_looks_ahead_too(tiny):
+    model = UViT(tiny)
+    config = OptimConfig(name="muon", lr=1e-2, weight_decay=0.0, fallback_lr_scale=0.5, betas=(0.5, 0.75))
+    optimizer, weight = build_optimizer(model, config), model.decoder_pred.weight
+    before, average = weight.detach().clone(), 0.0
+    for step, sign in enumerate((1, -1), start=1):  # the square of the gradient is 1, and so is its average
+        weight.grad = sign * torch.ones_like(weight)
+        optimizer.step()
+        average = 0.5 * average + 0.5 * sign
+        before -= 0.5 * 1e-2 * (0.5 * average + 0.5 * sign) / (1 - 0.5**step)
+        torch.testing.assert_close(weight.detach(), before)
+
+
 @pytest.mark.parametrize(
     ("decay", "expected"),
     [
@@ -103,6 +134,30 @@ def test_learning_rates_equal_peak_times_factor_also_after_resuming(tiny, name, 
         if step >= 3:
             assert set_resumed(step) == peaks[0] * factor
             assert [group["lr"] for group in resumed.param_groups] == [peak * factor for peak in peaks]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_are_restored_and_settings_are_not(tiny, name):
+    model = UViT(tiny)
+    before = build_optimizer(model, OptimConfig(name=name, lr=1e-2, weight_decay=0.03, betas=(0.8, 0.9)))
+    model(torch.randn(2, 1, 8, 8), torch.tensor([5.0, 500.0])).square().sum().backward()
+    before.step()
+    settings = OptimConfig(name=name, lr=1e-3, weight_decay=0.1, betas=(0.5, 0.6))
+    after, fresh = (build_optimizer(UViT(tiny), settings) for _ in range(2))
+    load_optimizer_state(after, before.state_dict())
+    saved, loaded = before.state_dict(), after.state_dict()
+    assert loaded["state"].keys() == saved["state"].keys() and loaded["state"]
+    for number, moments in saved["state"].items():
+        for key, value in moments.items():
+            torch.testing.assert_close(loaded["state"][number][key], value, rtol=0, atol=0)
+    assert loaded["param_groups"] == fresh.state_dict()["param_groups"]
+
+    load_optimizer_state(after, fresh.state_dict())  # of a run that has taken no step
+    assert not after.state_dict()["state"]
+    few = {**saved, "state": {number: saved["state"][number] for number in [*saved["state"]][1:]}}
+    count = len(saved["state"])
+    with pytest.raises(ValueError, match=f"its optimizer has state of {count - 1} parameters, expected {count}"):
+        load_optimizer_state(after, few)
 
 
 def test_the_state_of_another_optimizer_is_refused(tiny):

@@ -94,6 +94,27 @@ def test_time_distributions():
     assert logits.std().item() == pytest.approx(1.2, abs=0.02)
 
 
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_times_come_from_the_generator_alone(distribution):
+    process = ProcessConfig(time_distribution=distribution)
+    first, again, other = (
+        sample_times(process, 5, torch.device("cpu"), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_times_of_a_table_are_its_steps_and_nothing_between(name):
+    schedule = SCHEDULES[name]
+    times = torch.tensor([0.0, 1e-4, 0.0011, 0.5, 0.9999, 1.0], dtype=torch.float64)
+    discrete = torch.tensor([0.001, 0.001, 0.002, 0.5, 1.0, 1.0], dtype=torch.float64)
+    assert torch.equal(schedule.snap(times), discrete if name in DISCRETE else times)
+    if name in DISCRETE:  # also at the ends of its table, beyond which log-SNR has no time
+        ends = torch.tensor([0.001, 0.0015, 0.9995, 1.0], dtype=torch.float64)
+        torch.testing.assert_close(schedule.time_at(schedule.log_snr(ends)), ends, rtol=0, atol=3e-4)
+        assert schedule.time_at(schedule.log_snr(ends[[0, 3]])).tolist() == pytest.approx([0.001, 1.0], abs=1e-9)
+
+
 def test_time_shift_keeps_the_ends_and_scales_the_log_snr_of_flow():
     t = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
     shifted = shift_time(t, 3.0)

@@ -14,7 +14,16 @@ from helpers.golden import ARRAYS, golden_model, rnd
 from uvit.common.errors import InputError
 from uvit.config import ProcessConfig, SampleConfig
 from uvit.diffusion.process import SCHEDULES, TIME_MARGIN, Discrete, combine, shift_time
-from uvit.diffusion.samplers import ImageNoise, denoiser, guide, num_evaluations, sample, sampling_times, time_grid
+from uvit.diffusion.samplers import (
+    ImageNoise,
+    denoiser,
+    guide,
+    num_evaluations,
+    resolve_spacing,
+    sample,
+    sampling_times,
+    time_grid,
+)
 from uvit.diffusion.solvers import SOLVERS
 
 DISCRETE = [name for name, schedule in SCHEDULES.items() if isinstance(schedule, Discrete)]
@@ -239,6 +248,44 @@ def test_shifted_grids_keep_their_ends(shift):
     sample(network, process, config, lambda: torch.randn(2, 4), {"y": torch.ones(2)}, {"y": torch.zeros(2)})
     assert network.batches == [4, 4, 4]
     assert sampling_times(process, config)[1] == pytest.approx(shift_time(torch.tensor(2 / 3), shift).item(), rel=1e-4)
+
+
+def test_shifted_grids_are_uniform_before_the_shift():
+    times = time_grid(SCHEDULES["flow"], 4, t_start=0.9, t_end=0.1, shift=3.0)
+    before = torch.tensor([t / (3 - 2 * t) for t in times], dtype=torch.float64)  # t -> 3 t / (1 + 2 t) undone
+    torch.testing.assert_close(before.diff(), (before[-1:] - before[0]).expand(4) / 4)
+    # The steps of dpm_solver_fast are of orders 3, 3 and 2: they end at every third time.
+    fast = SampleConfig(sampler="dpm_solver_fast", spacing="uniform", num_steps=8, t_end=0.1)
+    found = sampling_times(ProcessConfig(schedule="vp", prediction="noise", time_shift=3.0), fast)
+    assert [found[n] for n in (0, 3, 6, 8)] == pytest.approx(time_grid(SCHEDULES["vp"], 3, t_end=0.1, shift=3.0))
+    inner = SCHEDULES["vp"].log_snr(torch.tensor(found[:4], dtype=torch.float64)).diff()
+    torch.testing.assert_close(inner, inner[:1].expand(3))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_log_snr_grid_begins_exactly_where_it_should(name):
+    singular = SCHEDULES[name].singular_start
+    for t_start in (1.0, 0.7003):
+        expected = min(t_start, 1 - TIME_MARGIN) if singular else t_start
+        assert time_grid(SCHEDULES[name], 5, "log_snr", t_start=t_start)[0] == expected
+
+
+def test_spacing_is_the_solvers_own_unless_given():
+    def spacing(name, sampler, **given):
+        return resolve_spacing(ProcessConfig(schedule=name, prediction="data"), SampleConfig(sampler=sampler, **given))
+
+    assert spacing("vp", "dpm_solver_fast") == spacing("flow", "dpmpp_fast") == "log_snr"
+    assert spacing("flow", "euler_maruyama") == "log_snr"
+    assert spacing("vp", "euler_maruyama") == spacing("vp", "dpmpp_fast") == spacing("flow", "dpmpp_2m") == "uniform"
+    assert spacing("vp", "dpm_solver_fast", spacing="uniform") == "uniform"
+    assert spacing("flow", "dpmpp_2m", spacing="log_snr") == "log_snr"
+
+
+def test_estimates_are_computed_in_single_precision():
+    x, output = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4).bfloat16()
+    found = denoiser(lambda x, t: output, SCHEDULES["ldm"], "noise")(x, 0.3)
+    expected = denoiser(lambda x, t: output.float(), SCHEDULES["ldm"], "noise")(x, 0.3)
+    assert all(torch.equal(ours, theirs) and ours.dtype == torch.float32 for ours, theirs in zip(found, expected))
 
 
 def test_sampling_respects_the_guidance_interval():

@@ -121,6 +121,37 @@ def test_euler_maruyama_has_weak_order_one(name):
     assert max(found[-1]) < 0.02
 
 
+def test_euler_maruyama_takes_the_reverse_sde_of_flow():
+    """f = -1 / (1 - t) and g² = 2 t / (1 - t), and no noise in the last step."""
+    schedule, x, z = SCHEDULES["flow"], torch.linspace(-2, 2, 9, dtype=torch.float64), 0.3
+    draws = iter([torch.full_like(x, z)])
+    expected = x
+    for t, s in ((0.8, 0.5), (0.5, 0.1)):
+        score = -gaussian_denoiser(schedule)(expected, t)[1] / t
+        drift = -expected / (1 - t) - 2 * t / (1 - t) * score
+        expected = expected + (s - t) * drift + (math.sqrt(2 * t / (1 - t) * (t - s)) * z if s > 0.1 else 0)
+    found = euler_maruyama(gaussian_denoiser(schedule), x, schedule, [0.8, 0.5, 0.1], lambda: next(draws))
+    torch.testing.assert_close(found, expected)
+
+
+def test_unipc_corrects_its_first_step_by_the_trapezoid():
+    """With B(h) = e^h - 1: the estimate over the step becomes the mean of those at its ends."""
+    schedule, x = SCHEDULES["vp"], torch.linspace(-2, 2, 9, dtype=torch.float64)
+    denoise, (t, s, end) = gaussian_denoiser(schedule), (0.9, 0.6, 0.3)
+
+    def advance(x, x0, t, s):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
+        return sigma_s / sigma_t * x + (alpha_s - alpha_t * sigma_s / sigma_t) * x0
+
+    first = denoise(x, t)[0]
+    second = denoise(advance(x, first, t, s), s)[0]
+    corrected = advance(x, (first + second) / 2, t, s)
+    log_snr = [math.log(alpha / sigma) for alpha, sigma in map(schedule.at, (t, s, end))]
+    ratio = (log_snr[2] - log_snr[1]) / (log_snr[1] - log_snr[0])
+    expected = advance(corrected, second + (second - first) * ratio / 2, s, end)
+    torch.testing.assert_close(SOLVERS["unipc"](denoise, x, schedule, [t, s, end]), expected)
+
+
 def test_euler_maruyama_needs_noise():
     with pytest.raises(InputError, match="needs a source of noise"):
         euler_maruyama(gaussian_denoiser(SCHEDULES["vp"]), torch.zeros(1), SCHEDULES["vp"], [1.0, 0.0])

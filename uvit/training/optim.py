@@ -20,7 +20,7 @@ from uvit.training.sharding import reshard
 def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
     """Builds the optimizer for all parameters of a network, all with weight decay as in the paper.
 
-    Muon leaves the parameters that match the network's `muon_fallback` to its AdamW.
+    Muon leaves the parameters that match the network's `muon_fallback` to its AdamW, which has Nesterov's momentum too.
     """
     module = cast(nn.Module, network)
     shared: dict[str, Any] = dict(

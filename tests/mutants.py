@@ -67,6 +67,7 @@ OPERATORS = {
     ast.Or: ast.And,
     ast.USub: ast.UAdd,
 }
+PASSIVE = ("annotation", "returns", "decorator_list", "bases")
 TIMES_AS_LONG = 20
 """How many times as long as those of the unchanged module the tests of a mutant may run."""
 
@@ -111,12 +112,8 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
 def mutants(source: str) -> Iterator[tuple[str, str]]:
     """Yields a description of each change of a module, and the changed module."""
     tree = ast.parse(source)
-    for parent in ast.walk(tree):
-        if isinstance(parent, ast.Raise | ast.JoinedStr | ast.arg | ast.Import | ast.ImportFrom):
-            continue
-        for name, value in ast.iter_fields(parent):
-            if name in ("annotation", "returns", "decorator_list", "bases"):
-                continue
+    for parent in _statements(tree):
+        for name, value in _parts(parent):
             for place, node in enumerate(value if isinstance(value, list) else [value]):
                 if not isinstance(node, ast.AST) or _is_message(parent, node):
                     continue
@@ -127,6 +124,20 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
                     text = ast.unparse(ast.fix_missing_locations(tree))
                     _put(parent, name, value, place, node)
                     yield f"{getattr(node, 'lineno', 0)}: {change}", text
+
+
+def _parts(node: ast.AST) -> Iterator[tuple[str, object]]:
+    """Yields the fields of a node that compute something: no annotations, messages, decorators, base classes."""
+    if not isinstance(node, ast.Raise | ast.JoinedStr | ast.arg | ast.Import | ast.ImportFrom):
+        yield from (each for each in ast.iter_fields(node) if each[0] not in PASSIVE)
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    for _, value in _parts(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _statements(child)
 
 
 def _put(parent: ast.AST, name: str, value: object, place: int, node: ast.AST) -> None:

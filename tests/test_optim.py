@@ -96,6 +96,7 @@ def test_adamw_of_muon_has_its_own_rate_and_looks_ahead_too(tiny):
 def test_learning_rates(decay, expected):
     config = OptimConfig(warmup_steps=2, decay=decay)
     assert [lr_factor(step, 6, config) for step in range(6)] == pytest.approx(expected, abs=1e-4)
+    assert lr_factor(2, 2, config) == 1  # all of the run is warm-up
 
 
 def test_the_first_update_of_a_warm_up_changes_nothing(tiny):

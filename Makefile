@@ -9,8 +9,8 @@ demo: .venv/.installed  ## train on digits, draw a grid, measure it
 	$(BIN)/python evaluate.py --checkpoint runs/digits $(EVALUATE_ARGS)
 	@echo "look at grid.png"
 
-test: .venv/.installed
-	$(BIN)/python -m pytest
+test: .venv/.installed  ## on all processors, the tests of a file on one
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from helpers.forks import in_a_fork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from uvit.common.errors import InputError
-from uvit.networks.attention import attention, resolve_backend, xformers_obstacle
+from uvit.networks.attention import _ask_xformers, attention, resolve_backend, xformers_obstacle
 
 needs_xformers = pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="xformers is not installed")
 
@@ -74,6 +74,11 @@ def test_the_obstacle_says_why_xformers_cannot_run(monkeypatch):
             assert obstacle.startswith(f"has no kernel for these tensors (dtype={dtype} (supported: ")
         obstacle = xformers_obstacle(36, torch.bfloat16)
         assert obstacle.startswith("has no kernel for these tensors (query.shape[-1] % 8 != 0")
+        for way in ("FwOp", "BwOp"):  # training needs both
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(f"xformers.ops.fmha.flash.{way}.not_supported_reasons", lambda inputs: ["too old"])
+                assert xformers_obstacle(48, torch.bfloat16) == "has no kernel for these tensors (too old)"
+            _ask_xformers.cache_clear()
         pretend_a_gpu(monkeypatch, has_kernels=False)
         assert "CUDA support)" in xformers_obstacle(64, torch.bfloat16)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
@@ -111,6 +116,8 @@ def test_explicit_backends_that_cannot_run():
 
 def test_auto_takes_math_only_for_short_bf16_sequences_on_a_cpu():
     assert resolve_backend("auto", "cpu", 64, 257, torch.bfloat16) == "math"
+    assert [resolve_backend("auto", "cpu", 64, length, torch.bfloat16) for length in (512, 513)] == ["math", "sdpa"]
+    assert resolve_backend("auto", "mps", 64, 257, torch.bfloat16) == "sdpa"
     assert resolve_backend("auto", "cpu", 64, 4096, torch.bfloat16) == "sdpa"
     assert resolve_backend("auto", "cpu", 64, 257, torch.float32) == "sdpa"
     assert resolve_backend("sdpa", "cpu", 64, 257, torch.bfloat16) == "sdpa"

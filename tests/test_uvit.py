@@ -344,8 +344,9 @@ def test_deep_features_of_the_same_input_give_the_same_output(tiny: UViTConfig, 
 
 
 def test_too_many_outer_blocks_are_refused(tiny: UViTConfig):
-    with pytest.raises(InputError, match="outer blocks must be 0 to 2, got 3"):
-        UViT(tiny).forward_reusing(X, TIMES, outer=3)
+    for outer in (3, -1):
+        with pytest.raises(InputError, match=f"outer blocks must be 0 to 2, got {outer}"):
+            UViT(tiny).forward_reusing(X, TIMES, outer=outer)
 
 
 def test_every_parameter_of_the_outer_blocks_still_gets_a_gradient(tiny: UViTConfig):
@@ -364,6 +365,25 @@ def test_a_pruned_model_neither_predicts_nor_saves(tmp_path):
         with pytest.raises(InputError, match="a pruned model only gives intermediates"):
             use()
     assert not list(tmp_path.iterdir())
+
+
+def test_pruning_removes_what_is_told_to_go(tiny):
+    x = torch.randn(1, 1, 8, 8)
+    for norm, head in ((False, False), (False, True), (True, False), (True, True)):
+        model = UViT(tiny)
+        tokens, found = model.forward_intermediates(x, [1, 3], stop_early=True)
+        assert model.prune_intermediate_layers([1, -2], prune_norm=norm, prune_head=head) == [1, 3]
+        assert (len(model.out_blocks), len(model.in_blocks)) == (1, 2)
+        identities = [
+            isinstance(part, torch.nn.Identity) for part in (model.norm, model.decoder_pred, model.final_layer)
+        ]
+        assert identities == [norm, head, head]
+        left, again = model.forward_intermediates(x, [1, 3])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, found))
+        assert torch.equal(left, tokens) != norm
+    model = UViT(tiny)
+    model.prune_intermediate_layers([0])
+    assert len(model.out_blocks) == 0 and model.forward_intermediates(x, [0])[1]
 
 
 @pytest.mark.parametrize("indices", ["abc", 1.5, ["1"], [0.5]])

@@ -111,7 +111,7 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
 
 def mutants(source: str) -> Iterator[tuple[str, str]]:
     """Yields a description of each change of a module, and the changed module."""
-    tree = ast.parse(source)
+    tree, lines = ast.parse(source), ["", *source.splitlines()]
     for parent in _statements(tree):
         for name, value in _parts(parent):
             for place, node in enumerate(value if isinstance(value, list) else [value]):
@@ -123,7 +123,8 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
                     change = f"{_shown(node)} -> {_shown(replacement)}"
                     text = ast.unparse(ast.fix_missing_locations(tree))
                     _put(parent, name, value, place, node)
-                    yield f"{getattr(node, 'lineno', 0)}: {change}", text
+                    number = getattr(node, "lineno", 0)
+                    yield f"{number}: {change}, in `{lines[number].strip()}`", text
 
 
 def _parts(node: ast.AST) -> Iterator[tuple[str, object]]:

@@ -66,6 +66,17 @@ def test_min_snr_weights_equal_those_of_the_paper(kind, weight):
     torch.testing.assert_close(loss, (weight((alpha / sigma) ** 2) * error.square()).mean())
 
 
+@pytest.mark.parametrize("fields", [{"loss_space": "data"}, {"weighting": "min_snr"}])
+def test_times_keep_clear_of_ends_where_an_error_would_be_divided_by_nothing(fields):
+    process = ProcessConfig(schedule="flow", prediction="noise", **fields)
+    ends, inside = torch.tensor([0.0, 1.0] * 3), torch.tensor([1e-3, 1 - 1e-3] * 3)
+    given, expected = (diffusion_loss(network, X0, process, times=each, noise=NOISE) for each in (ends, inside))
+    assert given.isfinite() and torch.equal(given, expected)
+    plain = ProcessConfig(schedule="flow", prediction="noise")
+    given, expected = (diffusion_loss(network, X0, plain, times=each, noise=NOISE) for each in (ends, inside))
+    assert given != expected
+
+
 @pytest.mark.parametrize("space", ["noise", "flow"])
 def test_the_loss_is_computed_in_single_precision(space):
     """Whatever the network's: half precision would round squares of small errors away."""

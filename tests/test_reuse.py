@@ -31,6 +31,6 @@ def test_features_linear_in_time_are_reused_exactly():
 def test_another_batch_size_starts_again():
     computed: list[float] = []
     network = reuse_deep_features(linear_network(computed), outer=1, every=2)
-    for t, size in ((9.0, 2), (8.0, 2), (7.0, 4), (6.0, 4), (5.0, 4), (4.0, 4), (3.0, 2)):
+    for t, size in ((9.0, 2), (8.0, 2), (7.0, 4), (6.0, 4), (5.0, 4), (4.0, 4), (3.0, 1)):
         assert len(network(torch.zeros(size, 1), torch.full((size,), t))) == size
     assert computed == [9, 8, 7, 6, 4, 3]

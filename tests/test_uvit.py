@@ -281,6 +281,23 @@ def test_intermediates_equal_the_outputs_of_the_blocks(tiny):
         assert torch.equal(torch.cat(normed[0][::-1], dim=1), model.norm(expected[2]))
 
 
+def test_intermediates_may_come_as_a_dict(tiny):
+    model, x = UViT(tiny).eval(), torch.randn(2, 1, 8, 8)
+    tokens, patches = model.forward_intermediates(x, [1, 3])
+    expected = {"image_intermediates": patches, "image_features": tokens}
+    prefixes = [pair[1] for pair in model.forward_intermediates(x, [1, 3], True, intermediates_only=True)]
+    assert [tuple(each.shape) for each in prefixes] == [(2, 1, 32)] * 2
+    for names, options in (
+        ({"image_intermediates"}, {"intermediates_only": True}),
+        ({"image_intermediates", "image_features"}, {}),
+        ({"image_intermediates", "image_features", "image_intermediates_prefix"}, {"return_prefix_tokens": True}),
+    ):
+        found = model.forward_intermediates(x, [1, 3], output_dict=True, **options)
+        assert found.keys() == names
+        for name in names:
+            torch.testing.assert_close(found[name], {**expected, "image_intermediates_prefix": prefixes}[name])
+
+
 def test_blocks_after_the_last_chosen_one_are_left_out(tiny):
     model, x = UViT(tiny).eval(), torch.randn(2, 1, 8, 8)
     calls = []

@@ -209,7 +209,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    equivalent = dict(line.split(" | ", 1) for line in EQUIVALENT.read_text().splitlines() if " | " in line)
+    equivalent = dict(line.rsplit(" | ", 1) for line in EQUIVALENT.read_text().splitlines() if " | " in line)
     chosen = []
     for module in given.modules:
         found = list(mutants((ROOT / f"uvit/{module}.py").read_text()))

@@ -231,6 +231,10 @@ def test_a_network_survives_to_empty_and_other_default_dtypes(config, tmp_path):
             empty = build_network(config)
         loaded = load_checkpoint_and_dispatch(empty, str(tmp_path / WEIGHTS_FILE), device_map={"": "cpu"}).eval()
         assert torch.equal(loaded(**inputs), network(**inputs))
+        with init_empty_weights(include_buffers=include_buffers):
+            empty = build_network(config).eval()
+        empty.to_empty(device="cpu").load_state_dict(network.state_dict())
+        assert torch.equal(empty(**inputs), network(**inputs))
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:

@@ -35,7 +35,9 @@ from uvit.config import Config, DataConfig, ProcessConfig, SampleConfig, UNetCon
 from uvit.diffusion.process import SCHEDULES
 from uvit.diffusion.samplers import ImageNoise, denoiser, guide, sample
 from uvit.diffusion.solvers import SOLVERS
-from uvit.integrations.diffusers import UNetModel, UViTModel, UViTPipeline, make_scheduler, set_times
+from uvit.integrations.diffusers import UNetModel, UViTModel, UViTPipeline
+from uvit.integrations.scheduler_steps import set_times
+from uvit.integrations.schedulers import make_scheduler
 from uvit.networks import backbone
 from uvit.networks.encoders import load_encoders
 from uvit.sampling.runs import load_run
@@ -47,6 +49,7 @@ SMALL = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "att
 UNET = UNetConfig(out_chans=2, **SMALL, **SHARED)
 LABELS = [0, 1, 2, 1]
 FLOW = ProcessConfig(schedule="flow", prediction="flow")
+LDM = ProcessConfig(schedule="ldm", prediction="v")
 TABLES = [
     (schedule, prediction)
     for schedule in ("vp", "ldm", "ddpm", "iddpm", "cosine")
@@ -526,6 +529,9 @@ def test_a_pipeline_may_be_made_from_another(config):
     assert torch.equal(given, expected)
     other = UViTPipeline.from_pipe(first, scheduler=make_scheduler(FLOW, "heun"))
     assert isinstance(other.scheduler, FlowMatchHeunDiscreteScheduler)
+    assert UViTPipeline.from_pipe(first, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="torch_dtype must be a floating point dtype"):
+        UViTPipeline.from_pipe(first, torch_dtype=torch.int8)
 
 
 @pytest.mark.parametrize("config", [UVIT, UNET])
@@ -548,6 +554,8 @@ def test_a_part_counts_parameters_and_recomputes_blocks_as_a_model_of_diffusers(
     part.enable_gradient_checkpointing()
     assert part.is_gradient_checkpointing and torch.equal(part(*inputs), expected)
     assert len(calls) == len(part.blocks)
+    with pytest.raises(InputError, match="gradient_checkpointing_func must be None, for PyTorch's own, got <"):
+        part.enable_gradient_checkpointing(recompute)
     part.disable_gradient_checkpointing()
     part(*inputs)
     assert not part.is_gradient_checkpointing and len(calls) == len(part.blocks)
@@ -562,6 +570,17 @@ def test_numbers_of_numpy_are_numbers(network):
         for whole, real in ((np.int64, np.float32), (int, float))
     )
     assert torch.equal(given, expected)
+    table = pipeline(network, LDM, make_scheduler(LDM))  # of more entries than the type of the number has values
+    assert table(**draw, num_inference_steps=np.uint8(3), num_images_per_prompt=2).images.isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "unipc"])
+def test_a_pipeline_draws_in_inference_mode(network, sampler):
+    pipe = pipeline(network, FLOW, make_scheduler(FLOW, sampler))
+    draw = {"class_labels": [1], "latents": noise_for(network, 1), "num_inference_steps": 3, "output_type": "latent"}
+    expected = pipe(**draw).images
+    with torch.inference_mode():
+        assert torch.equal(pipe(**draw).images, expected)
 
 
 @pytest.mark.parametrize(
@@ -592,6 +611,16 @@ def test_numbers_of_numpy_are_numbers(network):
         ),
         ({"class_labels": [0], "output_type": "png"}, "output_type must be one of pil, np, pt, latent, got 'png'"),
         ({"class_labels": [0, 1], "generator": (torch.Generator(),)}, "one for each of 2 images, got 1"),
+        ({"class_labels": [0], "generator": 3}, "generator must be a torch.Generator, got 3"),
+        ({"class_labels": [0], "latents": np.zeros((1, 1, 8, 8))}, "latents must be a tensor, got ndarray"),
+        (
+            {"class_labels": [0], "callback_on_step_end": lambda *given: given[-1]["latents"]},
+            "callback_on_step_end must return a dict or None, got Tensor",
+        ),
+        (
+            {"class_labels": [0], "callback_on_step_end": lambda *given: {"latents": None}},
+            "latents must be a tensor, got NoneType",
+        ),
         ({"class_labels": [0], "negative_prompt": "a dog"}, "for a model that takes prompts, got 'a dog'"),
     ],
 )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from uvit.common.cli import is_first_process, parse
+from uvit.common.cli import check_environment, is_first_process, parse
 from uvit.common.errors import InputError, missing_package
 from uvit.common.files import lock_folder, make_directory
 from uvit.config import Config, load_config
@@ -44,6 +44,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         if "-h" in arguments or "--help" in arguments:
             parse(Config, ["--help"], __doc__, "CONFIG")
         raise InputError("the first argument must be a config file, such as configs/digits.py")
+    check_environment()
     config = parse(Config, arguments[1:], __doc__, "CONFIG", load_config(arguments[0]))
     accelerator = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
     device_type = accelerator.type if accelerator is not None and torch.accelerator.is_available() else "cpu"

@@ -78,16 +78,6 @@ def command_line(name: str) -> str:
     return f"{PROGRAM} {name}" if sys.argv[0].startswith(PROGRAM) else f"python {name}.py"
 
 
-def process_state() -> PartialState:
-    """Returns this process's rank and device; accelerate leaves it to us to choose the CPU for ACCELERATE_USE_CPU."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
-def is_first_process() -> bool:
-    """Returns whether this process has rank 0 and writes the files, by the environment: it starts no device."""
-    return get_int_from_env(RANKS, 0) == 0
-
-
 def check_environment() -> None:
     """Checks the variables by which a launcher tells a process which one it is.
 
@@ -100,6 +90,21 @@ def check_environment() -> None:
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not any(map(os.environ.get, RANKS)):
         given = f"got {os.environ['WORLD_SIZE']} and no RANK"
         raise InputError(f"environment variable WORLD_SIZE must be set by accelerate launch or torchrun, {given}")
+
+
+def process_state() -> PartialState:
+    """Returns this process's rank and device; accelerate leaves it to us to choose the CPU for ACCELERATE_USE_CPU.
+
+    Raises:
+        InputError: as check_environment.
+    """
+    check_environment()
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def is_first_process() -> bool:
+    """Returns whether this process has rank 0 and writes the files, by the environment: it starts no device."""
+    return get_int_from_env(RANKS, 0) == 0
 
 
 def _end_by_sigterm(*_: object) -> None:
@@ -117,7 +122,6 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack characters
     signal.signal(signal.SIGTERM, _end_by_sigterm)
     try:
-        check_environment()
         main(sys.argv[1:])
     except InputError as error:
         remove_made()

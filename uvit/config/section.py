@@ -11,7 +11,7 @@ import types
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -28,12 +28,10 @@ NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 
 
 def _plain(value: Any) -> Any:
-    """Returns numbers of other libraries, such as numpy's, as Python's, which JSON holds; also those in a tuple."""
+    """Returns numbers of numpy as Python's, which JSON holds; also those in a tuple."""
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return int(value) if isinstance(value, Integral) else float(value)
-    return value
+    return value.item() if isinstance(value, Real) and hasattr(value, "item") else value
 
 
 def _fits(value: Any, hint: Any) -> bool:

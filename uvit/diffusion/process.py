@@ -59,7 +59,7 @@ class Schedule:
 
     def derivative_at(self, t: float) -> tuple[float, float]:
         """Returns (dα/dt, dσ/dt) of one time, as Python floats."""
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             point = torch.tensor(t, dtype=torch.float64, requires_grad=True)
             slopes = [
                 torch.autograd.grad(value, point, retain_graph=True)[0].item() for value in self.alpha_sigma(point)

@@ -6,7 +6,6 @@ number, and 1 is no guidance. `UViT2DModel` of diffusers is a different model.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
@@ -40,7 +39,8 @@ from uvit.diffusion.process import SCHEDULES
 from uvit.diffusion.reuse import reuse_deep_features
 from uvit.diffusion.samplers import guide
 from uvit.integrations.pipeline_part import READING_OPTIONS, PipelinePart, check_dtype
-from uvit.integrations.schedulers import Scheduler, check_scheduler, make_scheduler, set_times
+from uvit.integrations.scheduler_steps import Scheduler, run_scheduler, set_times
+from uvit.integrations.schedulers import check_scheduler, make_scheduler
 from uvit.networks.backbone import Backbone
 from uvit.networks.encoders import (
     EMPTY_CAPTION,
@@ -100,6 +100,31 @@ def _resolve_call(
             raise InputError(f"{name} must be a whole number from 1, got {short_repr(number)}")
     rows = resolve_conditions(config, labels, config.sample.prompts) * (batch_size or 1)
     return [row for row in rows for _ in range(num_images_per_prompt)]
+
+
+def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    """Checks latents that a user or a callback gives.
+
+    Raises:
+        InputError: no tensor, or one of another shape.
+    """
+    if not isinstance(latents, Tensor):
+        raise InputError(f"latents must be a tensor, got {type(latents).__name__}")
+    if tuple(latents.shape) != shape:
+        raise InputError(f"latents must be {shape}, got {tuple(latents.shape)}")
+
+
+def _latents_of(returned: Any, x: Tensor) -> Tensor:
+    """Returns the latents that a callback returned, or those that it was given if it returned none.
+
+    Raises:
+        InputError: neither a dict nor None, or latents that do not fit.
+    """
+    if not isinstance(returned, dict | None):
+        raise InputError(f"callback_on_step_end must return a dict or None, got {type(returned).__name__}")
+    latents = (returned or {}).get("latents", x)
+    _check_latents(latents, tuple(x.shape))
+    return latents
 
 
 class PipelineOptions(HubOptions, total=False):
@@ -207,9 +232,9 @@ class UViTPipeline(DiffusionPipeline):
         # from_pipe takes a part over whose class is among these
         return {**super()._get_signature_types(), "transformer": tuple(PARTS.values())}
 
-    def _check_scheduler(self) -> None:
+    def _check_scheduler(self, *num_steps: int) -> None:
         latents = self.vae is not None or self.transformer.config.in_chans not in IMAGE_CHANNELS
-        check_scheduler(self.scheduler, self.process, latents)
+        check_scheduler(self.scheduler, self.process, latents, *num_steps)
 
     @classmethod
     def from_run(
@@ -287,6 +312,21 @@ class UViTPipeline(DiffusionPipeline):
         length, device = self.transformer.config.num_context_tokens, self._execution_device
         return encode_captions(self.text_encoder, self.tokenizer, captions, length, device).to(self.transformer.dtype)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> UViTPipeline:
+        """Makes a pipeline of another's parts, which both then share.
+
+        Args:
+            pipeline: the other.
+            **kwargs: parts and values that replace its own, and `dtype` for all of them; None is float32.
+
+        Raises:
+            InputError: parts that do not fit together, or no floating point dtype.
+        """
+        for option in {"dtype", "torch_dtype"} & kwargs.keys():
+            check_dtype(kwargs[option])
+        return super().from_pipe(pipeline, **kwargs)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -332,7 +372,6 @@ class UViTPipeline(DiffusionPipeline):
             InputError: conditions that the network does not take, guidance without a null class, a scheduler that does
                 not fit, numbers out of range, or latents without a vae to decode them.
         """
-        self._check_scheduler()
         process, scheduler, model = self.process, self.scheduler, self.transformer.config
         sampling = {
             "num_steps": num_inference_steps,
@@ -346,6 +385,8 @@ class UViTPipeline(DiffusionPipeline):
             data=DataConfig(class_names=tuple(self.config["class_names"])),
             sample=from_dict(SampleConfig, sampling),
         )
+        sample = config.sample
+        self._check_scheduler(sample.num_steps)
         if negative_prompt is not None and not (model.context_dim and isinstance(negative_prompt, str)):
             raise InputError(
                 f"negative_prompt must be one text, for a model that takes prompts, got {short_repr(negative_prompt)}"
@@ -353,45 +394,47 @@ class UViTPipeline(DiffusionPipeline):
         conditions = _resolve_call(config, _listed(class_labels), batch_size, num_images_per_prompt)
         if self.vae is None and output_type != "latent" and model.in_chans not in IMAGE_CHANNELS:
             raise InputError(f"a model with in_chans {model.in_chans} needs a vae to make images, got None")
-        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        for name in _listed(tensor_inputs):
+        tensor_inputs = _listed(getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs))
+        for name in tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 takes = f"callback_on_step_end_tensor_inputs must be of {', '.join(self._callback_tensor_inputs)}"
                 raise InputError(f"{takes}, got {short_repr(name)}")
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {short_repr(output_type)}")
         shape = (len(conditions), model.in_chans, *model.image_shape)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise InputError(f"latents must be {shape}, got {tuple(latents.shape)}")
-        if isinstance(generator, list | tuple) and len(generator) != len(conditions):
+        if latents is not None:
+            _check_latents(latents, shape)
+        generators = _listed(generator)
+        if len(generators) != len(conditions) and isinstance(generator, list | tuple):
             raise InputError(
-                f"generator must be one, or one for each of {len(conditions)} images, got {len(generator)}"
+                f"generator must be one, or one for each of {len(conditions)} images, got {len(generators)}"
             )
+        for each in generators:
+            if not isinstance(each, torch.Generator):
+                raise InputError(f"generator must be a torch.Generator, got {short_repr(each)}")
 
-        device, dtype, reused = self._execution_device, self.transformer.dtype, config.sample.reused
+        device, dtype, reused = self._execution_device, self.transformer.dtype, sample.reused
         cond, uncond = batch_conditions(conditions, model, self._encode, device, negative_prompt or EMPTY_CAPTION)
         network = self.transformer if reused is None else reuse_deep_features(self.transformer, *reused)
 
         def predict(x: Tensor, timesteps: Tensor, **condition: Tensor) -> Tensor:
             return network(x.to(dtype), timesteps, **condition)[:, : model.in_chans].float()
 
-        interval = config.sample.guidance_interval
-        output = guide(predict, SCHEDULES[process.schedule], cond, uncond, guidance_scale, interval)
-        times = set_times(scheduler, process, num_inference_steps, device)
-        step_options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        schedule, interval = SCHEDULES[process.schedule], sample.guidance_interval
+        output = guide(predict, schedule, cond, uncond, sample.guidance, interval)
+        times = set_times(scheduler, process, sample.num_steps, device)
         noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents.to(device).float()
-        x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         self._interrupt, self._num_timesteps = False, len(times)
         with self.progress_bar(total=len(times)) as progress:
-            for step, (timestep, t) in enumerate(zip(scheduler.timesteps, times)):
-                if self.interrupt:
-                    break
-                scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-                x = scheduler.step(output(scaled, t), timestep, x, **step_options, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {name: x for name in _listed(tensor_inputs)}
-                    x = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", x)
+
+            def on_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
                 progress.update()
+                if callback_on_step_end is not None:
+                    returned = callback_on_step_end(self, step, timestep, dict.fromkeys(tensor_inputs, x))
+                    x = _latents_of(returned, x)
+                return x, not self.interrupt
+
+            x = run_scheduler(scheduler, times, output, noise, generator, on_step)
         if self.vae is not None and output_type != "latent":
             x = decode_latents(self.vae, x, self.vae.config.scaling_factor)
         images = self.image_processor.postprocess(x, output_type)

@@ -68,8 +68,18 @@ class PipelinePart(PretrainedMixin):
         """Whether blocks are recomputed in the backward pass: `gradient_checkpointing` of the network's config."""
         return self.config.gradient_checkpointing
 
-    def enable_gradient_checkpointing(self: Any) -> None:
-        """Recomputes blocks in the backward pass, which takes less memory and more time."""
+    def enable_gradient_checkpointing(self: Any, gradient_checkpointing_func: None = None) -> None:
+        """Recomputes blocks in the backward pass, which takes less memory and more time; its config says so then.
+
+        Args:
+            gradient_checkpointing_func: as in diffusers; only PyTorch's own, None, is supported.
+
+        Raises:
+            InputError: another one.
+        """
+        if gradient_checkpointing_func is not None:
+            given = short_repr(gradient_checkpointing_func)
+            raise InputError(f"gradient_checkpointing_func must be None, for PyTorch's own, got {given}")
         self.config = replace(self.config, gradient_checkpointing=True)
 
     def disable_gradient_checkpointing(self: Any) -> None:

@@ -112,12 +112,13 @@ class UViT(Backbone):
 
     def _apply(self: UViTType, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UViTType:
         """Moves all tensors, and computes the buffer where it had no values: `to_empty` makes some up."""
-        without_values = self.config.pos_embed == "sincos2d" and self.pos_embed.is_meta
-        if without_values and not next(self.parameters()).is_meta:  # as accelerate leaves it, which then moves all
+        is_fixed, was_meta = self.config.pos_embed == "sincos2d", next(self.parameters()).is_meta
+        without_values = is_fixed and (was_meta or self.pos_embed.is_meta)
+        if without_values and not was_meta:  # as accelerate leaves it, which then moves all
             self.reset_buffers()
         super()._apply(fn, recurse)
-        if without_values and not self.pos_embed.is_meta:
-            self.pos_embed = self._fixed_positions(self.pos_embed.device, self.pos_embed.dtype)
+        if without_values and not (weight := next(self.parameters())).is_meta:
+            self.pos_embed = self._fixed_positions(weight.device, self.pos_embed.dtype)
         return self
 
     def _init_weights(self) -> None:

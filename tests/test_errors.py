@@ -45,40 +45,42 @@ def messages() -> set[str]:
                 match node:
                     case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant() | ast.JoinedStr() as value):
                         known[name] = text_of(value, known)
-            found |= {text_of(node, known) for node in ast.walk(scope)}
+            expressions = [node.value for node in ast.walk(scope) if isinstance(node, ast.Expr)]
+            docstrings = [value for value in expressions if isinstance(value, ast.Constant)]
+            found |= {text_of(node, known) for node in ast.walk(scope) if node not in docstrings}
     return found
 
 
 MESSAGES = messages()
 
 
-def matches(message: str) -> list[str]:
-    """The texts of the code in which all of a message of the table stands, in its order."""
-    pattern = ".*?".join(map(re.escape, message.split("…")))
-    return [text for text in MESSAGES if re.search(pattern, text, re.DOTALL)]
+def is_printed(message: str) -> bool:
+    """Whether a message of the table, or all of it but its ends, is in a text of the code, to the letter."""
+    return any(message.strip("… ") in text for text in MESSAGES)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
 def test_messages_of_the_table_are_those_of_the_code(row):
     _, wrong, printed, advice, _ = row.split("|")
     assert wrong.strip() and advice.strip()
-    given = [message.removeprefix("warning: ") for message in re.findall(r"`(.*?)`", printed)]
+    given = [message.strip("`").removeprefix("warning: ") for message in re.findall(r"``.*?``|`.*?`", printed)]
     assert given
     for message in given:
-        assert sum(letter.isalpha() for letter in message) >= 8 and matches(message), message
+        assert sum(letter.isalpha() for letter in message) >= 8 and is_printed(message), message
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        "image … of the data… can not be read: …",
-        "got …, … must be below … in size",
+        "image … of the data … cannot be read: …",
+        "cannot write …: …",
+        "must be below … in size, got … or more",
         "… is not a complete chekpoint",
         "step … could not be saved (…): skipped",
     ],
 )
 def test_other_messages_are_not(message):
-    assert not matches(message)
+    assert not is_printed(message)
 
 
 def test_values_in_messages_are_short_and_printable():

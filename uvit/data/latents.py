@@ -214,8 +214,8 @@ def _check_fit(config: DataConfig, model: NetworkConfig, manifest: Manifest) -> 
     }
     if model.context_dim:
         context_shape = (model.num_context_tokens, model.context_dim)
-        name = "shape of context (model.num_context_tokens, model.context_dim)"
-        expected[name] = (manifest.context_shape, context_shape)
+        shape = "shape of context (model.num_context_tokens, model.context_dim)"
+        expected[shape] = (manifest.context_shape, context_shape)
     for name, (found, given) in expected.items():
         if found != given:
             raise InputError(f"data {config.name!r} was encoded with {name} {found}, got {given}")

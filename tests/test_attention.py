@@ -106,6 +106,14 @@ def test_dynamo_traces_attention_on_cuda_in_one_graph(backend, monkeypatch):
     assert ("scaled_dot_product_attention" in graphs[0]) == (backend == "sdpa")
 
 
+def test_the_backend_is_chosen_by_the_tensors(monkeypatch):
+    seen = []
+    monkeypatch.setattr("uvit.networks.attention.resolve_backend", lambda *given: seen.append(given) or "math")
+    q, k = torch.randn(2, 5, 3, 8, dtype=torch.float64), torch.randn(2, 7, 3, 8, dtype=torch.float64)
+    attention(q, k, k, "auto")
+    assert seen == [("auto", "cpu", 8, 5, torch.float64)]
+
+
 def test_explicit_backends_that_cannot_run():
     q = torch.randn(1, 2, 1, 8)
     with pytest.raises(InputError, match=r"'xformers' needs a CUDA device, got 'cpu': use 'sdpa'"):

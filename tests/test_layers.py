@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from uvit import UViT
-from uvit.networks.layers import HeadNorm, timestep_embedding
+from uvit.networks.layers import Block, HeadNorm, timestep_embedding
 
 
 def test_queries_are_normed_in_their_own_precision():
@@ -26,3 +28,15 @@ def test_time_embedding_is_cosines_then_sines_at_full_precision():
     frequencies = 10_000 ** (-torch.arange(4) / 4)
     torch.testing.assert_close(embedding[0], torch.cat([(500 * frequencies).cos(), (500 * frequencies).sin()]))
     assert timestep_embedding(torch.tensor([500.0], dtype=torch.bfloat16), 8).dtype == torch.float32
+    assert timestep_embedding(torch.empty(2, device="meta"), 8).is_meta
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert timestep_embedding(torch.tensor([500.0]), 8).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_block_without_a_skip_passes_its_input_on(tiny):
+    x, skip = torch.randn(2, 1, 5, 32)
+    assert Block(dataclasses.replace(tiny, skip="none"), deep=True).merge(x, skip) is x
+    assert Block(dataclasses.replace(tiny, skip="add")).merge(x, skip) is x, "a shallow one"

@@ -33,6 +33,11 @@ def test_moments_equal_numpy_however_they_are_batched():
     )
 
 
+def test_moments_of_one_process_are_those_of_all():
+    moments = Moments(2).update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert moments.reduce() is moments and moments.count == 2 and moments.gaussian.mean.tolist() == [2, 3]
+
+
 def test_frechet_distance_of_commuting_gaussians():
     """For diagonal covariances it is |μ_a - μ_b|² + Σ (σ_a - σ_b)²."""
     base = torch.randn(5000, 3, dtype=torch.float64)

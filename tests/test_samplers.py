@@ -145,6 +145,13 @@ def test_uncond_is_not_computed_without_guidance_or_outside_its_interval():
     assert network.batches == [3, 3, 6, 6, 3]
 
 
+def test_the_network_is_told_its_time_where_the_images_are():
+    devices = []
+    output = guide(lambda x, timesteps: devices.append(timesteps.device.type), SCHEDULES["flow"], {})
+    output(torch.empty(2, 1, 4, 4, device="meta"), 0.5)
+    assert devices == ["meta"]
+
+
 def test_guidance_without_a_null_class():
     with pytest.raises(InputError, match=r"guidance 1.5 needs a model with a null class"):
         guide(CountingNetwork(), SCHEDULES["flow"], {"y": torch.ones(3)}, None, scale=1.5)
@@ -188,6 +195,7 @@ def test_euler_takes_equal_steps_where_the_slope_of_the_noise_is_finite(schedule
         assert times == [1.0, 0.75, 0.5, 0.25, 0.0]
     else:  # σ grows as √t
         assert times[-2:] == [0.001, 0.0] and len(times) == 5
+    assert sampling_times(process, SampleConfig(sampler="euler", num_steps=1)) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("solver", ["euler_maruyama", "dpm_solver_fast", "dpmpp_fast"])

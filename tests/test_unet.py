@@ -277,6 +277,10 @@ def test_deep_features_replace_all_but_the_outer_blocks(options):
         assert relative_error(other, expected) > 1e-3
     with pytest.raises(InputError, match="outer blocks must be 0 to 4, got 5"):
         network.forward_reusing(**inputs, outer=5)
+    _, deep = network.forward_reusing(**inputs, outer=1)
+    for other in (deep[:1], deep[:, :, 1:], deep[..., 1:]):
+        with pytest.raises(InputError, match="deep must fit to"):
+            network.forward_reusing(**inputs, outer=1, deep=other)
 
 
 @pytest.mark.parametrize("options", [{}, {"skips": False, **LABELS, **CONTEXT}], ids=str)

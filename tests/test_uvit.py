@@ -366,6 +366,15 @@ def test_too_many_outer_blocks_are_refused(tiny: UViTConfig):
             UViT(tiny).forward_reusing(X, TIMES, outer=outer)
 
 
+def test_deep_features_of_other_shapes_are_refused(tiny: UViTConfig):
+    model = UViT(tiny).eval()
+    for deep in (torch.randn(1, 17, 32), torch.randn(2, 16, 32), torch.randn(2, 17, 16)):
+        with pytest.raises(
+            InputError, match=rf"deep must fit to \(2, 17, 32\), got \({', '.join(map(str, deep.shape))}\)"
+        ):
+            model.forward_reusing(X, TIMES, outer=1, deep=deep)
+
+
 def test_every_parameter_of_the_outer_blocks_still_gets_a_gradient(tiny: UViTConfig):
     model = UViT(tiny)
     _, deep = model.forward_reusing(X, TIMES, outer=1)

@@ -8,13 +8,13 @@ X, TIMES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 
 
 
 def linear_network(computed):
-    """Deep features that are linear in time, and a prediction that is nothing else."""
+    """Deep features that are linear in time, and a prediction of twice as much."""
 
     def network(x, timesteps, outer, deep=None):
         if deep is None:
             computed.append(timesteps[0].item())
             deep = timesteps[0] * torch.arange(3.0) + 7 * torch.ones(len(x), 5, 3)
-        return deep, deep
+        return 2 * deep, deep
 
     return network
 
@@ -23,7 +23,7 @@ def test_features_linear_in_time_are_reused_exactly():
     computed: list[float] = []
     network = reuse_deep_features(linear_network(computed), outer=1, every=3)
     for t in (1000.0, 900.0, 850.0, 600.0, 500.0, 300.0, 10.0):
-        expected = t * torch.arange(3.0) + 7
+        expected = 2 * (t * torch.arange(3.0) + 7)
         torch.testing.assert_close(network(X, torch.full((2,), t))[0, 0], expected, rtol=1e-4, atol=1e-3)
     assert computed == [1000, 900, 500]  # the first two, then every third
 

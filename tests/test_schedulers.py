@@ -219,6 +219,14 @@ def test_options_that_draw_right_images_are_accepted(name, options, num_steps):
     check_scheduler(scheduler, LDM, num_steps=num_steps)
 
 
+def test_a_trial_stays_on_the_cpu_and_leaves_random_numbers_alone():
+    """Whatever the default device is: as `meta`, which has no values, a GPU would be."""
+    scheduler, before = make_scheduler(LDM, "ddim"), torch.get_rng_state()
+    with torch.device("meta"):
+        check_scheduler(scheduler, LDM, num_steps=7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_more_steps_than_entries_of_a_table_are_tried_with_as_many():
     check_scheduler(make_scheduler(FLOW, "dpmpp_2m"), FLOW, num_steps=1001)
     check_scheduler(make_scheduler(FLOW, "euler"), FLOW, num_steps=1500)

@@ -46,7 +46,9 @@ def check_by_trial(scheduler: Scheduler, process: ProcessConfig, num_steps: int)
     """
     most = min(num_steps, len(getattr(scheduler, "betas", range(num_steps))))
     trial: Any = _trial  # whose cache mypy takes for one of hashable values alone
-    if fault := trial(type(scheduler), scheduler.to_json_string(), process, most):
+    with torch.device("cpu"):  # whatever the default one
+        fault = trial(type(scheduler), scheduler.to_json_string(), process, most)
+    if fault:
         draws = f"{type(scheduler).__name__} does not draw right images in {most} steps"
         raise InputError(f"{draws}, {fault}: make_scheduler gives schedulers that do")
 

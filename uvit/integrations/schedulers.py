@@ -54,7 +54,7 @@ def _first_time(process: ProcessConfig) -> float:
 
 def _alphas_cumprod(process: ProcessConfig, num_steps: int) -> Tensor:
     """Returns ᾱ = α² at diffusers' first `num_steps` steps, in double precision."""
-    t = torch.arange(1, num_steps + 1, dtype=torch.float64) / TABLE_STEPS
+    t = torch.arange(1, num_steps + 1, dtype=torch.float64, device="cpu") / TABLE_STEPS
     return SCHEDULES[process.schedule].alpha_sigma(t)[0].square()
 
 

@@ -68,6 +68,7 @@ OPERATORS = {
     ast.USub: ast.UAdd,
 }
 PASSIVE = ("annotation", "returns", "decorator_list", "bases")
+"""Fields of a node that compute nothing."""
 TIMES_AS_LONG = 20
 """How many times as long as those of the unchanged module the tests of a mutant may run."""
 
@@ -100,7 +101,9 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
                 changed = copy.deepcopy(node)
                 del changed.keywords[number]
                 yield changed
-        case ast.Call(args=[first, second, *_]) if not isinstance(first, ast.Starred | ast.Constant):
+        case ast.Call(args=[first, second, *_]) if not isinstance(first, ast.Starred | ast.Constant) and ast.dump(
+            first
+        ) != ast.dump(second):
             changed.args[:2] = [copy.deepcopy(second), copy.deepcopy(first)]
             yield changed
         case ast.Expr(value=ast.Call()) | ast.AugAssign():
@@ -112,7 +115,7 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
 def mutants(source: str) -> Iterator[tuple[str, str]]:
     """Yields a description of each change of a module, and the changed module."""
     tree, lines = ast.parse(source), ["", *source.splitlines()]
-    for parent in _statements(tree):
+    for parent in _active(tree):
         for name, value in _parts(parent):
             for place, node in enumerate(value if isinstance(value, list) else [value]):
                 if not isinstance(node, ast.AST) or _is_message(parent, node):
@@ -128,17 +131,18 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _parts(node: ast.AST) -> Iterator[tuple[str, object]]:
-    """Yields the fields of a node that compute something: no annotations, messages, decorators, base classes."""
+    """Yields the fields of a node that compute something, or none for a message or an import."""
     if not isinstance(node, ast.Raise | ast.JoinedStr | ast.arg | ast.Import | ast.ImportFrom):
         yield from (each for each in ast.iter_fields(node) if each[0] not in PASSIVE)
 
 
-def _statements(node: ast.AST) -> Iterator[ast.AST]:
+def _active(node: ast.AST) -> Iterator[ast.AST]:
+    """Yields a node and all below it that compute something."""
     yield node
     for _, value in _parts(node):
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
-                yield from _statements(child)
+                yield from _active(child)
 
 
 def _put(parent: ast.AST, name: str, value: object, place: int, node: ast.AST) -> None:

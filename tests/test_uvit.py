@@ -189,6 +189,9 @@ def test_fixed_positions_are_those_of_rows_and_columns(tiny):
     positions = UViT(tiny, pos_embed="sincos2d", img_size=(4, 8), num_classes=3).pos_embed
     assert not positions[:, :2].any()
     torch.testing.assert_close(positions[0, 2:], sincos_positions(2, 4, 32).float())
+    elsewhere = UViT(tiny, pos_embed="sincos2d").to("meta")
+    elsewhere.reset_buffers()
+    assert elsewhere.pos_embed.is_meta
 
 
 def test_resize_recomputes_fixed_positions(tiny):

@@ -109,6 +109,7 @@ def test_kernel_distance():
     assert few[1] > deviation and few[2] == 300  # subsets that leave images out have a spread
     with pytest.raises(InputError, match="a kernel distance needs 4 images or more, got 3"):
         kernel_distance(a, b[:3])
+    assert kernel_distance(a[:4], b[:4])[2] == 2
     x, y = torch.ones(50, 4), torch.zeros(40, 4)  # k(x, x) = (1 + 1)³, k(x, y) = k(y, y) = 1
     assert kernel_distance(x, y)[0] == pytest.approx(8 + 1 - 2)
 

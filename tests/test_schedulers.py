@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import diffusers
 import pytest
 import torch
@@ -15,7 +13,7 @@ from uvit.config import ProcessConfig, SampleConfig
 from uvit.diffusion.process import SCHEDULES, combine
 from uvit.diffusion.samplers import sampling_times
 from uvit.diffusion.solvers import SOLVERS
-from uvit.integrations.scheduler_steps import set_times
+from uvit.integrations.scheduler_steps import run_scheduler, set_times
 from uvit.integrations.schedulers import check_scheduler, make_scheduler
 
 
@@ -109,12 +107,8 @@ def gaussian(process, x, t):
 def draw(scheduler, process, num_steps):
     check_scheduler(scheduler, process, num_steps=num_steps)
     times = set_times(scheduler, process, num_steps)
-    x, seed = NOISE * getattr(scheduler, "init_noise_sigma", 1.0), torch.Generator().manual_seed(1)
-    options = {"generator": seed} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for timestep, t in zip(scheduler.timesteps, times):
-        scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(gaussian(process, scaled, t), timestep, x, **options, return_dict=False)[0]
-    return x
+    seed = torch.Generator().manual_seed(1)
+    return run_scheduler(scheduler, times, lambda x, t: gaussian(process, x, t), NOISE, seed)
 
 
 def draw_ddim(process, num_steps):

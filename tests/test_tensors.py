@@ -33,6 +33,16 @@ def test_written_weights_are_read_unchanged(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_the_same_weights_are_the_same_file(tmp_path):
+    """The library orders its metadata anew each time; names beyond ASCII keep the header's size."""
+    files = set()
+    for _ in range(16):
+        write_weights(tmp_path, {**WEIGHTS, "größe": torch.ones(1)})
+        files.add((tmp_path / "model.safetensors").read_bytes())
+    assert len(files) == 1
+    assert read_weights(tmp_path / "model.safetensors").keys() == {"a", "b", "größe"}
+
+
 def test_every_flipped_bit_of_the_weights_is_noticed(tmp_path):
     write_weights(tmp_path, {"a": torch.arange(4.0), "b": torch.ones(2, dtype=torch.bfloat16)})
     path = tmp_path / "model.safetensors"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import struct
 import warnings
 from collections.abc import Mapping
 from os.path import isfile
@@ -31,6 +33,17 @@ def hash_weights(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _sort_metadata(path: Path) -> None:
+    """Sorts a safetensors file's metadata, which the library orders at random: equal weights are equal bytes."""
+    with open(path, "r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        # The format allows spaces at a header's end, so that its size stays.
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
 def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
     """Writes a state dict to DIRECTORY/model.safetensors, with its hash, atomically.
 
@@ -42,6 +55,7 @@ def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
     try:
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt", HASH_KEY: hash_weights(tensors)})
+            _sort_metadata(temporary)
     except SafetensorError as error:  # raised on a full disk, among others
         raise InputError(f"cannot write to {path}: {error}") from None
 

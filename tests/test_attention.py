@@ -43,6 +43,15 @@ def pretend_a_gpu(monkeypatch, has_kernels=True):
 
 
 @needs_xformers
+def test_xformers_is_given_queries_keys_and_values_as_it_takes_them(monkeypatch):
+    """Its own layout is (B, L, H, D)."""
+    monkeypatch.setattr("uvit.networks.attention.resolve_backend", lambda *_: "xformers")
+    monkeypatch.setattr("xformers.ops.memory_efficient_attention", reference)
+    q, k, v = torch.randn(3, 2, 5, 3, 8, dtype=torch.float64)
+    torch.testing.assert_close(attention(q, k, v, "xformers"), reference(q, k, v), rtol=0, atol=0)
+
+
+@needs_xformers
 @in_a_fork
 def test_auto_on_cuda_takes_xformers_where_it_runs(monkeypatch):
     pretend_a_gpu(monkeypatch)

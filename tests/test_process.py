@@ -101,6 +101,8 @@ def test_times_come_from_the_generator_alone(distribution):
         sample_times(process, 5, torch.device("cpu"), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
+    with torch.device("meta"):  # not on the default device
+        assert sample_times(process, 5, torch.device("cpu"), torch.Generator("cpu")).device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

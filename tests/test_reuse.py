@@ -28,6 +28,19 @@ def test_features_linear_in_time_are_reused_exactly():
     assert computed == [1000, 900, 500]  # the first two, then every third
 
 
+def test_the_condition_reaches_every_call():
+    seen = []
+
+    def network(x, timesteps, outer, deep=None, **condition):
+        seen.append((deep is None, condition))
+        return x, x
+
+    call = reuse_deep_features(network, outer=1, every=2)
+    for t in (9.0, 8.0, 7.0, 6.0):
+        call(X, torch.full((2,), t), y="label")
+    assert seen == [(is_computed, {"y": "label"}) for is_computed in (True, True, False, True)]
+
+
 def test_another_batch_size_starts_again():
     computed: list[float] = []
     network = reuse_deep_features(linear_network(computed), outer=1, every=2)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers.gaussian import MEAN, STD, gaussian_denoiser
@@ -195,6 +196,7 @@ def test_euler_takes_equal_steps_where_the_slope_of_the_noise_is_finite(schedule
         assert times == [1.0, 0.75, 0.5, 0.25, 0.0]
     else:  # σ grows as √t
         assert times[-2:] == [0.001, 0.0] and len(times) == 5
+        assert sampling_times(process, SampleConfig(sampler="euler", num_steps=2)) == [1.0, 0.001, 0.0]
     assert sampling_times(process, SampleConfig(sampler="euler", num_steps=1)) == [1.0, 0.0]
 
 
@@ -243,6 +245,9 @@ def test_noise_belongs_to_the_image_not_to_the_batch():
     for _ in range(3):
         assert torch.equal(whole(), torch.cat([part() for part in parts]))
     assert not torch.equal(whole()[0], whole()[0])
+    first = ImageNoise([(7, 0, 3)], (1, 4, 4), cpu)()
+    assert first.dtype == torch.float32  # numpy's own float32 numbers, which are others than its float64 ones
+    assert np.array_equal(first[0], np.random.default_rng((7, 0, 3)).standard_normal((1, 4, 4), dtype=np.float32))
 
 
 @pytest.mark.parametrize("shift", [0.1, 0.3, 3.0, 20.0])

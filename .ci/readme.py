@@ -9,11 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 # The pages, and the languages of their blocks to run; Python of the other pages is run by the tests.
-PAGES = {"README.md": "bash|python", "docs/your_images.md": "bash", "docs/import.md": "bash"}
+PAGES = {"README.md": "bash|python"} | dict.fromkeys(
+    ("docs/your_images.md", "docs/import.md", "docs/few_steps.md"), "bash"
+)
 # What a command becomes: a pattern, and what takes its place.
 SHORTENED = [
     (r"^make demo$", "make demo TRAIN_ARGS='--train.num_steps 20' EVALUATE_ARGS='--num_images 20'"),
-    (r"(train\.py configs/digits\.py.*)$", r"\1 --train.num_steps 20"),
+    (r"(train\.py configs/digits(_few_steps)?\.py.*)$", r"\1 --train.num_steps 20"),
     (
         r"^python (train\.py configs/digits_text\.py)$",
         "python -c \"from benchmarks.text_digits import *; make_text_encoder(Path('runs/clip'))\"\n"

@@ -45,7 +45,7 @@ from uvit.common.cli import parse, run
 from uvit.common.errors import TrainingError
 from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
 from uvit.common.signals import StopRequest
-from uvit.config import WEIGHTS_FILE, Compile, load_config, to_json
+from uvit.config import WEIGHTS_FILE, Compile, from_dict, load_config, to_json
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
 from uvit.networks.runtime import resolve_precision, set_threads, tf32
@@ -146,6 +146,13 @@ def measure_arms(base: Config, rounds: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def same_settings(kept: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Tells whether figures were measured with these settings; fields that configs have since gained are defaults."""
+    if kept is None or {**kept, "config": None} != {**now, "config": None}:
+        return False
+    return from_dict(Config, kept["config"]) == from_dict(Config, now["config"])
+
+
 class Study:
     """The comparison on one data set.
 
@@ -176,7 +183,7 @@ class Study:
         public = replace(self.base, data=base.data)  # names no folder of this machine
         settings = json.loads(json.dumps({**settings, "config": json.loads(to_json(public))}))
         self.figures: dict[str, Any] = load_result(NAME, self.output).get("data", {}).get(name, {})
-        if self.figures.get("settings") != settings:
+        if not same_settings(self.figures.get("settings"), settings):
             self.figures = {"settings": settings, "arms": measure_arms(self.base, given.rounds), "runs": []}
 
     def steps(self, arm: str, budget: str, share: float = 1.0) -> int:

@@ -20,14 +20,15 @@ from uvit.weights.build import NETWORKS
 
 SIZES = {"img_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 4}
 UNET = {"img_size": 8, "in_chans": 1, "model_channels": 32, "channel_mult": (1, 2), "attention_sizes": (4,)}
+AVERAGE = {"takes_interval": True, "takes_guidance": True}
 CONDITIONED = {"num_classes": 5, "null_class": True, "context_dim": 12, "num_context_tokens": 3}
 CONFIGS = {
     "plain": UViTConfig(**SIZES),
-    "conditioned": UViTConfig(**SIZES, **CONDITIONED, mlp_time_embed=True),
+    "conditioned": UViTConfig(**SIZES, **CONDITIONED, **AVERAGE, mlp_time_embed=True),
     "fixed positions": UViTConfig(**SIZES, pos_embed="sincos2d", conv="none", patch_embed="conv"),
     "adaptive norms": UViTConfig(**SIZES, time_conditioning="adaln", skip="add", conv="tokens"),
     "U-Net": UNetConfig(**UNET, head_dim=16, num_res_blocks=1),
-    "conditioned U-Net": UNetConfig(**UNET, **CONDITIONED, num_res_blocks=1, head_dim=0, dropout=0.1),
+    "conditioned U-Net": UNetConfig(**UNET, **CONDITIONED, **AVERAGE, num_res_blocks=1, head_dim=0, dropout=0.1),
     "additive U-Net": UNetConfig(**UNET, scale_shift_norm=False, resblock_updown=False, qkv_order="new"),
     "without skips": UViTConfig(**SIZES, skip="none"),
     "U-Net without skips": UNetConfig(**UNET, skips=False),
@@ -42,6 +43,10 @@ def inputs_of(config):
         inputs["y"] = torch.tensor([1, config.null_label])
     if config.context_dim:
         inputs["context"] = torch.randn(2, config.num_context_tokens, config.context_dim)
+    if config.takes_interval:
+        inputs["interval"] = torch.tensor([1.0, 300.0])
+    if config.takes_guidance:
+        inputs["guidance"] = torch.tensor([[2.0, 0.1, 0.9], [1.0, 0.0, 1.0]])
     return inputs
 
 

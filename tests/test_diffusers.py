@@ -788,3 +788,34 @@ def test_a_plain_network_is_copied_in_its_dtype(network):
     assert torch.equal(model.pos_embed, source.pos_embed) and model.config == source.config
     assert all(torch.equal(model.state_dict()[name], each) for name, each in source.state_dict().items())
     assert model.norm.weight.data_ptr() != source.norm.weight.data_ptr()
+
+
+@pytest.mark.parametrize("prediction", ["flow", "data"])
+@pytest.mark.parametrize("takes_guidance", [False, True])
+def test_an_average_velocity_is_drawn_over_the_steps_of_euler(prediction, takes_guidance, tmp_path):
+    """As sample.py does; by other schedulers with that of an instant."""
+    torch.manual_seed(0)
+    sizes = dict(img_size=8, in_chans=1, embed_dim=32, depth=2, num_heads=2, num_classes=3, null_class=True)
+    network = UViT(**sizes, takes_interval=True, takes_guidance=takes_guidance).eval()
+    process = ProcessConfig(objective="average", prediction=prediction, time_scale=2.0)
+    shared = {"prediction": prediction, "time_scale": 2.0}
+    UViTPipeline(network, make_scheduler(ProcessConfig(), "euler"), **shared).save_pretrained(tmp_path)
+    pipe = UViTPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    noise, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
+    cond, uncond = {"y": y}, {"y": torch.full_like(y, 3)}
+    if takes_guidance:
+        cond["guidance"] = torch.tensor([[1.5, 0.0, 1.0]]).expand(2, -1)
+    given = {"class_labels": [0, 2], "guidance_scale": 1.5, "latents": noise, "output_type": "latent"}
+    for steps in (1, 2, 5):
+        drawn = pipe(**given, num_inference_steps=steps).images
+        config = SampleConfig(sampler="average", num_steps=steps, guidance=1.5)
+        torch.testing.assert_close(
+            drawn, sample(network, process, config, lambda: noise, cond, uncond), rtol=0, atol=1e-5
+        )
+    with pytest.raises(InputError, match=r"sample.reuse must be 'none' with sample.sampler 'average', got '1:2'"):
+        pipe(**given, reuse="1:2")
+    pipe.scheduler = make_scheduler(ProcessConfig(), "heun")
+    drawn = pipe(**given, num_inference_steps=8).images
+    config = SampleConfig(sampler="heun", num_steps=8, guidance=1.5)
+    torch.testing.assert_close(drawn, sample(network, process, config, lambda: noise, cond, uncond), rtol=0, atol=1e-4)

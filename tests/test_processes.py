@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import run_python
-from helpers.runs import ROOT, TINY, TINY_UNET
+from helpers.runs import ROOT, TINY, TINY_AVERAGE, TINY_UNET
 
 from uvit.training.checkpoint import load_checkpoint
 from uvit.weights.tensors import read_weights
@@ -49,7 +49,11 @@ def train_on(count, folder, options=OPTIONS):
     return [torch.load(run_dir / f"seen_{rank}.pt") for rank in range(count)], losses, run_dir
 
 
-@pytest.mark.parametrize(("share", "config"), [(1, TINY), (2, TINY), (2, TINY_UNET)], ids=["ddp", "fsdp", "fsdp-unet"])
+@pytest.mark.parametrize(
+    ("share", "config"),
+    [(1, TINY), (2, TINY), (2, TINY_UNET), (1, TINY_AVERAGE), (2, TINY_AVERAGE)],
+    ids=["ddp", "fsdp", "fsdp-unet", "ddp-average", "fsdp-average"],
+)
 def test_gradients_weights_and_losses_equal_those_of_one_process(share, config, folder):
     (folder / "tiny.py").write_text(config)
     [one], losses, alone = train_on(1, folder)

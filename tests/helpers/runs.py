@@ -31,6 +31,20 @@ config = replace(config, model=UNetConfig(img_size=8, in_chans=1, num_classes=10
 """
 )
 """The same with a U-Net."""
+TINY_AVERAGE = (
+    TINY
+    + """
+from dataclasses import replace
+
+config = replace(
+    config,
+    model=replace(config.model, takes_interval=True, takes_guidance=True),
+    process=replace(config.process, objective="average"),
+    sample=replace(config.sample, sampler="average"),
+)
+"""
+)
+"""The same of an average velocity, with guidance as an input."""
 TEXT = "--model.num_classes 0 --model.null_class False --model.context_dim 8 --model.num_context_tokens 24".split()
 """What makes a text model of it."""
 

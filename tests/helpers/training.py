@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from uvit.commands import train
 from uvit.config import Config
 from uvit.data.batch import Batch
+from uvit.diffusion.average import average_loss
 from uvit.networks.encoders import Encoders
 from uvit.training.trainer import Trainer
 
@@ -29,6 +31,11 @@ def deterministic_loss(
 ) -> Tensor:
     """A mean over the batch without randomness, so that parts of a batch add up to the whole."""
     x = batch.images.float() / 127.5 - 1
+    if config.process.objective == "average":
+        t = torch.full((len(x),), 0.9)
+        bare = extract_model_from_parallel(network)
+        given = {"cond": {"y": batch.labels}, "intervals": (t / 3, t), "noise": x.flip(-1)}
+        return average_loss(network, x, config.process, bare=bare, **given)
     return (network(x, torch.full((len(x),), 500.0), y=batch.labels) - x).square().mean()
 
 

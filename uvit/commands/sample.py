@@ -69,7 +69,8 @@ def main(arguments: Sequence[str]) -> None:
             sample_grid(images, rows, given.num_per_class, config).save(temporary)
     sampling = config.sample
     print(
-        f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, {describe_guidance(sampling.guidance)}, "
+        f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, "
+        f"{describe_guidance(sampling.guidance, config.model.takes_guidance)}, "
         f"{sampling.sampler}, {sampling.num_steps} steps ({sampling.spacing}), reuse {sampling.reuse}, "
         f"precision {sampling.mixed_precision}, seed {given.seed}"
     )

@@ -29,10 +29,12 @@ from uvit.config.network import (
     MAX_PARAMETERS,
     MAX_SIDE,
     MAX_TOKENS,
+    NUM_GUIDANCE,
     Backend,
     NetworkConfig,
 )
 from uvit.config.run import (
+    AVERAGE_TIME_SCALE,
     MAX_BATCH,
     MAX_IMAGES,
     MAX_SAMPLER_STEPS,
@@ -50,6 +52,8 @@ from uvit.config.run import (
     SolverName,
     Spacing,
     TrainConfig,
+    check_solver,
+    solvers_of,
 )
 from uvit.config.section import (
     INT_LIMIT,
@@ -68,6 +72,7 @@ from uvit.config.unet import GROUPS, TIME_WIDTHS, UNetConfig
 from uvit.config.uvit import UViTConfig
 
 __all__ = [
+    "AVERAGE_TIME_SCALE",
     "BLOCK_WIDTHS",
     "CHECKPOINT_FOLDER",
     "CONFIG_FILE",
@@ -89,6 +94,7 @@ __all__ = [
     "MAX_WORKERS",
     "METRICS_FILE",
     "NO_TEXT",
+    "NUM_GUIDANCE",
     "STEP_PREFIX",
     "TIME_WIDTHS",
     "WEIGHTS_FILE",
@@ -112,6 +118,7 @@ __all__ = [
     "UNetConfig",
     "UViTConfig",
     "check_fields",
+    "check_solver",
     "checkpoint_dirs",
     "config_kind",
     "from_dict",
@@ -122,6 +129,7 @@ __all__ = [
     "read_network_config",
     "replace_fields",
     "save_json",
+    "solvers_of",
     "step_name",
     "step_of",
     "to_json",

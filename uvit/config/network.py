@@ -15,6 +15,8 @@ MAX_PARAMETERS = 10**11
 MAX_DEPTH = 1_000
 MAX_TOKENS = 2**19
 MAX_SIDE = 2**14
+NUM_GUIDANCE = 3
+"""Numbers of a guidance: its scale, and the times between which it acts."""
 BLOCK_WIDTHS = 16
 """Memory that a block works in, in units of its input: queries, keys, values, the MLP's hidden layer, products."""
 
@@ -39,6 +41,10 @@ class NetworkConfig(Section):
     """Width of the context tokens (such as CLIP's 768); 0 is a model without context."""
     num_context_tokens: int = 0
     """Length of the context (such as CLIP's 77)."""
+    takes_interval: bool = False
+    """Takes the length of an interval of time besides its end, to predict the average velocity over it."""
+    takes_guidance: bool = False
+    """Takes a guidance scale and its interval, to predict what is guided in one evaluation."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     attention: Backend = "auto"
@@ -78,6 +84,11 @@ class NetworkConfig(Section):
     def predicted_chans(self) -> int:
         """Channels of the network's output; the prediction is the first in_chans."""
         return self.in_chans
+
+    @property
+    def embedded_numbers(self) -> int:
+        """Numbers that condition it besides the time: of the interval, and of the guidance."""
+        return self.takes_interval + NUM_GUIDANCE * self.takes_guidance
 
     @property
     def most_parameters(self) -> float:

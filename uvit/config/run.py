@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from uvit.common.errors import InputError
 from uvit.config.section import Section
@@ -18,11 +18,17 @@ from uvit.config.uvit import UViTConfig
 
 ScheduleName = Literal["vp", "ldm", "ddpm", "iddpm", "cosine", "flow"]
 Kind = Literal["noise", "data", "v", "flow"]
-SolverName = Literal["ddim", "heun", "dpmpp_2m", "unipc", "dpmpp_fast", "dpm_solver_fast", "euler", "euler_maruyama"]
+SolverName = Literal[
+    "ddim", "heun", "dpmpp_2m", "unipc", "dpmpp_fast", "dpm_solver_fast", "euler", "euler_maruyama", "average"
+]
 Spacing = Literal["uniform", "log_snr"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Compile = Literal["no", "blocks", "model", "graphs"]
 AnyNetworkConfig = UViTConfig | UNetConfig
+AVERAGE_TIME_SCALE = 3.0
+"""The network's time with objective `average`, as a multiple of t: the derivative by 1000 t is mostly noise."""
+CONTINUOUS: tuple[ScheduleName, ...] = ("vp", "cosine", "flow")
+"""Schedules without a table, whose network time is a multiple of t."""
 
 # Limits that are checked before memory is allocated; each is far beyond what anyone has trained or drawn.
 MAX_WORKERS = MAX_THREADS = 1_024
@@ -40,6 +46,20 @@ class ProcessConfig(Section):
     for its 64x64 model), cosine, or rectified flow."""
     prediction: Kind = "flow"
     """What the network predicts."""
+    objective: Literal["instant", "average"] = "instant"
+    """Whether the prediction is of an instant, or its velocity the average over an interval, for drawing in one or a
+    few evaluations (MeanFlow): on `flow`, by a network that takes intervals."""
+    time_scale: float | None = None
+    """The network's time is this times t; None is the schedule's own (1000, for `vp` 999), and 3 with `average`."""
+    instant_share: float = 0.5
+    """With `average`, share of a batch whose interval is an instant, for which it is flow matching."""
+    interval_start: Literal["uniform", "pair"] = "uniform"
+    """With `average`, where an interval starts that ends at a training time: uniform before it, or at another training
+    time, and the later one is the end (MeanFlow's)."""
+    adaptive_power: float = 0.5
+    """With `average`, p of the loss's weights 1 / (error + 0.01)^p, of each image; 0 is none, MeanFlow's 1."""
+    guidance_max: float = 8.0
+    """With `average` and a network that takes guidance, the largest scale w that it is trained for."""
     loss_space: Kind | None = None
     """Space of the squared error; None is that of the prediction."""
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"
@@ -59,6 +79,24 @@ class ProcessConfig(Section):
         super().__post_init__()
         for name in ("logit_std", "time_shift", "min_snr_gamma"):
             self._require(name, getattr(self, name) > 0, "above 0")
+        self._require("time_scale", self.time_scale is None or self.time_scale > 0, "None or above 0")
+        self._require("instant_share", 0 <= self.instant_share < 1, "in [0, 1)")
+        self._require("adaptive_power", self.adaptive_power >= 0, "at least 0")
+        self._require("guidance_max", 1 < self.guidance_max <= MAX_GUIDANCE, f"above 1, and at most {MAX_GUIDANCE:,}")
+        if self.time_scale is not None:
+            self._require("schedule", self.schedule in CONTINUOUS, f"one of {', '.join(CONTINUOUS)} with a time_scale")
+        if self.objective == "average":
+            self._require("schedule", self.schedule == "flow", "'flow' with objective 'average'")
+            self._require(
+                "prediction", self.prediction in ("flow", "data"), "'flow' or 'data' with objective 'average'"
+            )
+            self._require("loss_space", self.loss_space is None, "None with objective 'average'")
+            self._require("weighting", self.weighting == "none", "'none' with objective 'average'")
+
+    @property
+    def unit_of_time(self) -> float | None:
+        """The network's time at t = 1; None is the schedule's own."""
+        return AVERAGE_TIME_SCALE if self.time_scale is None and self.objective == "average" else self.time_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +216,33 @@ class SampleConfig(Section):
         return (int(outer), int(every)) if every else None
 
 
+def solvers_of(process: ProcessConfig) -> list[SolverName]:
+    """Returns the solvers that suit a network of a process: that of an average velocity, those of an instant's."""
+    instant = process.objective == "instant" or process.instant_share > 0
+    average = process.objective == "average"
+    return [name for name in get_args(SolverName) if (average if name == "average" else instant)]
+
+
+def check_solver(process: ProcessConfig, sampler: SolverName) -> None:
+    """Checks that a network was trained to predict what a solver needs.
+
+    Raises:
+        InputError: an average velocity where it predicts an instant's, or the reverse.
+    """
+    if sampler not in (solvers := solvers_of(process)):
+        trained = f"objective {process.objective!r} and instant_share {process.instant_share:g}"
+        raise InputError(f"sampler must be one of {', '.join(solvers)} for {trained}, got {sampler!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     """The training loop."""
 
     run_dir: str | None = None
     """Folder of the run; None is runs/NAME for configs/NAME.py."""
+    init: str | None = None
+    """Weights to start from: a run folder, weights or a hub name. An interval and a guidance that they lack start as if
+    absent, and as tokens fade in over optim.warmup_steps."""
     num_steps: int = 100_000
     """Optimizer steps."""
     batch_size: int = 128
@@ -278,12 +337,34 @@ class Config(Section):
             raise InputError(
                 f"sample.reuse must have K of at most {self.model.reusable_pairs} pairs of blocks, {given}"
             )
+        self._check_average()
         # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
         if not self.model.null_class and not self.model.context_dim:
             if self.train.label_dropout > 0:
                 raise InputError(f"train.label_dropout {self.train.label_dropout} needs model.null_class, got False")
             if self.sample.guidance != 1:
                 raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
+
+    def _check_average(self) -> None:
+        """Checks that network, objective and solver are of one kind, and that there is one guidance."""
+        model, process, sample = self.model, self.process, self.sample
+        average = process.objective == "average"
+        if model.takes_interval != average:
+            raise InputError(
+                f"model.takes_interval must be {average} with process.objective {process.objective!r}, "
+                f"got {model.takes_interval}"
+            )
+        check_solver(process, sample.sampler)
+        if sample.sampler == "average" and sample.reused:
+            raise InputError(f"sample.reuse must be 'none' with sample.sampler 'average', got {sample.reuse!r}")
+        if model.takes_guidance:
+            if not average:
+                raise InputError("model.takes_guidance needs process.objective 'average', got 'instant'")
+            if not model.null_class and not model.context_dim:
+                raise InputError("model.takes_guidance needs model.null_class or a context, got neither")
+            if not 1 <= sample.guidance <= process.guidance_max:
+                most = f"process.guidance_max {process.guidance_max:g}"
+                raise InputError(f"sample.guidance must be 1 to {most}, got {sample.guidance:g}")
 
     def flattened(self) -> dict[str, str]:
         """Returns every value under `section.field`, as trackers take them."""

@@ -131,7 +131,8 @@ class UNetConfig(NetworkConfig):
             2 * time + 2 * self.context_dim
         )  # convolutions, attention, MLP; embedding
         ends = 9 * widest * (self.in_chans + self.predicted_chans)
-        return (2 * self.num_blocks + 3) * per_block + time * (self.num_classes + 1 + 2 * time) + ends
+        embedded = self.num_classes + 1 + (2 + 2 * self.embedded_numbers) * time
+        return (2 * self.num_blocks + 3) * per_block + time * embedded + ends
 
     def heads(self, channels: int) -> int:
         """Returns the number of attention heads at this width."""

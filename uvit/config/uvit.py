@@ -36,7 +36,7 @@ class UViTConfig(NetworkConfig):
     skip: Literal["concat", "add", "linear_add", "add_linear", "none"] = "concat"
     """How a long skip s joins the main branch m: Linear(Concat(m, s)), m + s, m + Linear(s), Linear(m + s), or none."""
     time_conditioning: Literal["token", "adaln"] = "token"
-    """Time as a token, or as scale and shift in every block's layer norms."""
+    """Time as a token, or as scale and shift in every block's layer norms; interval and guidance likewise."""
     conv: Literal["image", "tokens", "none"] = "image"
     """Final 3x3 convolution: on the image, on the grid of tokens before the linear projection, or none."""
     patch_embed: Literal["linear", "conv"] = "linear"
@@ -80,9 +80,15 @@ class UViTConfig(NetworkConfig):
         return height // self.patch_size, width // self.patch_size
 
     @property
+    def num_number_tokens(self) -> int:
+        """The first tokens: guidance and interval, where time is a token; otherwise they are added to the time."""
+        return (self.takes_guidance + self.takes_interval) * (self.time_conditioning == "token")
+
+    @property
     def num_extra_tokens(self) -> int:
-        """Tokens before the patches: label, time and context."""
-        return int(self.num_classes > 0) + int(self.time_conditioning == "token") + self.num_context_tokens
+        """Tokens before the patches: guidance, interval, label, time and context."""
+        is_token = self.time_conditioning == "token"
+        return self.num_number_tokens + int(self.num_classes > 0) + int(is_token) + self.num_context_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +100,8 @@ class UViTConfig(NetworkConfig):
         dim, pixels = self.embed_dim, self.patch_size**2 * self.in_chans
         per_block = dim * (10 * dim + 2 * dim * self.mlp_ratio)  # attention, adaptive norms, skip; MLP
         per_token = pixels * 2 + self.num_tokens + self.num_classes + self.context_dim
-        return (self.depth + 1) * per_block + dim * per_token + 30 * dim**2 + 9 * self.in_chans**2
+        around = (30 + 2 * self.embedded_numbers) * dim**2 + 9 * self.in_chans**2
+        return (self.depth + 1) * per_block + dim * per_token + around
 
     @property
     def width(self) -> int:

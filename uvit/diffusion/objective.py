@@ -11,11 +11,11 @@ from torch import Tensor
 from uvit.common.errors import InputError
 from uvit.config import ProcessConfig
 from uvit.diffusion.process import (
-    SCHEDULES,
     TIME_MARGIN,
     combine,
     prediction_coefficients,
     sample_times,
+    schedule_of,
     separate,
 )
 
@@ -44,7 +44,7 @@ def diffusion_loss(
     Raises:
         InputError: (a ValueError) the network's output has another shape than x0.
     """
-    schedule = SCHEDULES[process.schedule]
+    schedule = schedule_of(process)
     if times is None:
         times = sample_times(process, len(x0), x0.device, generator)
     if noise is None:

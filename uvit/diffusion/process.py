@@ -5,6 +5,7 @@ Time t is in [0, 1]: 0 is data, 1 is noise. x_t = α(t) x_0 + σ(t) ε.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import TypeVar
@@ -31,9 +32,12 @@ class Schedule:
         """Whether α(1) is 0, or so small that a network's error in the noise, divided by it, would drown the image."""
         return self.at(1.0)[0] < 1e-3
 
+    time_scale = 1000.0
+    """The network's time, as a multiple of t."""
+
     def network_time(self, t: Number) -> Number:
         """Returns the time that the network is given for t."""
-        return 1000.0 * t
+        return self.time_scale * t
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (α(t), σ(t)), of the shape and dtype of t."""
@@ -71,9 +75,7 @@ class VP(Schedule):
     """Continuous variance-preserving schedule, β(t) = 0.1 + 19.9 t (Song et al., arXiv 2011.13456, equation 33)."""
 
     beta_min, beta_max = 0.1, 20.0
-
-    def network_time(self, t: Number) -> Number:
-        return 999.0 * t
+    time_scale = 999.0
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha = -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -174,6 +176,19 @@ SCHEDULES: dict[ScheduleName, Schedule] = {
     "cosine": Cosine(),
     "flow": Flow(),
 }
+
+
+@functools.cache
+def _scaled(name: ScheduleName, time_scale: float) -> Schedule:
+    schedule = copy.copy(SCHEDULES[name])
+    schedule.time_scale = time_scale
+    return schedule
+
+
+def schedule_of(process: ProcessConfig) -> Schedule:
+    """Returns the schedule of a process, with its unit of the network's time."""
+    unit = process.unit_of_time
+    return SCHEDULES[process.schedule] if unit is None else _scaled(process.schedule, unit)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

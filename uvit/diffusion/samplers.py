@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from uvit.common.errors import InputError
-from uvit.config import Kind, ProcessConfig, SampleConfig, SolverName, Spacing
-from uvit.diffusion.process import SCHEDULES, TIME_MARGIN, Schedule, separate, shift_time
-from uvit.diffusion.solvers import SOLVERS, Denoise, Noise, check_times, fast_orders
+from uvit.config import Kind, ProcessConfig, SampleConfig, SolverName, Spacing, check_solver
+from uvit.diffusion.average import average_velocity
+from uvit.diffusion.process import TIME_MARGIN, Schedule, schedule_of, separate, shift_time
+from uvit.diffusion.solvers import ALL_SOLVERS, Denoise, Noise, check_times, fast_orders
 
 Predict = Callable[..., Tensor]
 """predict(x, timesteps, **condition) -> the prediction; channels after those of x are a network's own."""
@@ -73,7 +74,7 @@ def guide(
     uncond: Mapping[str, Tensor] | None = None,
     scale: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
-) -> Callable[[Tensor, float], Tensor]:
+) -> Callable[..., Tensor]:
     """Binds a network to its condition, with guidance w · cond + (1 - w) · uncond on all channels (arXiv 2207.12598).
 
     Args:
@@ -85,21 +86,26 @@ def guide(
         interval: (low, high) times of guidance (arXiv 2404.07724); outside, uncond is not computed.
 
     Returns:
-        output(x, t) -> the guided prediction; cond and uncond run as one batch of 2B.
+        output(x, t) -> the guided prediction, or output(x, t, s) -> that for the interval [s, t], of a network that
+        takes one; cond and uncond run as one batch of 2B.
 
     Raises:
-        InputError: a scale other than 1 without uncond.
+        InputError: a scale other than 1 without uncond, or with a guidance among cond.
     """
+    if scale != 1 and "guidance" in cond:
+        raise InputError(f"guidance is either among the conditions or by two passes, got both, the latter {scale}")
     if scale != 1 and uncond is None:
         raise InputError(f"guidance {scale} needs a model with a null class, got one without")
 
-    def output(x: Tensor, t: float) -> Tensor:
+    def output(x: Tensor, t: float, s: float | None = None) -> Tensor:
         guided = scale != 1 and interval[0] <= t <= interval[1]
-        timesteps = torch.full((len(x) * (2 if guided else 1),), schedule.network_time(t), device=x.device)
+        batch = x.shape[0] * (2 if guided else 1)  # an exporter would take len(x) for a constant
+        times = {} if s is None else {"interval": torch.full((batch,), schedule.time_scale * (t - s), device=x.device)}
+        timesteps = torch.full((batch,), schedule.network_time(t), device=x.device)
         if not guided or uncond is None:
-            return network(x, timesteps, **cond)
+            return network(x, timesteps, **times, **cond)
         both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
-        conditional, unconditional = network(torch.cat([x, x]), timesteps, **both).chunk(2)
+        conditional, unconditional = network(torch.cat([x, x]), timesteps, **times, **both).chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
     return output
@@ -111,6 +117,20 @@ def denoiser(output: Callable[[Tensor, float], Tensor], schedule: Schedule, pred
     def denoise(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         predicted = output(x, t)[:, : x.shape[1]]  # a network may add channels of its own, such as ADM's variance
         return separate(prediction, predicted.float(), x, *schedule.at(t))
+
+    return denoise
+
+
+def average_denoiser(output: Callable[..., Tensor], prediction: Kind) -> Denoise:
+    """Turns a network's average velocity, or the image that gives it, into denoise(x, t, s) -> (x_0, ε), in float32.
+
+    They are the ends of the straight way from x_t to x_s, so that x_s = (1 - s) x_0 + s ε; without s, of an instant.
+    """
+
+    def denoise(x: Tensor, t: float, s: float | None = None) -> tuple[Tensor, Tensor]:
+        predicted = output(x, t, t if s is None else s)[:, : x.shape[1]]
+        u = average_velocity(prediction, predicted.float(), x, t)
+        return x - t * u, x + (1 - t) * u
 
     return denoise
 
@@ -141,10 +161,12 @@ def sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
     """Returns the time grid for a process and sampling settings, away from ends where a formula is singular.
 
     Raises:
-        InputError: as time_grid; a solver that is unstable on the grid; a grid finer than a discrete schedule.
+        InputError: as time_grid; a solver that needs another prediction, or is unstable on the grid; a grid finer than
+            a discrete schedule.
     """
+    check_solver(process, config.sampler)
     times = _sampling_times(process, config)
-    smallest, first = min(t for t in times if t > 0), SCHEDULES[process.schedule].first_time
+    smallest, first = min(t for t in times if t > 0), schedule_of(process).first_time
     if smallest < first * (1 - 1e-6):
         begins = f"schedule {process.schedule!r} begins at time {first:g}"
         raise InputError(f"{begins}, got a grid with {smallest:g}: take fewer steps, or another t_end")
@@ -156,7 +178,7 @@ FAST_SOLVERS: tuple[SolverName, ...] = ("dpm_solver_fast", "dpmpp_fast")
 
 def _is_stiff(process: ProcessConfig, sampler: SolverName) -> bool:
     """Returns whether a solver needs a log-SNR grid: where α(1) ≈ 0, the SDE's drift and steps in ε divide by α."""
-    return SCHEDULES[process.schedule].singular_start and sampler in (*FAST_SOLVERS, "euler_maruyama")
+    return schedule_of(process).singular_start and sampler in (*FAST_SOLVERS, "euler_maruyama")
 
 
 def resolve_spacing(process: ProcessConfig, config: SampleConfig) -> Spacing:
@@ -174,7 +196,7 @@ def resolve_spacing(process: ProcessConfig, config: SampleConfig) -> Spacing:
 
 
 def _sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]:
-    schedule, sampler, shift = SCHEDULES[process.schedule], config.sampler, process.time_shift
+    schedule, sampler, shift = schedule_of(process), config.sampler, process.time_shift
     spacing = resolve_spacing(process, config)
     divides_by_alpha = schedule.singular_start and (_is_stiff(process, sampler) or process.prediction == "noise")
     t_start = 1 - TIME_MARGIN if divides_by_alpha else 1.0
@@ -193,6 +215,21 @@ def _sampling_times(process: ProcessConfig, config: SampleConfig) -> list[float]
         # σ'(0) is infinite there, or noise is left: the last slope is taken at TIME_MARGIN, as in the paper's runs.
         return [*time_grid(schedule, config.num_steps - 1, spacing, t_start, TIME_MARGIN, shift), 0.0]
     return time_grid(schedule, config.num_steps, spacing, t_start, config.t_end, shift)
+
+
+def guided_denoiser(
+    network: Predict,
+    process: ProcessConfig,
+    config: SampleConfig,
+    cond: Mapping[str, Tensor],
+    uncond: Mapping[str, Tensor] | None,
+) -> Denoise:
+    """Returns the denoise of a solver; a guidance among `cond` stands instead of two passes."""
+    scale = 1.0 if "guidance" in cond else config.guidance
+    output = guide(network, schedule_of(process), cond, uncond, scale, config.guidance_interval)
+    if process.objective == "average":
+        return average_denoiser(output, process.prediction)
+    return denoiser(output, schedule_of(process), process.prediction)
 
 
 @torch.no_grad()
@@ -223,17 +260,16 @@ def sample(
     Raises:
         InputError: guidance without uncond, or as sampling_times.
     """
-    schedule = SCHEDULES[process.schedule]
-    output = guide(network, schedule, cond, uncond, config.guidance, config.guidance_interval)
-    denoise = denoiser(output, schedule, process.prediction)
+    denoise = guided_denoiser(network, process, config, cond, uncond)
 
-    def observed_denoise(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        estimates = denoise(x, t)
+    def observed_denoise(x: Tensor, *ends: float) -> tuple[Tensor, Tensor]:
+        estimates = denoise(x, *ends)
         if on_evaluation is not None:
             on_evaluation(x)
         return estimates
 
-    return SOLVERS[config.sampler](observed_denoise, noise(), schedule, sampling_times(process, config), noise)
+    times = sampling_times(process, config)
+    return ALL_SOLVERS[config.sampler](observed_denoise, noise(), schedule_of(process), times, noise)
 
 
 def num_evaluations(process: ProcessConfig, config: SampleConfig) -> int:

@@ -7,8 +7,7 @@ number, and 1 is no guidance. `UViT2DModel` of diffusers is a different model.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral
+from collections.abc import Callable, Sequence
 from os.path import isfile
 from typing import Any, ClassVar, cast
 
@@ -35,11 +34,12 @@ from uvit.config import (
     from_dict,
     read_json,
 )
-from uvit.diffusion.process import SCHEDULES
+from uvit.diffusion.process import schedule_of
 from uvit.diffusion.reuse import reuse_deep_features
 from uvit.diffusion.samplers import guide
+from uvit.integrations.pipeline_call import check_latents, latents_of, listed, resolve_call
 from uvit.integrations.pipeline_part import READING_OPTIONS, PipelinePart, check_dtype
-from uvit.integrations.scheduler_steps import Scheduler, run_scheduler, set_times
+from uvit.integrations.scheduler_steps import Scheduler, as_instant, average_output, run_scheduler, set_times
 from uvit.integrations.schedulers import check_scheduler, make_scheduler
 from uvit.networks.backbone import Backbone
 from uvit.networks.encoders import (
@@ -51,7 +51,7 @@ from uvit.networks.encoders import (
     load_encoders,
     loading,
 )
-from uvit.sampling.conditions import Condition, batch_conditions, resolve_conditions
+from uvit.sampling.conditions import batch_conditions, guidance_condition
 from uvit.sampling.runs import load_run
 from uvit.weights.build import UNet, UViT
 
@@ -74,59 +74,6 @@ PARTS: dict[type[NetworkConfig], type[UViTModel] | type[UNetModel]] = {UViTConfi
 """The part for each kind of network."""
 
 
-def _listed(given: Any) -> list[Any]:
-    """Returns an argument that is one value or several as a list: empty for None, the numbers of an array."""
-    given = given.tolist() if hasattr(given, "tolist") else given
-    if given is None:
-        return []
-    return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-
-
-def _resolve_call(
-    config: Config, labels: Sequence[int | str], batch_size: int | None, num_images_per_prompt: int
-) -> list[Condition]:
-    """Returns the condition of each image that a call draws; prompts are taken from the config."""
-    model = config.model
-    if model.num_classes and not labels:
-        raise InputError(f"a model with num_classes {model.num_classes} takes class_labels, got none")
-    if batch_size is not None and (model.num_classes or model.context_dim):
-        raise InputError(
-            "batch_size must be None for a model that takes class_labels or a prompt, "
-            f"got {short_repr(batch_size)}: give num_images_per_prompt"
-        )
-    for name, number in (("batch_size", batch_size), ("num_images_per_prompt", num_images_per_prompt)):
-        whole = isinstance(number, Integral) and not isinstance(number, bool)
-        if number is not None and (not whole or number < 1):
-            raise InputError(f"{name} must be a whole number from 1, got {short_repr(number)}")
-    rows = resolve_conditions(config, labels, config.sample.prompts) * (batch_size or 1)
-    return [row for row in rows for _ in range(num_images_per_prompt)]
-
-
-def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
-    """Checks latents that a user or a callback gives.
-
-    Raises:
-        InputError: no tensor, or one of another shape.
-    """
-    if not isinstance(latents, Tensor):
-        raise InputError(f"latents must be a tensor, got {type(latents).__name__}")
-    if tuple(latents.shape) != shape:
-        raise InputError(f"latents must be {shape}, got {tuple(latents.shape)}")
-
-
-def _latents_of(returned: Any, x: Tensor) -> Tensor:
-    """Returns the latents that a callback returned, or those that it was given if it returned none.
-
-    Raises:
-        InputError: neither a dict nor None, or latents that do not fit.
-    """
-    if not isinstance(returned, dict | None):
-        raise InputError(f"callback_on_step_end must return a dict or None, got {type(returned).__name__}")
-    latents = (returned or {}).get("latents", x)
-    _check_latents(latents, tuple(x.shape))
-    return latents
-
-
 class PipelineOptions(HubOptions, total=False):
     """Keyword arguments of UViTPipeline.from_pretrained."""
 
@@ -139,6 +86,8 @@ class PipelineOptions(HubOptions, total=False):
     schedule: str
     """Replaces the saved value, like the next two."""
     prediction: str
+    time_scale: float | None
+    guidance_max: float
     class_names: list[str]
     dtype: torch.dtype | dict[str, torch.dtype]
     """Of the weights, one for all or one per part; None is float32."""
@@ -158,7 +107,9 @@ class UViTPipeline(DiffusionPipeline):
         text_encoder: the CLIP text model of a network that takes a context.
         tokenizer: its tokenizer.
         schedule: as in ProcessConfig: what the network was trained on.
-        prediction: as in ProcessConfig: what the network predicts.
+        prediction: as in ProcessConfig: what the network predicts; of a network that takes intervals, an average.
+        time_scale: as in ProcessConfig.
+        guidance_max: as in ProcessConfig.
         class_names: names of the labels, if they have any.
 
     Raises:
@@ -192,13 +143,22 @@ class UViTPipeline(DiffusionPipeline):
         schedule: str = "flow",
         prediction: str = "flow",
         class_names: list[str] | None = None,
+        time_scale: float | None = None,
+        guidance_max: float = ProcessConfig.guidance_max,
     ) -> None:
         super().__init__()
         model: Any = getattr(transformer, "config", None)
         if type(model) not in PARTS:
             raise InputError(f"the transformer must be a UViT or a UNet, got {type(transformer).__name__}")
-        Config(model=model, data=DataConfig(class_names=tuple(class_names or ())))  # checks the number of names
-        self.register_to_config(schedule=schedule, prediction=prediction, class_names=list(class_names or ()))
+        process = {
+            "schedule": schedule,
+            "prediction": prediction,
+            "time_scale": time_scale,
+            "guidance_max": guidance_max,
+        }
+        self.register_to_config(**process, class_names=list(class_names or ()))
+        names = DataConfig(class_names=tuple(class_names or ()))
+        Config(model=model, process=self._process_of(model), data=names)  # checks the number of names
         if model.context_dim and (text_encoder is None or tokenizer is None):
             raise InputError(
                 f"a model with context_dim {model.context_dim} needs a text encoder and a tokenizer, got none"
@@ -215,7 +175,11 @@ class UViTPipeline(DiffusionPipeline):
     @property
     def process(self) -> ProcessConfig:
         """The part of the process that sampling needs."""
-        return from_dict(ProcessConfig, {name: self.config[name] for name in ("schedule", "prediction")})
+        return self._process_of(self.transformer.config)
+
+    def _process_of(self, model: NetworkConfig) -> ProcessConfig:
+        saved = {name: self.config[name] for name in ("schedule", "prediction", "time_scale", "guidance_max")}
+        return from_dict(ProcessConfig, {**saved, "objective": "average" if model.takes_interval else "instant"})
 
     @property
     def interrupt(self) -> bool:
@@ -234,7 +198,7 @@ class UViTPipeline(DiffusionPipeline):
 
     def _check_scheduler(self, *num_steps: int) -> None:
         latents = self.vae is not None or self.transformer.config.in_chans not in IMAGE_CHANNELS
-        check_scheduler(self.scheduler, self.process, latents, *num_steps)
+        check_scheduler(self.scheduler, as_instant(self.process), latents, *num_steps)
 
     @classmethod
     def from_run(
@@ -254,7 +218,8 @@ class UViTPipeline(DiffusionPipeline):
             InputError: as load_run, load_encoders and make_scheduler.
         """
         config, model = load_run(checkpoint, "auto", torch.device("cpu"), config_file)
-        scheduler = make_scheduler(config.process, sampler or config.sample.sampler)
+        sampler = sampler or config.sample.sampler
+        scheduler = make_scheduler(as_instant(config.process), "euler" if sampler == "average" else sampler)
         encoders = load_encoders(config.data, config.model)
         vae = None if encoders.image is None else encoders.image.network
         if vae is not None:
@@ -267,6 +232,8 @@ class UViTPipeline(DiffusionPipeline):
             tokenizer=None if encoders.text is None else encoders.text.tokenizer,
             schedule=config.process.schedule,
             prediction=config.process.prediction,
+            time_scale=config.process.time_scale,
+            guidance_max=config.process.guidance_max,
             class_names=list(config.data.class_names),
         )
 
@@ -378,10 +345,12 @@ class UViTPipeline(DiffusionPipeline):
             "guidance": guidance_scale,
             "guidance_interval": guidance_interval,
             "reuse": reuse,
-            "prompts": _listed(prompt),
+            "prompts": listed(prompt),
+            "sampler": "average" if process.objective == "average" else SampleConfig.sampler,
         }
         config = Config(
             model=model,
+            process=process,
             data=DataConfig(class_names=tuple(self.config["class_names"])),
             sample=from_dict(SampleConfig, sampling),
         )
@@ -391,10 +360,10 @@ class UViTPipeline(DiffusionPipeline):
             raise InputError(
                 f"negative_prompt must be one text, for a model that takes prompts, got {short_repr(negative_prompt)}"
             )
-        conditions = _resolve_call(config, _listed(class_labels), batch_size, num_images_per_prompt)
+        conditions = resolve_call(config, listed(class_labels), batch_size, num_images_per_prompt)
         if self.vae is None and output_type != "latent" and model.in_chans not in IMAGE_CHANNELS:
             raise InputError(f"a model with in_chans {model.in_chans} needs a vae to make images, got None")
-        tensor_inputs = _listed(getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs))
+        tensor_inputs = listed(getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs))
         for name in tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 takes = f"callback_on_step_end_tensor_inputs must be of {', '.join(self._callback_tensor_inputs)}"
@@ -403,8 +372,8 @@ class UViTPipeline(DiffusionPipeline):
             raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {short_repr(output_type)}")
         shape = (len(conditions), model.in_chans, *model.image_shape)
         if latents is not None:
-            _check_latents(latents, shape)
-        generators = _listed(generator)
+            check_latents(latents, shape)
+        generators = listed(generator)
         if len(generators) != len(conditions) and isinstance(generator, list | tuple):
             raise InputError(
                 f"generator must be one, or one for each of {len(conditions)} images, got {len(generators)}"
@@ -415,14 +384,17 @@ class UViTPipeline(DiffusionPipeline):
 
         device, dtype, reused = self._execution_device, self.transformer.dtype, sample.reused
         cond, uncond = batch_conditions(conditions, model, self._encode, device, negative_prompt or EMPTY_CAPTION)
+        own = guidance_condition(model, sample, len(conditions), device)
+        cond, scale = {**cond, **own}, 1.0 if own else sample.guidance
         network = self.transformer if reused is None else reuse_deep_features(self.transformer, *reused)
 
         def predict(x: Tensor, timesteps: Tensor, **condition: Tensor) -> Tensor:
             return network(x.to(dtype), timesteps, **condition)[:, : model.in_chans].float()
 
-        schedule, interval = SCHEDULES[process.schedule], sample.guidance_interval
-        output = guide(predict, schedule, cond, uncond, sample.guidance, interval)
-        times = set_times(scheduler, process, sample.num_steps, device)
+        output = guide(predict, schedule_of(process), cond, uncond, scale, sample.guidance_interval)
+        times = set_times(scheduler, as_instant(process), sample.num_steps, device)
+        if process.objective == "average":
+            output = average_output(output, process, scheduler, times)
         noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents.to(device).float()
         self._interrupt, self._num_timesteps = False, len(times)
         with self.progress_bar(total=len(times)) as progress:
@@ -431,7 +403,7 @@ class UViTPipeline(DiffusionPipeline):
                 progress.update()
                 if callback_on_step_end is not None:
                     returned = callback_on_step_end(self, step, timestep, dict.fromkeys(tensor_inputs, x))
-                    x = _latents_of(returned, x)
+                    x = latents_of(returned, x)
                 return x, not self.interrupt
 
             x = run_scheduler(scheduler, times, output, noise, generator, on_step)

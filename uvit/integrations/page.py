@@ -16,7 +16,7 @@ import torch
 from gradio.processing_utils import save_bytes_to_cache
 
 from uvit.common.errors import InputError, one_line, printable
-from uvit.config import CONFIG_FILE, Config, SolverName, from_dict, read_json
+from uvit.config import CONFIG_FILE, Config, from_dict, read_json, solvers_of
 from uvit.integrations.page_drawing import (
     MAX_GUIDANCE,
     MAX_PAGE_IMAGES,
@@ -84,8 +84,7 @@ def build_page(folder: Path) -> gr.Blocks:
                     guidance = gr.Slider(1, MAX_GUIDANCE, step=0.1, label="Guidance (1 is none)", elem_id="guidance")
                     steps = gr.Slider(1, MAX_STEPS, step=1, label="Steps", elem_id="steps")
                     with gr.Row():
-                        solvers = list(get_args(SolverName))
-                        sampler = gr.Dropdown(solvers, label="Sampler", min_width=120, elem_id="sampler")
+                        sampler = gr.Dropdown([], label="Sampler", min_width=120, elem_id="sampler")
                         seed = gr.Number(Drawing.seed, label="Seed", precision=0, min_width=120, elem_id="seed")
                     views = list(get_args(Denoising))
                     denoising = gr.Radio(
@@ -127,7 +126,7 @@ def build_page(folder: Path) -> gr.Blocks:
                 classes: gr.update(choices=names, value=chosen, visible=bool(model.num_classes)),
                 prompts: gr.update(value="\n".join(sampling.prompts), visible=bool(model.context_dim)),
                 guidance: gr.update(value=min(max(sampling.guidance, 1.0), MAX_GUIDANCE), visible=guided),
-                sampler: sampling.sampler,
+                sampler: gr.update(choices=solvers_of(config.process), value=sampling.sampler),
                 steps: min(sampling.num_steps, MAX_STEPS),
             }
 

@@ -45,9 +45,11 @@ class PipelinePart(PretrainedMixin):
         context: Tensor | None = None,
         outer: int | None = None,
         deep: Tensor | None = None,
+        interval: Tensor | float | None = None,
+        guidance: Tensor | None = None,
     ) -> Any:
         """Predicts as the network, or as its forward_reusing if `outer` is given: hooks wrap only `forward`."""
-        both = self.forward_reusing(x, timesteps, y, context, outer or 0, deep)
+        both = self.forward_reusing(x, timesteps, y, context, outer or 0, deep, interval, guidance)
         return both[0] if outer is None else both
 
     def to(self: Any, *arguments: Any, **named: Any) -> Any:

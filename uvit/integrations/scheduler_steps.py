@@ -18,6 +18,7 @@ from torch import Tensor
 
 from uvit.common.errors import InputError
 from uvit.config import ProcessConfig, SampleConfig, SolverName
+from uvit.diffusion.average import average_velocity
 from uvit.diffusion.process import shift_time
 from uvit.diffusion.samplers import sampling_times
 
@@ -101,6 +102,29 @@ def set_times(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     return times
+
+
+def as_instant(process: ProcessConfig) -> ProcessConfig:
+    """Returns the process that a scheduler sees: of an average velocity, flow matching."""
+    if process.objective == "instant":
+        return process
+    return dataclasses.replace(process, objective="instant", prediction="flow", time_scale=None)
+
+
+def average_output(
+    output: Callable[..., Tensor], process: ProcessConfig, scheduler: Scheduler, times: Sequence[float]
+) -> Callable[[Tensor, float], Tensor]:
+    """Returns output(x, t) -> the average velocity over the step from t; of an instant, if it is not an Euler step.
+
+    Args:
+        output: output(x, t, s) -> the network's prediction.
+        process: what the network was trained on.
+        scheduler: prepared by set_times.
+        times: what that returned.
+    """
+    is_euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    ends = dict(zip(times, [*times[1:], 0.0] if is_euler else times))
+    return lambda x, t: average_velocity(process.prediction, output(x, t, ends[t]), x, t)
 
 
 def run_scheduler(

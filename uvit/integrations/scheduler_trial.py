@@ -18,7 +18,7 @@ from torch import Tensor
 from uvit.common.errors import InputError, one_line
 from uvit.common.libraries import quiet
 from uvit.config import ProcessConfig, SampleConfig
-from uvit.diffusion.process import SCHEDULES, combine
+from uvit.diffusion.process import combine, schedule_of
 from uvit.diffusion.samplers import denoiser, sampling_times
 from uvit.diffusion.solvers import SOLVERS
 from uvit.integrations.scheduler_steps import TABLE_STEPS, Scheduler, is_flow, run_scheduler, set_times, shift_of
@@ -56,7 +56,7 @@ def check_by_trial(scheduler: Scheduler, process: ProcessConfig, num_steps: int)
 @functools.lru_cache(maxsize=64)
 def _trial(cls: Any, config: str, process: ProcessConfig, num_steps: int) -> str:
     """Returns what is wrong with the images of a scheduler, or "" if they are as right as those of `ddim`."""
-    schedule, own = SCHEDULES[process.schedule], inspect.signature(cls.__init__).parameters
+    schedule, own = schedule_of(process), inspect.signature(cls.__init__).parameters
     # A config may keep options of another class.
     options = {name: value for name, value in json.loads(config).items() if name in own and name not in CLIPPING}
     options |= {name: False for name in CLIPPING if name in own}
@@ -89,7 +89,7 @@ def _trial(cls: Any, config: str, process: ProcessConfig, num_steps: int) -> str
 
 def _trial_network(process: ProcessConfig, std: float) -> Callable[[Tensor, float], Tensor]:
     """Returns output(x, t), the exact prediction for normal data of TRIAL_MEAN and a standard deviation."""
-    schedule = SCHEDULES[process.schedule]
+    schedule = schedule_of(process)
 
     def output(x: Tensor, t: float) -> Tensor:
         alpha, sigma = schedule.at(min(max(t, 0.0), 1.0))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from uvit.common.errors import InputError
 from uvit.config import Kind, ProcessConfig, SolverName
-from uvit.diffusion.process import NUM_STEPS, SCHEDULES, TIME_MARGIN, Discrete
+from uvit.diffusion.process import NUM_STEPS, TIME_MARGIN, Discrete, schedule_of
 from uvit.integrations.scheduler_steps import FLOW_SCHEDULERS, OWN_GRIDS, TABLE_STEPS, Scheduler, is_flow, option_of
 from uvit.integrations.scheduler_trial import CLIPPING, TRIAL_STEPS, check_by_trial
 
@@ -48,19 +48,19 @@ def _prediction_type(process: ProcessConfig) -> str:
 
 def _first_time(process: ProcessConfig) -> float:
     """Returns the first time of sampling: where α is about 0, a prediction of noise gives no estimate of the image."""
-    singular = SCHEDULES[process.schedule].singular_start and process.prediction == "noise"
+    singular = schedule_of(process).singular_start and process.prediction == "noise"
     return 1 - TIME_MARGIN if singular else 1.0
 
 
 def _alphas_cumprod(process: ProcessConfig, num_steps: int) -> Tensor:
     """Returns ᾱ = α² at diffusers' first `num_steps` steps, in double precision."""
     t = torch.arange(1, num_steps + 1, dtype=torch.float64, device="cpu") / TABLE_STEPS
-    return SCHEDULES[process.schedule].alpha_sigma(t)[0].square()
+    return schedule_of(process).alpha_sigma(t)[0].square()
 
 
 def _table(process: ProcessConfig) -> dict[str, Any]:
     """Returns the fields of a scheduler's config that define a variance-preserving schedule."""
-    schedule = SCHEDULES[process.schedule]
+    schedule = schedule_of(process)
     if isinstance(schedule, Discrete) and process.schedule in BETA_SCHEDULES:
         first, last = (round(schedule.betas[end].item(), 10) for end in (0, -1))  # ldm's are squares of roots
         named: dict[str, Any] = {"beta_schedule": BETA_SCHEDULES[process.schedule]}

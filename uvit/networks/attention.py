@@ -6,6 +6,7 @@ import functools
 import importlib.util
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -85,7 +86,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         k: keys, (B, M, H, D) of the same dtype; M is L but for cross-attention.
         v: values, of the shape and dtype of k.
         backend: `auto`, `xformers`, `sdpa` or `math`; `math` is the plain formula and needs O(L M) memory, so `auto`
-            uses it only for short sequences, where it was measured to be the fastest.
+            uses it only for short sequences, where it was measured to be the fastest. In forward-mode derivatives,
+            which the kernels do not have, all are `math`.
 
     Returns:
         (B, L, H, D).
@@ -93,6 +95,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     Raises:
         InputError: an explicit backend that cannot run on these tensors.
     """
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(q).tangent is not None:
+        backend = "math"
     backend = resolve_backend(backend, q.device.type, q.shape[-1], q.shape[1], q.dtype)
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention

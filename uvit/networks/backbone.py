@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uvit.config import InputError, NetworkConfig
+from uvit.config import NUM_GUIDANCE, InputError, NetworkConfig
+from uvit.networks.layers import NumberEmbed, zeroed
 
 INDEX_DTYPES = (torch.int64, torch.int32)
+NO_GUIDANCE = (1.0, 0.0, 1.0)
+"""A guidance of scale 1, at all times."""
+NUMBER_UNITS = 1000.0
+"""In which 1 - 1 / w and times between 0 and 1 are embedded, as times are."""
 
 
 class Backbone(nn.Module):
@@ -40,10 +45,47 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def _embed(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None,
+        context: Tensor | None,
+        interval: Tensor | None,
+        guidance: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Returns the input of the first block, and the conditions that every block takes."""
         raise NotImplementedError
+
+    def _add_number_embeds(self, sinusoids: int, width: int) -> None:
+        """Adds the layers that embed an interval and a guidance, where the config has them."""
+        if self.config.takes_interval:
+            self.interval_embed = NumberEmbed(1, sinusoids, width)
+        if self.config.takes_guidance:
+            self.guidance_embed = NumberEmbed(NUM_GUIDANCE, sinusoids, width)
+
+    def _embed_numbers(self, x: Tensor, interval: Tensor | None, guidance: Tensor | None) -> list[Tensor]:
+        """Returns the embedded interval and guidance, (B, D) each, of those that the config has."""
+        batch, embeds = x.shape[0], []
+        if self.config.takes_interval:
+            interval = torch.zeros(1, device=x.device) if interval is None else interval
+            embeds.append(self.interval_embed(interval.reshape(-1, 1).expand(batch, -1)))
+        if self.config.takes_guidance:
+            guidance = torch.tensor([NO_GUIDANCE], device=x.device) if guidance is None else guidance
+            scale, ends = guidance.expand(batch, -1).tensor_split([1], dim=1)
+            embeds.append(self.guidance_embed(NUMBER_UNITS * torch.cat([1 - 1 / scale, ends], dim=1)))
+        return embeds
+
+    def start_absent(self) -> None:
+        """Makes interval and guidance act as if they were absent, at first: to take on weights without them."""
+        for name in ("interval_embed", "guidance_embed"):
+            if hasattr(self, name):
+                zeroed(getattr(self, name).mlp.fc2)
+
+    def fade_in(self, presence: float) -> None:
+        """Sets how much of interval and guidance is present, for a network that was taken on: 0 is nothing, 1 is all.
+
+        What is added to other embeddings has no need of it.
+        """
 
     def _to_image(self, h: Tensor) -> Tensor:
         """Maps the output of the last block to the prediction, (B, predicted_chans, H, W)."""
@@ -60,15 +102,25 @@ class Backbone(nn.Module):
         """
 
     def forward(
-        self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None, context: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor | float,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        interval: Tensor | float | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
-        """Predicts what the model was trained to (noise, data, v or flow) from noisy images.
+        """Predicts what the model was trained to (noise, data, v, flow, or average velocity) from noisy images.
 
         Args:
             x: (B, C, H, W) noisy images, of about unit variance.
             timesteps: (B,) times in the network's units (Schedule.network_time), or one time for all.
             y: (B,) integer labels below num_classes, or num_classes for the null class.
             context: (B, num_context_tokens, context_dim), such as text features.
+            interval: (B,) lengths of the intervals that end at the timesteps, in the same units, or one for all, for a
+                model that takes them; None is 0, an instant.
+            guidance: (B, 3) scales w, at least 1, and the times in [0, 1] between which they act, for a model that
+                takes them; None is w = 1, no guidance.
 
         Returns:
             (B, predicted_chans, H, W), of which the first C channels are the prediction.
@@ -77,7 +129,7 @@ class Backbone(nn.Module):
             InputError: (a ValueError) types or shapes that do not fit the weights or the config, an unknown label, or a
                 missing or unexpected condition.
         """
-        return self.forward_reusing(x, timesteps, y, context)[0]
+        return self.forward_reusing(x, timesteps, y, context, interval=interval, guidance=guidance)[0]
 
     def forward_reusing(
         self,
@@ -87,6 +139,8 @@ class Backbone(nn.Module):
         context: Tensor | None = None,
         outer: int = 0,
         deep: Tensor | None = None,
+        interval: Tensor | float | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predicts as `forward` does; given deep features from an earlier call, it runs only the outer blocks.
 
@@ -100,6 +154,8 @@ class Backbone(nn.Module):
             context: (B, num_context_tokens, context_dim).
             outer: number of outermost pairs of shallow and deep blocks, which always run: 0 to config.reusable_pairs.
             deep: deep features from an earlier call with the same `outer`; None computes them.
+            interval: as for `forward`, like the next one.
+            guidance: (B, 3).
 
         Returns:
             The prediction, and the deep features: the output of the blocks inside the outer ones.
@@ -111,7 +167,8 @@ class Backbone(nn.Module):
         if not 0 <= outer <= self.config.reusable_pairs:
             raise InputError(f"outer blocks must be 0 to {self.config.reusable_pairs}, got {outer}")
         timesteps = check_inputs(self.config, self.weight_dtype, x, timesteps, y, context)
-        h, conditions = self._embed(x, timesteps, y, context)
+        interval = check_numbers(self.config, x, interval, guidance)
+        h, conditions = self._embed(x, timesteps, y, context, interval, guidance)
         skips: list[Tensor] = []
         end = len(self.blocks)
         h = self._run(range(outer), h, conditions, skips)
@@ -169,12 +226,7 @@ def check_inputs(
     if x.ndim != 4 or tuple(x.shape[1:]) != expected:
         raise InputError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
     batch = x.shape[0]  # an exporter would take len(x) for a constant
-    if not isinstance(timesteps, Tensor) and isinstance(timesteps, Real) and not isinstance(timesteps, bool):
-        timesteps = torch.tensor(timesteps, dtype=torch.float32, device=x.device)
-    if not isinstance(timesteps, Tensor) or timesteps.dtype == torch.bool or timesteps.is_complex():
-        raise InputError(f"timesteps must be a tensor of real numbers, or one of them, got {_kind_of(timesteps)}")
-    if tuple(timesteps.shape) not in ((batch,), (1,), ()):
-        raise InputError(f"timesteps must be ({batch},), got {tuple(timesteps.shape)}")
+    timesteps = _as_times("timesteps", timesteps, x)
     if (y is None) != (config.num_classes == 0):
         given = "none" if y is None else "labels"
         takes = "y" if y is None else "no y"
@@ -194,6 +246,49 @@ def check_inputs(
         if tuple(context.shape) != expected:
             raise InputError(f"context must be {expected}, got {tuple(context.shape)}")
     return timesteps
+
+
+def check_numbers(
+    config: NetworkConfig, x: Tensor, interval: Tensor | float | None, guidance: Tensor | None
+) -> Tensor | None:
+    """Checks an interval and a guidance, which only some networks take.
+
+    Args:
+        config: of the network.
+        x: (B, C, H, W).
+        interval: (B,), (1,), () or a number.
+        guidance: (B, 3).
+
+    Returns:
+        The interval as a tensor.
+
+    Raises:
+        InputError: (a ValueError) what was given, and what was expected.
+    """
+    for name, given, takes in (
+        ("interval", interval, config.takes_interval),
+        ("guidance", guidance, config.takes_guidance),
+    ):
+        if given is not None and not takes:
+            raise InputError(f"a model with takes_{name} False takes no {name}, got one")
+    if guidance is not None:
+        if not isinstance(guidance, Tensor) or not guidance.is_floating_point():
+            raise InputError(f"guidance must be a floating point tensor, got {_kind_of(guidance)}")
+        if tuple(guidance.shape) != (x.shape[0], NUM_GUIDANCE):
+            raise InputError(f"guidance must be {(x.shape[0], NUM_GUIDANCE)}, got {tuple(guidance.shape)}")
+    return None if interval is None else _as_times("interval", interval, x)
+
+
+def _as_times(name: str, given: Any, x: Tensor) -> Tensor:
+    """Returns (B,), (1,) or () times as a tensor, for images of (B, C, H, W)."""
+    batch = x.shape[0]
+    if not isinstance(given, Tensor) and isinstance(given, Real) and not isinstance(given, bool):
+        given = torch.tensor(given, dtype=torch.float32, device=x.device)
+    if not isinstance(given, Tensor) or given.dtype == torch.bool or given.is_complex():
+        raise InputError(f"{name} must be a tensor of real numbers, or one of them, got {_kind_of(given)}")
+    if tuple(given.shape) not in ((batch,), (1,), ()):
+        raise InputError(f"{name} must be ({batch},), got {tuple(given.shape)}")
+    return given
 
 
 def _joint_shape(h: Tensor) -> tuple[int, ...]:

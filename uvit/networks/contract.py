@@ -44,15 +44,23 @@ class Network(Protocol):
         ...
 
     def forward(
-        self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None, context: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor | float,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        interval: Tensor | float | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
-        """Predicts noise, data, v or flow, whichever it was trained to.
+        """Predicts noise, data, v, flow or average velocity, whichever it was trained to.
 
         Args:
             x: (B, in_chans, *image_shape) noisy images, of about unit variance.
             timesteps: (B,) times in the network's units (Schedule.network_time), or one time for all.
             y: (B,) integer labels; `config.null_label` means no label.
             context: (B, num_context_tokens, context_dim).
+            interval: (B,) lengths of the intervals that end at the timesteps, if `config.takes_interval`; None is 0.
+            guidance: (B, 3) scales, and the times between which they act, if `config.takes_guidance`; None is scale 1.
 
         Returns:
             (B, predicted_chans, *image_shape), of which the first in_chans channels are the prediction.
@@ -70,6 +78,8 @@ class Network(Protocol):
         context: Tensor | None = None,
         outer: int = 0,
         deep: Tensor | None = None,
+        interval: Tensor | float | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predicts as `forward`, optionally reusing deep features; only where `config.reusable_pairs` is above 0.
 
@@ -80,6 +90,8 @@ class Network(Protocol):
             context: (B, num_context_tokens, context_dim).
             outer: number of outermost pairs of blocks, which always run.
             deep: the output of the blocks inside them from an earlier call; None computes it.
+            interval: as for `forward`, like the next one.
+            guidance: (B, 3).
 
         Returns:
             The prediction, and the output of the blocks inside the outer ones.
@@ -88,6 +100,14 @@ class Network(Protocol):
 
     def reset_buffers(self) -> None:
         """Computes the buffers that are not in its state dict, such as after loading weights into a `meta` model."""
+        ...
+
+    def start_absent(self) -> None:
+        """Makes interval and guidance act as if they were absent, to take on weights without them."""
+        ...
+
+    def fade_in(self, presence: float) -> None:
+        """Sets how much of interval and guidance acts after that: 0 is nothing, 1 is all."""
         ...
 
     def resize(self, img_size: int | tuple[int, int]) -> Self:
@@ -107,7 +127,13 @@ class Network(Protocol):
         ...
 
     def __call__(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        interval: Tensor | float | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor: ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...

@@ -24,14 +24,43 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
         dim: even width.
 
     Returns:
-        (B, dim) in float32, whatever the model's precision: half precision would merge neighbouring times.
+        (B, dim) in float32, or float64 as the times: half precision would merge neighbouring times.
     """
     half = dim // 2
     frequencies = torch.exp(
         -math.log(MAX_PERIOD) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device)
     )
-    angles = timesteps.float()[:, None] * frequencies  # (B, dim / 2)
+    timesteps = timesteps.to(torch.promote_types(timesteps.dtype, torch.float32))
+    angles = timesteps[:, None] * frequencies  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """Sets all parameters of a module to zero, so that its branch starts as nothing; returns it."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class NumberEmbed(nn.Module):
+    """Embeds numbers that condition a network besides its time.
+
+    Args:
+        count: how many numbers.
+        sinusoids: width of each number's sinusoidal embedding.
+        width: of the embedding of all.
+    """
+
+    def __init__(self, count: int, sinusoids: int, width: int) -> None:
+        super().__init__()
+        self.sinusoids = sinusoids
+        self.mlp = Mlp(count * sinusoids, width, width, act_layer=nn.SiLU)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        batch = numbers.shape[0]
+        waves = timestep_embedding(rearrange(numbers, "B N -> (B N)"), self.sinusoids)  # (B * N, sinusoids)
+        waves = rearrange(waves, "(B N) D -> B (N D)", B=batch)
+        return self.mlp(waves.to(self.mlp.fc1.weight.dtype))  # (B, width)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -42,7 +71,10 @@ class HeadNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens, with optional RMS norm of queries and keys (`qk_norm`)."""
+    """Multi-head self-attention over tokens, with optional RMS norm of queries and keys (`qk_norm`).
+
+    Its first tokens can fade in (`presence`): at 0 the others are as without them.
+    """
 
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()
@@ -53,10 +85,16 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = HeadNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
+        self.num_fading = config.num_number_tokens
+        self.presence: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B L H D", K=3, H=self.num_heads)
-        x = attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v, self.backend)  # (B, L, H, D)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        x = attention(q, k, v, self.backend)  # (B, L, H, D)
+        if self.presence is not None:
+            without = attention(q, k[:, self.num_fading :], v[:, self.num_fading :], self.backend)
+            x = torch.lerp(without, x, self.presence.to(x.dtype))
         return self.proj(rearrange(x, "B L H D -> B L (H D)"))
 
 

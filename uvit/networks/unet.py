@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from uvit.config import TIME_WIDTHS, InputError, UNetConfig, replace_fields
 from uvit.networks.backbone import Backbone, embed_labels
-from uvit.networks.layers import timestep_embedding
+from uvit.networks.layers import timestep_embedding, zeroed
 from uvit.networks.unet_layers import (
     AttentionBlock,
     Downsample,
@@ -25,7 +25,6 @@ from uvit.networks.unet_layers import (
     Upsample,
     average_pixels,
     repeat_pixels,
-    zeroed,
 )
 
 UNetType = TypeVar("UNetType", bound="UNet")
@@ -51,7 +50,14 @@ class UNet(Backbone):
 
     config_class: ClassVar[type[UNetConfig]] = UNetConfig
     # Muon orthogonalises the matrices inside the blocks; embeddings, the first and the last convolution are AdamW's.
-    muon_fallback: ClassVar[tuple[str, ...]] = ("time_embed.*", "label_emb.*", "input_blocks.0.*", "out.*")
+    muon_fallback: ClassVar[tuple[str, ...]] = (
+        "time_embed.*",
+        "label_emb.*",
+        "interval_embed.*",
+        "guidance_embed.*",
+        "input_blocks.0.*",
+        "out.*",
+    )
 
     def __init__(self, config: UNetConfig | None = None, **fields: Any) -> None:
         super().__init__()
@@ -60,6 +66,7 @@ class UNet(Backbone):
         self.config = config = replace_fields(config or UNetConfig(), fields)
         width = TIME_WIDTHS * config.model_channels
         self.time_embed = nn.Sequential(nn.Linear(config.model_channels, width), nn.SiLU(), nn.Linear(width, width))
+        self._add_number_embeds(config.model_channels, width)
         if config.num_classes:
             self.label_emb = nn.Embedding(config.num_classes + config.null_class, width)
 
@@ -113,11 +120,18 @@ class UNet(Backbone):
         return [*self.input_blocks, self.middle_block, *self.output_blocks]
 
     def _embed(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None,
+        context: Tensor | None,
+        interval: Tensor | None,
+        guidance: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Returns the images, and the embedded time and label, (B, 4 model_channels), with the context."""
+        """Returns the images, and all that is embedded but the context, (B, 4 model_channels), with the context."""
         time = timestep_embedding(timesteps.expand(x.shape[0]), self.config.model_channels)  # (B, model_channels)
         embedding = self.time_embed(time.to(self.weight_dtype))  # (B, 4 model_channels)
+        embedding = sum(self._embed_numbers(x, interval, guidance), embedding)
         if y is not None:
             embedding = embedding + embed_labels(self.label_emb, y)
         return x, (embedding, context)

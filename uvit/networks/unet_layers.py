@@ -11,24 +11,20 @@ from torch import Tensor, nn
 
 from uvit.config import GROUPS, TIME_WIDTHS, UNetConfig
 from uvit.networks.attention import attention
-
-
-def zeroed(module: nn.Module) -> nn.Module:
-    """Sets all parameters of a module to zero, so that its residual branch starts as nothing; returns it."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
+from uvit.networks.layers import zeroed
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm computed in fp32, whatever the precision of its input."""
+    """Group norm computed in fp32, or fp64 as its input."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__(GROUPS, channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         # F.group_norm refuses a single value in a group, as one image of a single pixel may have.
-        return torch.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return torch.group_norm(x.to(dtype), GROUPS, weight, bias, self.eps).to(x.dtype)
 
 
 class Downsample(nn.Module):

@@ -51,6 +51,8 @@ class UViT(Backbone):
         "time_embed.*",
         "label_emb.*",
         "context_embed.*",
+        "interval_embed.*",
+        "guidance_embed.*",
         "pos_embed",
         "decoder_pred.*",
         "final_layer.*",
@@ -73,6 +75,7 @@ class UViT(Backbone):
             self.time_embed: nn.Module = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
         else:
             self.time_embed = nn.Identity()
+        self._add_number_embeds(dim, dim)
         if config.num_classes:
             self.label_emb = nn.Embedding(config.num_classes + config.null_class, dim)
         if config.context_dim:
@@ -136,6 +139,19 @@ class UViT(Backbone):
                     module.proj.bias[: self.config.embed_dim]
                 )  # the scale starts at 1, as in a plain LayerNorm
 
+    def start_absent(self) -> None:
+        """Makes interval and guidance act as if they were absent: tokens until `fade_in` says otherwise."""
+        if self.config.time_conditioning == "adaln":
+            super().start_absent()
+        else:
+            self.fade_in(0.0)
+
+    def fade_in(self, presence: float) -> None:
+        """Sets the presence of the tokens of interval and guidance in attention, 0 (as if absent) to 1."""
+        for block in self.blocks if self.config.num_number_tokens else ():
+            device = self.pos_embed.device
+            block.attn.presence = None if presence >= 1 else torch.tensor(presence, device=device)  # type: ignore
+
     def require_whole(self) -> None:
         """Checks that no block was removed.
 
@@ -146,12 +162,21 @@ class UViT(Backbone):
             raise InputError("a pruned model only gives intermediates: load the whole one to make images or save it")
 
     def _embed(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None, context: Tensor | None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None,
+        context: Tensor | None,
+        interval: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor]]:
-        """Returns all tokens, (B, L, D), and the embedded time, (B, D)."""
+        """Returns all tokens, (B, L, D), and the embedded time with interval and guidance, (B, D)."""
         config = self.config
         time = timestep_embedding(timesteps.expand(x.shape[0]), config.embed_dim)  # (B, D)
         time = self.time_embed(time.to(self.pos_embed.dtype))  # (B, D)
+        numbers = self._embed_numbers(x, interval, guidance)
+        if config.time_conditioning == "adaln":
+            time = sum(numbers, time)  # (B, D)
         tokens = [self.patch_embed(x)]  # (B, N, D), where N = H * W / patch_size ** 2
         if context is not None:
             tokens.insert(0, self.context_embed(context))  # (B, num_context_tokens, D)
@@ -159,6 +184,9 @@ class UViT(Backbone):
             tokens.insert(0, time[:, None])  # (B, 1, D)
         if y is not None:
             tokens.insert(0, embed_labels(self.label_emb, y)[:, None])  # (B, 1, D)
+        if config.time_conditioning == "token":
+            for each in numbers:
+                tokens.insert(0, each[:, None])  # (B, 1, D)
         return torch.cat(tokens, dim=1) + self.pos_embed, (time,)  # (B, L, D), where L = extras + N
 
     def _to_image(self, h: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from uvit.common.errors import InputError, did_you_mean
-from uvit.config import Config, NetworkConfig
+from uvit.config import Config, NetworkConfig, SampleConfig
 from uvit.networks.encoders import EMPTY_CAPTION
 
 Condition = int | str | None
@@ -98,3 +98,12 @@ def batch_conditions(
         context = encode(conditions)
         return {"context": context}, {"context": encode([negative]).expand_as(context)}
     return {}, None
+
+
+def guidance_condition(
+    config: NetworkConfig, sample: SampleConfig, batch: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Returns the guidance as a network takes it among its conditions, (batch, 3); {} for one that takes none."""
+    if not config.takes_guidance:
+        return {}
+    return {"guidance": torch.tensor([[sample.guidance, *sample.guidance_interval]], device=device).expand(batch, -1)}

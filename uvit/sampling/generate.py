@@ -16,7 +16,7 @@ from uvit.diffusion.samplers import ImageNoise, sample
 from uvit.networks.contract import Network
 from uvit.networks.encoders import NO_ENCODERS, Encoders
 from uvit.networks.runtime import resolve_precision, tf32
-from uvit.sampling.conditions import Condition, batch_conditions, condition_names
+from uvit.sampling.conditions import Condition, batch_conditions, condition_names, guidance_condition
 from uvit.sampling.grid import image_grid
 
 CPU_CACHE_BYTES = 2**20  # larger batches are slower: benchmarks/sample.py
@@ -30,7 +30,7 @@ UNLABELLED_COLUMNS = 8
 def default_batch_size(config: Config, device: torch.device) -> int:
     """Returns how many images to draw at a time: one layer of them fits a CPU's cache, or all layers a GPU's memory."""
     model = config.model
-    passes = 1 if config.sample.guidance == 1 else 2
+    passes = 1 if config.sample.guidance == 1 or model.takes_guidance else 2
     image_bytes = passes * model.activation_size * torch.float32.itemsize
     if device.type != "cuda":
         return max(MIN_DEFAULT_BATCH, CPU_CACHE_BYTES // image_bytes)
@@ -88,6 +88,7 @@ def generate_batches(
     for start in range(0, len(own_items), batch_size):
         keys, part = zip(*own_items[start : start + batch_size])
         cond, uncond = batch_conditions(part, config.model, encoders.text, device)
+        cond = {**cond, **guidance_condition(config.model, config.sample, len(part), device)}
         reused = config.sample.reused
         network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
         noise = ImageNoise(keys, shape, device)
@@ -115,6 +116,6 @@ def sample_grid(images: Tensor, rows: Sequence[Condition], columns: int, config:
     return image_grid(images, UNLABELLED_COLUMNS if rows == [None] else columns, condition_names(rows, config))
 
 
-def describe_guidance(scale: float) -> str:
-    """Describes a guidance scale in both conventions, ours and the paper's."""
-    return f"guidance w = {scale:g} (the paper's s = {scale - 1:g})"
+def describe_guidance(scale: float, one_pass: bool = False) -> str:
+    """Describes a guidance scale in both conventions, ours and the paper's, and whether the network takes it itself."""
+    return f"guidance w = {scale:g} (the paper's s = {scale - 1:g}{', in one pass' if one_pass else ''})"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from einops import rearrange
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -20,6 +21,7 @@ from uvit.config import Config
 from uvit.data.batch import Batch
 from uvit.data.images import random_flip, to_unit_range
 from uvit.data.skipped import SKIPPED_FILE, report_skipped
+from uvit.diffusion.average import average_loss, sample_guidance
 from uvit.diffusion.objective import diffusion_loss
 from uvit.networks.encoders import EMPTY_CAPTION, Encoders, sample_latents
 
@@ -76,16 +78,27 @@ def training_loss(
             images = random_flip(images, generator)
     # Guidance needs dropped labels to become the null class, and dropped captions the empty one.
     dropped = torch.rand(len(images), device=images.device, generator=generator) < config.train.label_dropout
-    condition = {}
+    condition, uncond = {}, {}
     if config.model.num_classes:
         condition["y"] = torch.where(dropped, config.model.num_classes, batch.labels)
+        uncond["y"] = torch.full_like(batch.labels, config.model.num_classes)
     if encoders.text is not None:
         if batch.context is not None and batch.empty_context is not None:
             context, empty = batch.context.float(), batch.empty_context.float()
         else:
             context, empty = encoders.text([texts[0] for texts in batch.captions]), encoders.text([EMPTY_CAPTION])
         condition["context"] = torch.where(rearrange(dropped, "B -> B 1 1"), empty, context)
-    return diffusion_loss(partial(network, **condition), images, config.process, generator)
+        uncond["context"] = empty.expand_as(context)
+    if config.process.objective == "instant":
+        return diffusion_loss(partial(network, **condition), images, config.process, generator)
+    guidance = None
+    if config.model.takes_guidance:
+        guidance = sample_guidance(config.process, len(images), images.device, generator)
+        guidance[:, 0] = torch.where(dropped, 1.0, guidance[:, 0])
+    bare = extract_model_from_parallel(network)  # DDP forgets the gradients of a call that is not its last
+    return average_loss(
+        network, images, config.process, generator, cond=condition, guidance=guidance, uncond=uncond, bare=bare
+    )
 
 
 def compute_gradients(

@@ -32,12 +32,12 @@ from uvit.networks.runtime import compile_model, resolve_precision, set_threads,
 from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate, sample_grid
 from uvit.training.checkpoint import save_checkpoint
+from uvit.training.initial import initial_network
 from uvit.training.optim import build_optimizer, build_schedule
 from uvit.training.progress import MetricsFile, Progress, Stopwatch
 from uvit.training.resume import last_checkpoint, load_state, open_checkpoint
 from uvit.training.sharding import shard, unshard, unshard_network
 from uvit.training.step import Loss, batches_on_device, compute_gradients, mean_over_processes, training_loss
-from uvit.weights.build import build_network
 from uvit.weights.tensors import write_weights
 
 GRID_ROWS, GRID_COLUMNS = 10, 8
@@ -91,7 +91,7 @@ class Trainer:
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         num_processes = self.accelerator.num_processes
         torch.manual_seed(settings.seed)
-        self.network: Network = build_network(config.model).to(self.device)
+        self.network: Network = initial_network(config, self.run_dir).to(self.device)
         self.encoders = self.encoders.to(self.device)
         self.ema = ModelEmaV3(cast(nn.Module, self.network), decay=settings.ema_decay)
         compile_model(self.network, settings.compile)
@@ -163,9 +163,8 @@ class Trainer:
                     changed = [*changed, f"{name} {before}, got {value}"]
                     setattr(progress, name, value)
             different = f", with {'; '.join(changed)}" if changed else ""
-            self.accelerator.print(
-                f"resuming from step {self.done} of {settings.num_steps} in {self.run_dir}{different}"
-            )
+            at = f"step {self.done} of {settings.num_steps} in {self.run_dir}"
+            self.accelerator.print(f"resuming from {at}{different}")
         self.set_learning_rate = build_schedule(self.optimizer, self.config.optim, settings.num_steps)
         loader = build_loader(
             self.data,
@@ -202,6 +201,8 @@ class Trainer:
         Args:
             request: the stop request of this process, which is read after the gradients are computed.
         """
+        if self.config.train.init is not None:
+            self.network.fade_in(min(1.0, self.done / max(1, self.config.optim.warmup_steps)))
         loss, grad_norm = compute_gradients(
             self.accelerator,
             self.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,9 @@ def _table(rows: Mapping[str, str]) -> list[str]:
 def _recipe(config: Config) -> dict[str, str]:
     """Returns the main settings of a run, as text; its config.json has the rest."""
     process, data, optim, train, sampling = config.process, config.data, config.optim, config.train, config.sample
+    average = " (the average over an interval)" if process.objective == "average" else ""
     rows = {
-        "process": f"{process.schedule} schedule, predicts {process.prediction}, "
+        "process": f"{process.schedule} schedule, predicts {process.prediction}{average}, "
         f"{process.time_distribution} times, weighting {process.weighting}",
         "data": f"{data.name}, {'mirrored at random' if data.flip else 'not mirrored'}",
         "optimizer": f"{optim.name}, learning rate {optim.lr:g}, {optim.warmup_steps:,} steps of warm-up, "
@@ -138,12 +140,15 @@ def model_card(
     """
     results, protocol = evaluation or ({}, {})
     height, width = model.image_shape
-    takes = {f"x, (B, {model.in_chans}, {height}, {width})": True, "timesteps, (B,) in [0, 1000]": True}
+    longest = (config and config.process.unit_of_time) or 1000
+    takes = {f"x, (B, {model.in_chans}, {height}, {width})": True, f"timesteps, (B,) in [0, {longest:g}]": True}
     null = f', {model.null_label} for "no label"' if model.null_class else ""
     takes |= {f"y, (B,) labels below {model.num_classes}{null}": bool(model.num_classes)}
     takes |= {f"context, (B, {model.num_context_tokens}, {model.context_dim})": bool(model.context_dim)}
+    takes |= {"interval, (B,) lengths of intervals that end at the timesteps": model.takes_interval}
+    takes |= {"guidance, (B, 3) scales and the times in [0, 1] between which they act": model.takes_guidance}
     arguments = ", ".join(text.partition(",")[0] for text, taken in takes.items() if taken)
-    arguments = arguments.replace("context", "context=context")
+    arguments = re.sub("context|interval|guidance", r"\g<0>=\g<0>", arguments)
     conditions = [f"{model.num_classes:,} classes"] * bool(model.num_classes)
     conditions += ['one label for "no label"'] * model.null_class
     conditions += [f"{model.num_context_tokens} tokens of width {model.context_dim}"] * bool(model.context_dim)

@@ -1,0 +1,220 @@
+"""A run with an average velocity under the commands, and its start from another run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.commands import refused
+from helpers.runs import TINY, TINY_AVERAGE, TINY_UNET, losses_of
+from PIL import Image
+
+from uvit import UViT
+from uvit.commands import evaluate, export, sample, train
+from uvit.common.errors import InputError
+from uvit.config import load_config
+from uvit.diffusion.samplers import ImageNoise
+from uvit.integrations.export import load_exported
+from uvit.sampling.generate import generate
+from uvit.sampling.runs import load_run
+from uvit.training.checkpoint import load_checkpoint
+from uvit.training.initial import initial_network
+
+AVERAGE_UNET = TINY_UNET + TINY_AVERAGE.removeprefix(TINY)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """The config file of a small run, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("instant.py").write_text(TINY.replace("config = Config(", "config = Config(process=ProcessConfig(),"))
+    Path("unet.py").write_text(AVERAGE_UNET)
+    Path("small.py").write_text(TINY_AVERAGE)
+    return "small.py"
+
+
+def drawn(run_dir, **settings):
+    """One image of each of five labels."""
+    config, model = load_run(run_dir, "auto", CPU)
+    return generate(
+        model, dataclasses.replace(config, sample=dataclasses.replace(config.sample, **settings)), range(5), 0
+    )
+
+
+@pytest.mark.parametrize("name", ["small.py", "unet.py"])
+def test_a_resumed_run_equals_an_uninterrupted_one(name, config):
+    train.main([name])
+    for steps in ("2", "4"):
+        train.main([name, "--train.run_dir", "parts", "--train.num_steps", steps])
+    parts, whole = load_checkpoint(Path("parts")), load_checkpoint(Path("runs", Path(name).stem))
+    assert parts["step"] == whole["step"] == 4
+    for part in ("model", "ema"):
+        assert all(torch.equal(parts[part][name], tensor) for name, tensor in whole[part].items())
+
+
+def test_accumulation_and_checkpointing_train(config):
+    for words in (["--train.accumulation_steps", "2"], ["--model.gradient_checkpointing", "True"]):
+        train.main([config, "--train.run_dir", words[0].rpartition(".")[2], *words])
+    assert all(
+        math.isfinite(loss) for run in ("accumulation_steps", "gradient_checkpointing") for loss in losses_of(Path(run))
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["blocks", "model"])
+def test_a_compiled_run_is_nearly_the_same(how, config):
+    train.main([config])
+    train.main([config, "--train.run_dir", "compiled", "--train.compile", how])
+    assert losses_of(Path("compiled")) == pytest.approx(losses_of(Path("runs/small")), rel=1e-4)
+
+
+def test_the_commands_draw_in_one_evaluation_with_guidance(config, capsys):
+    train.main([config])
+    sample.main("--checkpoint runs/small --steps 1 --guidance 2 --output one.png".split())
+    assert "guidance w = 2 (the paper's s = 1, in one pass), average, 1 steps" in capsys.readouterr().out
+    assert Image.open("one.png").size
+    evaluate.main("--checkpoint runs/small --num_images 20".split())
+    assert "recognised " in capsys.readouterr().out
+
+
+def test_guidance_is_an_input_of_one_evaluation(config):
+    train.main([config])
+    config, model = load_run("runs/small", "auto", CPU)
+    seen = []
+    model.register_forward_pre_hook(lambda _, given, named: seen.append((len(given[0]), named)), with_kwargs=True)
+    sampling = dataclasses.replace(config.sample, num_steps=2, guidance=2.0, guidance_interval=(0.25, 0.75))
+    generate(model, dataclasses.replace(config, sample=sampling), [3, 4, 5], 0)
+    assert [batch for batch, _ in seen] == [3, 3]
+    for _, named in seen:
+        assert torch.equal(named["guidance"], torch.tensor([[2.0, 0.25, 0.75]]).expand(3, -1))
+        assert named["interval"].tolist() == [1.5] * 3  # of the network's time, 3 t
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+@pytest.mark.parametrize("evaluations", [1, 3])
+def test_an_exported_file_draws_by_itself(evaluations, suffix, config, capsys):
+    train.main([config])
+    words = f"runs/small --evaluations {evaluations} --format {suffix} --output drawing.{suffix}"
+    export.main(words.split())
+    assert "noise (B, 1, 8, 8), y (B) (10 is no label), guidance (B, 3); at most" in capsys.readouterr().out
+    noise = ImageNoise([(0, label, 0) for label in range(5)], (1, 8, 8), CPU)()
+    guidance = torch.tensor([[2.0, 0.0, 1.0]]).expand(5, -1).contiguous()
+    images = load_exported(Path(f"drawing.{suffix}"))(noise=noise, y=torch.arange(5), guidance=guidance)
+    expected = drawn("runs/small", num_steps=evaluations, guidance=2.0)
+    assert (((images + 1) * 127.5).round().clamp(0, 255) - expected.float()).abs().max() <= 1
+
+
+def test_a_run_is_taken_on_with_new_inputs_as_if_absent(config):
+    """To the bit; they fade in over the warm-up."""
+    for name, old in (("small.py", "instant.py"), ("unet.py", None)):
+        words = [] if old else ["--model.takes_interval", "False", "--model.takes_guidance", "False"]
+        words += [] if old else ["--process.objective", "instant", "--sample.sampler", "dpmpp_2m"]
+        train.main([old or name, "--process.time_scale", "3", "--train.run_dir", f"old_{name}", *words])
+        now = load_config(name)
+        now = dataclasses.replace(now, train=dataclasses.replace(now.train, init=f"old_{name}"))
+        network, (_, before) = initial_network(now, Path("new")).eval(), load_run(f"old_{name}", "auto", CPU)
+        x, y, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 10]), torch.tensor([0.3, 1.2, 2.9])
+        guidance = torch.tensor([[3.0, 0.0, 1.0]]).expand(3, -1)
+        with torch.no_grad():
+            expected = before(x, t, y)
+            assert torch.equal(network(x, t, y, interval=t / 2, guidance=guidance), expected)
+            network.fade_in(1.0)
+            assert name == "unet.py" or not torch.equal(network(x, t, y, interval=t / 2, guidance=guidance), expected)
+        train.main([name, "--train.init", f"old_{name}"])
+        whole = load_checkpoint(Path("runs", Path(name).stem))
+        for steps in ("1", "3", "4"):  # in the middle of the warm-up, too, and no longer in need of the old run
+            train.main(
+                [name, "--train.init", f"old_{name}", "--train.run_dir", f"parts_{name}", "--train.num_steps", steps]
+            )
+        assert all(
+            torch.equal(load_checkpoint(Path(f"parts_{name}"))["model"][key], each)
+            for key, each in whole["model"].items()
+        )
+
+
+def test_what_cannot_be_taken_on_is_refused(config, monkeypatch, capsys):
+    train.main(["instant.py", "--process.time_scale", "3"])
+    capsys.readouterr()
+    shared = ["--train.init", "runs/instant", "--train.run_dir", "new"]
+    for name, words, message in (
+        (config, ["--model.embed_dim", "32"], "train.init runs/instant must have model.embed_dim 32, got 16"),
+        (config, ["--process.time_scale", "5"], "train.init runs/instant must have process.time_scale 5, got 3"),
+        (config, ["--train.init", "nothing"], "not found: nothing"),
+        ("unet.py", [], "runs/instant has the weights of a U-ViT, expected those of a U-Net"),
+    ):
+        assert message in refused("train", [name, *shared, *words], monkeypatch, capsys)
+        assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--process.time_scale", "0"], "time_scale must be None or above 0, got 0"),
+        (["--process.schedule", "vp"], "schedule must be 'flow' with objective 'average', got 'vp'"),
+        (
+            ["--process.prediction", "noise"],
+            "prediction must be 'flow' or 'data' with objective 'average', got 'noise'",
+        ),
+        (["--process.loss_space", "data"], "loss_space must be None with objective 'average', got 'data'"),
+        (["--process.weighting", "min_snr"], "weighting must be 'none' with objective 'average', got 'min_snr'"),
+        (["--process.instant_share", "1"], "instant_share must be in [0, 1), got 1"),
+        (["--process.adaptive_power", "-1"], "adaptive_power must be at least 0, got -1"),
+        (["--process.guidance_max", "1"], "guidance_max must be above 1, and at most 10,000, got 1"),
+        (["--process.objective", "instant"], "model.takes_interval must be False with process.objective 'instant'"),
+        (["--model.takes_interval", "False"], "model.takes_interval must be True with process.objective 'average'"),
+        (
+            ["--process.instant_share", "0", "--sample.sampler", "heun"],
+            "sampler must be one of average for objective 'average' and instant_share 0, got 'heun'",
+        ),
+        (["--sample.guidance", "9"], "sample.guidance must be 1 to process.guidance_max 8, got 9"),
+        (["--sample.guidance", "0.5"], "sample.guidance must be 1 to process.guidance_max 8, got 0.5"),
+        (["--sample.reuse", "1:2"], "sample.reuse must be 'none' with sample.sampler 'average', got '1:2'"),
+        (["--train.label_dropout", "0"], "model.takes_guidance needs train.label_dropout above 0, got 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words, message, config, monkeypatch, capsys):
+    assert message in refused("train", [config, *words], monkeypatch, capsys)
+    assert not Path("runs").exists()
+
+
+def test_solvers_of_another_kind_are_refused_in_sampling(config):
+    train.main(["instant.py"])
+    with pytest.raises(InputError, match=r"sampler must be one of ddim, .* for objective 'instant' .*, got 'average'"):
+        sample.main("--checkpoint runs/instant --sampler average --output x.png".split())
+    train.main([config, "--process.instant_share", "0"])
+    with pytest.raises(InputError, match=r"sampler must be one of average for .*, got 'heun'"):
+        sample.main("--checkpoint runs/small --sampler heun --output x.png".split())
+
+
+def test_a_network_without_these_inputs_refuses_them():
+    network, x = UViT(img_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2), torch.zeros(2, 1, 8, 8)
+    with pytest.raises(InputError, match=r"a model with takes_interval False takes no interval, got one"):
+        network(x, 1.0, interval=1.0)
+    with pytest.raises(InputError, match=r"a model with takes_guidance False takes no guidance, got one"):
+        network(x, 1.0, guidance=torch.ones(2, 3))
+    network = UViT(network.config, takes_interval=True, takes_guidance=True)
+    assert network(x, 1.0, interval=np.float32(0.5)).shape == x.shape  # numbers are times, as those of `timesteps`
+    for given, message in (
+        ({"interval": torch.ones(3)}, r"interval must be \(2,\), got \(3,\)"),
+        ({"interval": "long"}, r"interval must be a tensor of real numbers, or one of them, got str"),
+        ({"guidance": 2.0}, r"guidance must be a floating point tensor, got float"),
+        ({"guidance": torch.ones(2)}, r"guidance must be \(2, 3\), got \(2,\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            network(x, 1.0, **given)
+
+
+def test_without_a_guidance_it_is_one_of_scale_1():
+    network = UViT(
+        img_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, takes_interval=True, takes_guidance=True
+    ).eval()
+    x, none = torch.randn(2, 1, 8, 8), torch.tensor([[1.0, 0.0, 1.0]]).expand(2, -1)
+    expected = network(x, 2.0, interval=0.0, guidance=none)
+    assert torch.equal(network(x, 2.0), expected)
+    assert not torch.equal(network(x, 2.0, interval=1.0), expected)
+    assert not torch.equal(network(x, 2.0, guidance=2 * none), expected)

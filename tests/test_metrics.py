@@ -105,6 +105,7 @@ def test_kernel_distance():
     a, b = torch.randn(3000, 4), torch.randn(3000, 4)
     mean, deviation, size = kernel_distance(a, b)
     assert abs(mean) < 0.02 and 0 < deviation < 0.1 and size == 1000
+    assert kernel_distance(a[:2400], b)[2] == 1000
     few = kernel_distance(a[:600], b)
     assert few[1] > deviation and few[2] == 300  # subsets that leave images out have a spread
     with pytest.raises(InputError, match="a kernel distance needs 4 images or more, got 3"):

@@ -73,6 +73,8 @@ BUDGETS = {"flops": "equal training FLOPs", "time": "equal training time"}
 ATTENTION_SIDE = 16
 """Feature maps of a U-Net up to this side have attention, as in DDPM's and ADM's."""
 GRID_COLUMNS = 10
+SPARE_CHECKPOINTS = 10
+"""Kept besides those that are judged, for a run that is interrupted saves more."""
 MAX_WARMUP = 0.1
 """Largest share of a run with a rising learning rate."""
 
@@ -196,7 +198,8 @@ class Study:
         """Returns a run of an arm, whose average covers the same share of it as that of the data's config."""
         every, whole = math.ceil(num_steps / num_points), self.base.train
         ema_decay = max(0.0, 1 - (1 - whole.ema_decay) * whole.num_steps / num_steps)
-        train = replace(whole, num_steps=num_steps, seed=seed, ema_decay=ema_decay, save_every=every, keep=num_points)
+        train = replace(whole, num_steps=num_steps, seed=seed, ema_decay=ema_decay, save_every=every)
+        train = replace(train, keep=num_points + SPARE_CHECKPOINTS)
         warmup_steps = min(self.base.optim.warmup_steps, math.ceil(MAX_WARMUP * num_steps))
         optim = replace(self.base.optim, lr=lr, warmup_steps=warmup_steps)
         config = replace(self.base, model=self.arms[arm], optim=optim, train=train)
@@ -325,9 +328,11 @@ def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
             if not runs:
                 continue
             tflops = TRAINING_PASSES * each["gflops"] * batch_size / 1000
-            x = [point["step"] * (tflops if axis == "flops" else each["step_seconds"]) for point in runs[0]]
+            by_step = [{point["step"]: point for point in points} for points in runs]
+            common = sorted(set.intersection(*map(set, by_step)))  # one that was interrupted may lack the first
+            x = [step * (tflops if axis == "flops" else each["step_seconds"]) for step in common]
             for axes, quality in zip(grid[:, column], ("frechet_ratio", "recognised")):
-                plot_range(axes, x, [[point[quality] for point in points] for points in runs], arm, **style)
+                plot_range(axes, x, [[points[step][quality] for step in common] for points in by_step], arm, **style)
         grid[0, column].set(title=BUDGETS[budget], yscale="log")
         grid[1, column].set(xlabel={"flops": "training TFLOPs", "time": "seconds of training steps"}[axis])
         grid[0, column].yaxis.set_major_formatter("{x:g}")

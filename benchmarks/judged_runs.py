@@ -71,7 +71,8 @@ class Run:
         with contextlib.suppress(TrainingError):  # a learning rate was too high
             Trainer(self.config, data, NO_ENCODERS, self.folder).train()
             for step, model in averages_of(self.folder, self.config, judge.device):
-                points.append({"step": step, **judge(generate(model, self.config, judge.labels, seed=0))})
+                if step % self.config.train.save_every == 0 or step == self.config.train.num_steps:
+                    points.append({"step": step, **judge(generate(model, self.config, judge.labels, seed=0))})
         self.write_points(points)
         shutil.rmtree(self.folder / CHECKPOINT_FOLDER, ignore_errors=True)
 

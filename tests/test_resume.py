@@ -22,10 +22,11 @@ def test_every_field_that_is_named_harmless_exists():
 
 def test_what_changes_the_result_of_training_is_not_harmless():
     told = {
-        "process": "schedule prediction loss_space weighting min_snr_gamma time_distribution logit_mean logit_std",
+        "process": "schedule prediction loss_space weighting min_snr_gamma time_distribution logit_mean logit_std "
+        "objective time_scale instant_share interval_start adaptive_power guidance_max",
         "data": "name train_split label_column caption_column crop flip autoencoder text_encoder scale_factor",
         "optim": "name lr betas weight_decay momentum fallback_lr_scale warmup_steps decay grad_clip",
-        "train": "batch_size accumulation_steps seed mixed_precision ema_decay label_dropout",
+        "train": "batch_size accumulation_steps seed mixed_precision ema_decay label_dropout init",
     }
     for section, names in told.items():
         assert not HARMLESS[section] & set(names.split())
@@ -134,8 +135,10 @@ def test_broken_checkpoints_are_set_aside(tmp_path, capsys):
         save_checkpoint(tmp_path, Config(), step, {}, keep=9)
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / "step_00000002/complete.json").unlink()
-    (checkpoints / "broken_step_00000002").mkdir()
+    assert open_checkpoint(accelerator, tmp_path) == {"step": 1}
     (checkpoints / "broken_step_00000002/old").touch()
+    save_checkpoint(tmp_path, Config(), 2, {}, keep=9)  # and again, which replaces what was set aside
+    (checkpoints / "step_00000002/complete.json").unlink()
     assert open_checkpoint(accelerator, tmp_path) == {"step": 1}
     assert "step_00000002 is not a complete checkpoint (it has no complete.json): skipped" in capsys.readouterr().err
     assert {path.name for path in checkpoints.iterdir()} == {"step_00000001", "broken_step_00000002"}

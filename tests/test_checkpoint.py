@@ -11,6 +11,7 @@ from helpers.malicious import PICKLE, WORDS
 
 from uvit import Config
 from uvit.common.errors import InputError
+from uvit.training import checkpoint
 from uvit.training.checkpoint import (
     checkpoint_dirs,
     find_checkpoint,
@@ -155,3 +156,19 @@ def test_a_malicious_state_with_a_valid_marker_is_not_run(content, tmp_path, cap
     with pytest.raises(InputError, match="is not a valid checkpoint"):
         load_checkpoint(tmp_path)
     assert WORDS not in capsys.readouterr().out
+
+
+def test_saving_reads_no_older_checkpoint(tmp_path, monkeypatch):
+    """Only their sizes: they may be large."""
+    save_checkpoint(tmp_path, Config(), 5, {}, keep=2)
+    read = []
+
+    def describe(path, thorough=True):
+        read.append((path.parent.name, thorough))
+        return before(path, thorough)
+
+    before = checkpoint._describe
+    monkeypatch.setattr(checkpoint, "_describe", describe)
+    save_checkpoint(tmp_path, Config(), 6, {}, keep=2)
+    assert [name for name, thorough in read if not thorough] == ["step_00000006", "step_00000005"]
+    assert [thorough for name, thorough in read if name == "step_00000005"] == [False]

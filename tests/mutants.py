@@ -33,7 +33,7 @@ MODULES = {
     "networks/unet": ["unet", "contract"],
     "diffusion/process": ["process"],
     "diffusion/objective": ["objective", "process"],
-    "diffusion/solvers": ["solvers", "samplers"],
+    "diffusion/solvers": ["solvers", "samplers", "solvers_against_diffusers"],
     "diffusion/samplers": ["samplers", "solvers"],
     "diffusion/reuse": ["reuse"],
     "evaluation/metrics": ["metrics"],

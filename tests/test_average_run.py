@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from helpers.commands import refused
 from helpers.runs import TINY, TINY_AVERAGE, TINY_UNET, losses_of
 from PIL import Image
@@ -23,6 +24,8 @@ from uvit.sampling.generate import generate
 from uvit.sampling.runs import load_run
 from uvit.training.checkpoint import load_checkpoint
 from uvit.training.initial import initial_network
+from uvit.training.step import in_full_precision
+from uvit.training.trainer import Trainer
 
 AVERAGE_UNET = TINY_UNET + TINY_AVERAGE.removeprefix(TINY)
 CPU = torch.device("cpu")
@@ -57,12 +60,46 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, config):
         assert all(torch.equal(parts[part][name], tensor) for name, tensor in whole[part].items())
 
 
-def test_accumulation_and_checkpointing_train(config):
-    for words in (["--train.accumulation_steps", "2"], ["--model.gradient_checkpointing", "True"]):
-        train.main([config, "--train.run_dir", words[0].rpartition(".")[2], *words])
-    assert all(
-        math.isfinite(loss) for run in ("accumulation_steps", "gradient_checkpointing") for loss in losses_of(Path(run))
-    )
+def test_a_run_says_how_it_takes_derivatives(config, capsys):
+    train.main([config])
+    assert "forward derivatives are taken with attention 'math'" in capsys.readouterr().out
+    train.main([config, "--model.attention", "math", "--train.run_dir", "math"])
+    assert "forward derivatives" not in capsys.readouterr().out
+
+
+def test_recomputed_blocks_change_nothing(config):
+    train.main([config])
+    train.main([config, "--train.run_dir", "recomputed", "--model.gradient_checkpointing", "True"])
+    assert losses_of(Path("recomputed")) == losses_of(Path("runs/small"))
+
+
+def test_a_batch_in_parts_trains(config):
+    train.main([config, "--train.accumulation_steps", "2"])
+    assert all(math.isfinite(loss) for loss in losses_of(Path("runs/small")))
+
+
+@pytest.mark.parametrize("name", ["small.py", "unet.py"])
+def test_a_run_in_bf16_is_nearly_the_same(name, config):
+    losses = []
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(True)  # which remembers a precision
+        train.main([name, "--train.run_dir", precision, "--train.mixed_precision", precision])
+        losses.append(losses_of(Path(precision)))
+    AcceleratorState._reset_state(True)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
+
+
+def test_what_takes_no_gradient_is_in_full_precision():
+    network = torch.nn.Linear(4, 4)
+    network.forward = torch.autocast("cpu", torch.bfloat16)(network.forward)  # as accelerate does
+    x = torch.randn(2, 4)
+    call = in_full_precision(network)
+    for _ in range(2):
+        assert network(x).dtype == torch.bfloat16
+        assert torch.equal(call(x), torch.nn.functional.linear(x, network.weight, network.bias))
+    with pytest.raises(RuntimeError):
+        call(torch.randn(2, 3))
+    assert network(x).dtype == torch.bfloat16
 
 
 @pytest.mark.slow
@@ -109,21 +146,39 @@ def test_an_exported_file_draws_by_itself(evaluations, suffix, config, capsys):
     assert (((images + 1) * 127.5).round().clamp(0, 255) - expected.float()).abs().max() <= 1
 
 
+def test_only_a_run_of_an_average_velocity_can_be_exported_to_draw(config, monkeypatch, capsys):
+    train.main(["instant.py"])
+    UViT.from_pretrained("runs/instant").save_pretrained("weights")
+    capsys.readouterr()
+    needs = "--evaluations needs a run with process.objective 'average', got"
+    for source, got in (("runs/instant", "runs/instant with 'instant'"), ("weights", "weights")):
+        line = refused("export", [source, "--evaluations", "1", "--output", "x.onnx"], monkeypatch, capsys)
+        assert line == f"error: {needs} {got}"
+    train.main([config, "--sample.sampler", "heun", "--sample.reuse", "1:2"])  # settings of another solver
+    export.main("runs/small --evaluations 1 --format pt2 --output x.pt2".split())
+
+
 def test_a_run_is_taken_on_with_new_inputs_as_if_absent(config):
-    """To the bit; they fade in over the warm-up."""
+    """Up to rounding; they fade in over the warm-up."""
     for name, old in (("small.py", "instant.py"), ("unet.py", None)):
         words = [] if old else ["--model.takes_interval", "False", "--model.takes_guidance", "False"]
         words += [] if old else ["--process.objective", "instant", "--sample.sampler", "dpmpp_2m"]
         train.main([old or name, "--process.time_scale", "3", "--train.run_dir", f"old_{name}", *words])
         now = load_config(name)
         now = dataclasses.replace(now, train=dataclasses.replace(now.train, init=f"old_{name}"))
-        network, (_, before) = initial_network(now, Path("new")).eval(), load_run(f"old_{name}", "auto", CPU)
+        (network, num_absent), (_, before) = (
+            initial_network(now, Path("new"), CPU),
+            load_run(f"old_{name}", "auto", CPU),
+        )
+        network.eval()
+        assert num_absent == (2 if name == "small.py" else 0)  # a U-Net adds them to its time
         x, y, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 10]), torch.tensor([0.3, 1.2, 2.9])
         guidance = torch.tensor([[3.0, 0.0, 1.0]]).expand(3, -1)
         with torch.no_grad():
             expected = before(x, t, y)
-            assert torch.equal(network(x, t, y, interval=t / 2, guidance=guidance), expected)
-            network.fade_in(1.0)
+            found = network(x, t, y, interval=t / 2, guidance=guidance)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+            network.fade_in(1.0, 2)
             assert name == "unet.py" or not torch.equal(network(x, t, y, interval=t / 2, guidance=guidance), expected)
         train.main([name, "--train.init", f"old_{name}"])
         whole = load_checkpoint(Path("runs", Path(name).stem))
@@ -137,6 +192,56 @@ def test_a_run_is_taken_on_with_new_inputs_as_if_absent(config):
         )
 
 
+def test_a_grid_while_tokens_fade_in_is_drawn_with_the_average_of_the_same_presence(config):
+    """And all of them are there after the warm-up."""
+    train.main(["instant.py", "--process.time_scale", "3"])
+    trainers = []
+
+    def make_trainer(*arguments):
+        trainers.append(Trainer(*arguments))
+        return trainers[-1]
+
+    words = ["--train.init", "runs/instant", "--train.num_steps"]
+    for steps, presence in (("2", 0.5), ("4", None)):  # the presence of the last step, of a warm-up of 2
+        train.main([config, *words, steps], make_trainer)
+        for network in (trainers[-1].network, trainers[-1].average):
+            found = network.mid_block.attn.presence
+            assert found is None if presence is None else found.item() == presence
+    images = generate(trainers[-1].average.eval(), trainers[-1].config, range(5), 0)
+    assert torch.equal(images, drawn("runs/small"))
+
+
+def test_only_what_is_lacking_starts_as_if_absent(config):
+    """A guidance that is added to a run with an interval, whose own weights stay; nothing, to a run with both."""
+    without = ["--model.takes_guidance", "False", "--sample.guidance", "1"]
+    for name in ("small.py", "unet.py"):
+        train.main([name, "--train.run_dir", f"interval_{name}", *without])
+        for source, absent in ((f"interval_{name}", 1), (f"both_{name}", 0)):
+            if not absent:
+                train.main([name, "--train.run_dir", source])
+            now = load_config(name)
+            now = dataclasses.replace(now, train=dataclasses.replace(now.train, init=source))
+            (network, num_absent), (_, before) = initial_network(now, Path("new"), CPU), load_run(source, "auto", CPU)
+            assert num_absent == (absent if name == "small.py" else 0)
+            x, y, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 10]), torch.tensor([0.3, 1.2, 2.9])
+            guidance = torch.tensor([[3.0, 0.0, 1.0]]).expand(3, -1)
+            given = {} if absent else {"guidance": guidance}
+            with torch.no_grad():
+                expected = before(x, t, y, interval=t / 2, **given)
+                found = network.eval()(x, t, y, interval=t / 2, guidance=guidance)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+            embeds = {key: each for key, each in before.state_dict().items() if key.startswith("interval_embed")}
+            assert embeds and all(torch.equal(network.state_dict()[key], each) for key, each in embeds.items())
+
+
+def test_weights_that_do_not_say_how_they_were_trained_are_taken_on_with_a_warning(config, capsys):
+    UViT(load_config(config).model).save_pretrained("weights")
+    train.main([config, "--train.init", "weights"])
+    assert "train.init weights does not say how it was trained: its times must be those of this run, up to 3" in (
+        capsys.readouterr().err
+    )
+
+
 def test_what_cannot_be_taken_on_is_refused(config, monkeypatch, capsys):
     train.main(["instant.py", "--process.time_scale", "3"])
     capsys.readouterr()
@@ -144,6 +249,11 @@ def test_what_cannot_be_taken_on_is_refused(config, monkeypatch, capsys):
     for name, words, message in (
         (config, ["--model.embed_dim", "32"], "train.init runs/instant must have model.embed_dim 32, got 16"),
         (config, ["--process.time_scale", "5"], "train.init runs/instant must have process.time_scale 5, got 3"),
+        (
+            config,
+            ["--process.prediction", "data"],
+            "train.init runs/instant must have process.prediction data, got flow",
+        ),
         (config, ["--train.init", "nothing"], "not found: nothing"),
         ("unet.py", [], "runs/instant has the weights of a U-ViT, expected those of a U-Net"),
     ):
@@ -174,6 +284,19 @@ def test_what_cannot_be_taken_on_is_refused(config, monkeypatch, capsys):
         (["--sample.guidance", "9"], "sample.guidance must be 1 to process.guidance_max 8, got 9"),
         (["--sample.guidance", "0.5"], "sample.guidance must be 1 to process.guidance_max 8, got 0.5"),
         (["--sample.reuse", "1:2"], "sample.reuse must be 'none' with sample.sampler 'average', got '1:2'"),
+        (
+            ["--sample.guidance_interval", "0.6", "0.9"],
+            "sample.guidance_interval must be around 0.5 for a network that takes guidance, got 0.6 to 0.9",
+        ),
+        (["--sample.spacing", "log_snr"], "average needs spacing 'uniform', got 'log_snr'"),
+        (
+            ["--train.accumulation_steps", "8"],
+            "process.instant_share 0.5 must leave an interval among the images of a part, got 1 images",
+        ),
+        (
+            ["--process.instant_share", "0.01"],
+            "process.instant_share 0.01 must leave an instant among the images of a part, got 8 images",
+        ),
         (["--train.label_dropout", "0"], "model.takes_guidance needs train.label_dropout above 0, got 0"),
     ],
 )

@@ -35,6 +35,8 @@ def deterministic_loss(
         t = torch.full((len(x),), 0.9)
         bare = extract_model_from_parallel(network)
         given = {"cond": {"y": batch.labels}, "intervals": (t / 3, t), "noise": x.flip(-1)}
+        given["guidance"] = torch.tensor([[2.0, 0.0, 1.0]]).expand(len(x), -1)
+        given["uncond"] = {"y": torch.full_like(batch.labels, config.model.num_classes)}
         return average_loss(network, x, config.process, bare=bare, **given)
     return (network(x, torch.full((len(x),), 500.0), y=batch.labels) - x).square().mean()
 

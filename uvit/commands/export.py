@@ -3,8 +3,8 @@
 Its inputs are x (B, C, H, W), timesteps (B,) in the network's units (999 t, 1000 t or 1000 t - 1), and, if the model
 has them, y, (B,) labels in int64 with num_classes for the null label, context (B, tokens, width), interval (B,) and
 guidance (B, 3). Its output is the model's prediction. With `--evaluations`, a run with an average velocity becomes a
-file that draws by itself: from noise (B, C, H, W) and the conditions to images in about [-1, 1]. The exported file is
-compared with the model before it replaces an older one.
+file that draws by itself: from noise (B, C, H, W) and the conditions to images in about [-1, 1], or to latents, guided
+if guidance is an input of the network. The exported file is compared with the model before it replaces an older one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import tyro
 
 from uvit.common.cli import parse
-from uvit.config import CONFIG_FILE, Backend, Section, load_config
+from uvit.common.errors import InputError
+from uvit.config import CONFIG_FILE, Backend, Config, SampleConfig, Section, config_kind, load_config, read_json
 from uvit.integrations.export import ExportFormat, describe_inputs, save_exported
 from uvit.weights.build import load_network
 from uvit.weights.pretrained import find_pretrained
@@ -47,16 +48,28 @@ class Arguments(Section):
         self._require("evaluations", self.evaluations >= 0, "at least 0")
 
 
+def load_drawing(source: str, path: Path, num_steps: int) -> Config:
+    """Returns the config of a run, with the settings of a file that draws: guidance is an input, or none.
+
+    Raises:
+        InputError: no run, or one without an average velocity.
+    """
+    needs = "--evaluations needs a run with process.objective 'average'"
+    if not path.is_dir() or config_kind(read_json(path / CONFIG_FILE)) != "run":
+        raise InputError(f"{needs}, got {source}")
+    run = load_config(path / CONFIG_FILE)
+    if run.process.objective != "average":
+        raise InputError(f"{needs}, got {source} with {run.process.objective!r}")
+    return replace(run, sample=SampleConfig(sampler="average", num_steps=num_steps))
+
+
 def main(arguments: Sequence[str]) -> None:
     """Exports a network to a file and prints its inputs."""
     given = parse(Arguments, arguments, __doc__)
     fields: dict[str, Any] = {"attention": given.attention} if given.attention else {}
     path, run = find_pretrained(given.source), None
     if given.evaluations:
-        run = load_config(path / CONFIG_FILE)
-        # A network that takes guidance has it as an input.
-        sampling = replace(run.sample, sampler="average", num_steps=given.evaluations, guidance=1.0)
-        run = replace(run, sample=sampling)
+        run = load_drawing(given.source, path, given.evaluations)
     network = load_network(path, fields)
     if given.img_size is not None:
         network.resize(given.img_size)

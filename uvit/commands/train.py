@@ -19,10 +19,12 @@ from accelerate.utils import parse_flag_from_env
 from uvit.common.cli import check_environment, is_first_process, parse
 from uvit.common.errors import InputError, missing_package
 from uvit.common.files import lock_folder, make_directory
+from uvit.common.messages import tell
 from uvit.config import Config, load_config
 from uvit.data.batch import ImageData
 from uvit.data.latents import check_encoded_by
 from uvit.data.loader import check_batch, load_data
+from uvit.diffusion.average import check_shares
 from uvit.diffusion.samplers import sampling_times
 from uvit.networks.attention import resolve_backend
 from uvit.networks.encoders import Encoders, load_encoders
@@ -61,7 +63,10 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         sampling_times(config.process, config.sample)
         if config.sample.mixed_precision != "auto":
             resolve_precision(config.sample.mixed_precision, device_type, config.model.width)
-    check_batch(config.train, int(os.environ.get("WORLD_SIZE") or 1))
+    num_processes = int(os.environ.get("WORLD_SIZE") or 1)
+    check_batch(config.train, num_processes)
+    if config.process.objective == "average":
+        check_shares(config.process, config.train.batch_size // config.train.accumulation_steps // num_processes)
     for engine in ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise InputError(f"a model is sharded by --train.shard True, got {engine}: launch without it")
@@ -96,6 +101,8 @@ def main(
     changed = check_same_run(config, run_dir, find_config(run_dir))
     encoders = load_encoders(config.data, config.model)
     check_encoded_by(data, config.data, encoders)
+    if config.process.objective == "average" and config.model.attention != "math" and is_first_process():
+        tell("forward derivatives are taken with attention 'math', which has them, and in full precision")
     make_directory(run_dir)
     with lock_folder(run_dir) if is_first_process() else nullcontext():
         make_trainer(config, data, encoders, run_dir).train(changed)

@@ -35,6 +35,7 @@ from uvit.config.network import (
 )
 from uvit.config.run import (
     AVERAGE_TIME_SCALE,
+    GUIDANCE_MIDDLE,
     MAX_BATCH,
     MAX_IMAGES,
     MAX_SAMPLER_STEPS,
@@ -80,6 +81,7 @@ __all__ = [
     "GRID_FOLDER",
     "GRID_PATTERN",
     "GROUPS",
+    "GUIDANCE_MIDDLE",
     "INCEPTION",
     "INT_LIMIT",
     "MAX_BATCH",

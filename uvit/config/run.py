@@ -27,6 +27,8 @@ Compile = Literal["no", "blocks", "model", "graphs"]
 AnyNetworkConfig = UViTConfig | UNetConfig
 AVERAGE_TIME_SCALE = 3.0
 """The network's time with objective `average`, as a multiple of t: the derivative by 1000 t is mostly noise."""
+GUIDANCE_MIDDLE = 0.5
+"""Time in the middle of every interval of guidance that a network takes."""
 CONTINUOUS: tuple[ScheduleName, ...] = ("vp", "cosine", "flow")
 """Schedules without a table, whose network time is a multiple of t."""
 
@@ -365,6 +367,10 @@ class Config(Section):
             if not 1 <= sample.guidance <= process.guidance_max:
                 most = f"process.guidance_max {process.guidance_max:g}"
                 raise InputError(f"sample.guidance must be 1 to {most}, got {sample.guidance:g}")
+            low, high = sample.guidance_interval
+            if not low <= GUIDANCE_MIDDLE <= high:
+                around = f"around {GUIDANCE_MIDDLE:g} for a network that takes guidance"
+                raise InputError(f"sample.guidance_interval must be {around}, got {low:g} to {high:g}")
 
     def flattened(self) -> dict[str, str]:
         """Returns every value under `section.field`, as trackers take them."""

@@ -17,15 +17,13 @@ from einops import rearrange
 from torch import Tensor
 
 from uvit.common.errors import InputError
-from uvit.config import Kind, ProcessConfig
+from uvit.config import GUIDANCE_MIDDLE, Kind, ProcessConfig
 from uvit.diffusion.process import sample_times, schedule_of
 
 MIN_DIVISOR = 0.05
 """Least t that the difference of x_t and an image is divided by (pixel MeanFlow)."""
 ADAPTIVE_FLOOR = 0.01
 """Added to an image's error in the loss's weights."""
-MIDDLE = 0.5
-"""Time between the ends of an interval of guidance in training."""
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -47,6 +45,19 @@ def average_velocity(prediction: Kind, output: Tensor, x_t: Tensor, t: Number) -
 def num_intervals(process: ProcessConfig, batch: int) -> int:
     """Returns for how many images of a batch the interval is none of an instant; they come first."""
     return batch - math.floor(process.instant_share * batch + 0.5)
+
+
+def check_shares(process: ProcessConfig, batch: int) -> None:
+    """Checks that a batch, or a process's share of one of its parts, has intervals, and instants where it should.
+
+    Raises:
+        InputError: it has none.
+    """
+    number = num_intervals(process, batch)
+    if number == 0 or (number == batch and process.instant_share > 0):
+        lacking = "interval" if number == 0 else "instant"
+        share = f"process.instant_share {process.instant_share:g}"
+        raise InputError(f"{share} must leave an {lacking} among the images of a part, got {batch} images")
 
 
 def sample_intervals(
@@ -71,7 +82,7 @@ def sample_guidance(
 ) -> Tensor:
     """Draws guidance for training: (batch, 3), log-uniform scales in [1, guidance_max], and times around the middle."""
     scale, low, high = torch.rand(3, batch, device=device, generator=generator)
-    return torch.stack([process.guidance_max**scale, MIDDLE * low, 1 - (1 - MIDDLE) * high], dim=1)
+    return torch.stack([process.guidance_max**scale, GUIDANCE_MIDDLE * low, 1 - (1 - GUIDANCE_MIDDLE) * high], dim=1)
 
 
 def scale_at(guidance: Tensor, t: Tensor) -> Tensor:
@@ -92,8 +103,7 @@ def derivative(
         length: (B,).
         along: (B, C, H, W).
     """
-    # Compiled code has no forward derivatives.
-    with forward_ad.dual_level(), torch.compiler.set_stance("force_eager"):
+    with forward_ad.dual_level():
         moving = (
             forward_ad.make_dual(value, rate.to(value.dtype))
             for value, rate in ((x_t, along), (t, torch.ones_like(t)), (length, torch.ones_like(length)))
@@ -166,7 +176,8 @@ def average_loss(
     end, length = (rearrange(value, "B -> B 1 1 1") for value in (t, t - s))
     x_t, target = (1 - end) * x0 + end * noise, noise - x0
     change = torch.zeros_like(target)
-    with torch.no_grad():
+    # In eager mode: compiled code has no forward derivatives, and CUDA graphs would overwrite one output by another.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         instant = torch.zeros_like(t)
         if guidance is not None and uncond is not None:
             share = 1 - 1 / rearrange(scale_at(guidance, t), "B -> B 1 1 1")

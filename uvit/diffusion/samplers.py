@@ -187,6 +187,8 @@ def resolve_spacing(process: ProcessConfig, config: SampleConfig) -> Spacing:
     Raises:
         InputError: a solver that is unstable with this spacing.
     """
+    if config.sampler == "average" and config.spacing == "log_snr":
+        raise InputError("average needs spacing 'uniform', got 'log_snr', whose last step is of almost nothing")
     stiff = _is_stiff(process, config.sampler)
     if stiff and config.spacing == "uniform":
         raise InputError(f"{config.sampler} on schedule {process.schedule!r} needs spacing 'log_snr', got 'uniform'")

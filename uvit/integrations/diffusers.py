@@ -39,7 +39,14 @@ from uvit.diffusion.reuse import reuse_deep_features
 from uvit.diffusion.samplers import guide
 from uvit.integrations.pipeline_call import check_latents, latents_of, listed, resolve_call
 from uvit.integrations.pipeline_part import READING_OPTIONS, PipelinePart, check_dtype
-from uvit.integrations.scheduler_steps import Scheduler, as_instant, average_output, run_scheduler, set_times
+from uvit.integrations.scheduler_steps import (
+    Scheduler,
+    as_instant,
+    average_output,
+    run_scheduler,
+    set_times,
+    steps_are_averages,
+)
 from uvit.integrations.schedulers import check_scheduler, make_scheduler
 from uvit.networks.backbone import Backbone
 from uvit.networks.encoders import (
@@ -57,6 +64,8 @@ from uvit.weights.build import UNet, UViT
 
 INDEX_FILE = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PROCESS_FIELDS = ("schedule", "prediction", "time_scale", "instant_share", "guidance_max")
+"""The part of the process that sampling needs, besides the objective, which the network tells."""
 
 
 class UViTModel(PipelinePart, UViT, ModelMixin):  # type: ignore[misc]  # counts parameters by a method, as diffusers
@@ -87,6 +96,7 @@ class PipelineOptions(HubOptions, total=False):
     """Replaces the saved value, like the next two."""
     prediction: str
     time_scale: float | None
+    instant_share: float
     guidance_max: float
     class_names: list[str]
     dtype: torch.dtype | dict[str, torch.dtype]
@@ -109,6 +119,7 @@ class UViTPipeline(DiffusionPipeline):
         schedule: as in ProcessConfig: what the network was trained on.
         prediction: as in ProcessConfig: what the network predicts; of a network that takes intervals, an average.
         time_scale: as in ProcessConfig.
+        instant_share: as in ProcessConfig.
         guidance_max: as in ProcessConfig.
         class_names: names of the labels, if they have any.
 
@@ -144,6 +155,7 @@ class UViTPipeline(DiffusionPipeline):
         prediction: str = "flow",
         class_names: list[str] | None = None,
         time_scale: float | None = None,
+        instant_share: float = ProcessConfig.instant_share,
         guidance_max: float = ProcessConfig.guidance_max,
     ) -> None:
         super().__init__()
@@ -154,6 +166,7 @@ class UViTPipeline(DiffusionPipeline):
             "schedule": schedule,
             "prediction": prediction,
             "time_scale": time_scale,
+            "instant_share": instant_share,
             "guidance_max": guidance_max,
         }
         self.register_to_config(**process, class_names=list(class_names or ()))
@@ -178,7 +191,7 @@ class UViTPipeline(DiffusionPipeline):
         return self._process_of(self.transformer.config)
 
     def _process_of(self, model: NetworkConfig) -> ProcessConfig:
-        saved = {name: self.config[name] for name in ("schedule", "prediction", "time_scale", "guidance_max")}
+        saved = {name: self.config[name] for name in PROCESS_FIELDS}
         return from_dict(ProcessConfig, {**saved, "objective": "average" if model.takes_interval else "instant"})
 
     @property
@@ -233,6 +246,7 @@ class UViTPipeline(DiffusionPipeline):
             schedule=config.process.schedule,
             prediction=config.process.prediction,
             time_scale=config.process.time_scale,
+            instant_share=config.process.instant_share,
             guidance_max=config.process.guidance_max,
             class_names=list(config.data.class_names),
         )
@@ -346,7 +360,7 @@ class UViTPipeline(DiffusionPipeline):
             "guidance_interval": guidance_interval,
             "reuse": reuse,
             "prompts": listed(prompt),
-            "sampler": "average" if process.objective == "average" else SampleConfig.sampler,
+            "sampler": "average" if steps_are_averages(process, self.scheduler) else SampleConfig.sampler,
         }
         config = Config(
             model=model,

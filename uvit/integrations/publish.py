@@ -47,7 +47,8 @@ def public_config(config: Config) -> Config:
         text_encoder=public_name(config.data.text_encoder),
         autoencoder=config.data.autoencoder and public_name(config.data.autoencoder),
     )
-    return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, run_dir=None))
+    init = config.train.init and public_name(config.train.init)
+    return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, run_dir=None, init=init))
 
 
 def read_evaluation(path: Path, weights_hash: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -111,6 +111,11 @@ def as_instant(process: ProcessConfig) -> ProcessConfig:
     return dataclasses.replace(process, objective="instant", prediction="flow", time_scale=None)
 
 
+def steps_are_averages(process: ProcessConfig, scheduler: Scheduler) -> bool:
+    """Returns whether a scheduler steps as the solver `average` does, with a network of an average velocity."""
+    return process.objective == "average" and isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
 def average_output(
     output: Callable[..., Tensor], process: ProcessConfig, scheduler: Scheduler, times: Sequence[float]
 ) -> Callable[[Tensor, float], Tensor]:
@@ -122,8 +127,7 @@ def average_output(
         scheduler: prepared by set_times.
         times: what that returned.
     """
-    is_euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-    ends = dict(zip(times, [*times[1:], 0.0] if is_euler else times))
+    ends = dict(zip(times, [*times[1:], 0.0] if steps_are_averages(process, scheduler) else times))
     return lambda x, t: average_velocity(process.prediction, output(x, t, ends[t]), x, t)
 
 

@@ -14,8 +14,6 @@ from uvit.config import NUM_GUIDANCE, InputError, NetworkConfig
 from uvit.networks.layers import NumberEmbed, zeroed
 
 INDEX_DTYPES = (torch.int64, torch.int32)
-NO_GUIDANCE = (1.0, 0.0, 1.0)
-"""A guidance of scale 1, at all times."""
 NUMBER_UNITS = 1000.0
 """In which 1 - 1 / w and times between 0 and 1 are embedded, as times are."""
 
@@ -70,22 +68,28 @@ class Backbone(nn.Module):
             interval = torch.zeros(1, device=x.device) if interval is None else interval
             embeds.append(self.interval_embed(interval.reshape(-1, 1).expand(batch, -1)))
         if self.config.takes_guidance:
-            guidance = torch.tensor([NO_GUIDANCE], device=x.device) if guidance is None else guidance
-            scale, ends = guidance.expand(batch, -1).tensor_split([1], dim=1)
-            embeds.append(self.guidance_embed(NUMBER_UNITS * torch.cat([1 - 1 / scale, ends], dim=1)))
+            if guidance is None:  # scale 1 at all times, without a copy that waits for the device
+                one = torch.ones(batch, 1, device=x.device)
+                guidance = torch.cat([one, 0 * one, one], dim=1)
+            scale, ends = guidance.tensor_split([1], dim=1)
+            embeds.append(self.guidance_embed(NUMBER_UNITS * torch.cat([1 - 1 / scale.clamp(min=1), ends], dim=1)))
         return embeds
 
-    def start_absent(self) -> None:
-        """Makes interval and guidance act as if they were absent, at first: to take on weights without them."""
-        for name in ("interval_embed", "guidance_embed"):
-            if hasattr(self, name):
-                zeroed(getattr(self, name).mlp.fc2)
+    def start_absent(self, names: Sequence[str]) -> int:
+        """Makes inputs act as if they were absent, at first: to take on weights without them.
 
-    def fade_in(self, presence: float) -> None:
-        """Sets how much of interval and guidance is present, for a network that was taken on: 0 is nothing, 1 is all.
+        Args:
+            names: `interval` or `guidance`, or both.
 
-        What is added to other embeddings has no need of it.
+        Returns:
+            How many tokens are absent until they have faded in; what is added to the time needs no such thing.
         """
+        for name in names:
+            zeroed(getattr(self, f"{name}_embed").mlp.fc2)
+        return 0
+
+    def fade_in(self, presence: float, num_tokens: int) -> None:
+        """Sets how much of the first tokens is present in attention: 0 is nothing, 1 is all."""
 
     def _to_image(self, h: Tensor) -> Tensor:
         """Maps the output of the last block to the prediction, (B, predicted_chans, H, W)."""

@@ -102,12 +102,16 @@ class Network(Protocol):
         """Computes the buffers that are not in its state dict, such as after loading weights into a `meta` model."""
         ...
 
-    def start_absent(self) -> None:
-        """Makes interval and guidance act as if they were absent, to take on weights without them."""
+    def start_absent(self, names: Sequence[str]) -> int:
+        """Makes inputs, `interval` or `guidance`, act as if they were absent, to take on weights without them.
+
+        Returns:
+            How many tokens are absent until they have faded in.
+        """
         ...
 
-    def fade_in(self, presence: float) -> None:
-        """Sets how much of interval and guidance acts after that: 0 is nothing, 1 is all."""
+    def fade_in(self, presence: float, num_tokens: int) -> None:
+        """Sets how much of the first tokens is present: 0 is nothing, 1 is all."""
         ...
 
     def resize(self, img_size: int | tuple[int, int]) -> Self:

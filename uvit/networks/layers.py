@@ -73,8 +73,11 @@ class HeadNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Multi-head self-attention over tokens, with optional RMS norm of queries and keys (`qk_norm`).
 
-    Its first tokens can fade in (`presence`): at 0 the others are as without them.
+    Its first `num_fading` tokens can fade in: where `presence` is 0, the others are as without them.
     """
+
+    num_fading: int
+    presence: Tensor | None
 
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()
@@ -85,8 +88,7 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = HeadNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
-        self.num_fading = config.num_number_tokens
-        self.presence: Tensor | None = None
+        self.num_fading, self.presence = 0, None
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B L H D", K=3, H=self.num_heads)

@@ -20,7 +20,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from uvit.config import InputError, UViTConfig, replace_fields
-from uvit.networks.backbone import Backbone, check_inputs, embed_labels
+from uvit.networks.backbone import Backbone, check_inputs, check_numbers, embed_labels
 from uvit.networks.layers import AdaLayerNorm, Block, ConvPatchEmbed, timestep_embedding
 
 UViTType = TypeVar("UViTType", bound="UViT")
@@ -139,18 +139,26 @@ class UViT(Backbone):
                     module.proj.bias[: self.config.embed_dim]
                 )  # the scale starts at 1, as in a plain LayerNorm
 
-    def start_absent(self) -> None:
-        """Makes interval and guidance act as if they were absent: tokens until `fade_in` says otherwise."""
-        if self.config.time_conditioning == "adaln":
-            super().start_absent()
-        else:
-            self.fade_in(0.0)
+    def start_absent(self, names: Sequence[str]) -> int:
+        """Makes inputs act as if they were absent, at first: to take on weights without them.
 
-    def fade_in(self, presence: float) -> None:
-        """Sets the presence of the tokens of interval and guidance in attention, 0 (as if absent) to 1."""
-        for block in self.blocks if self.config.num_number_tokens else ():
-            device = self.pos_embed.device
-            block.attn.presence = None if presence >= 1 else torch.tensor(presence, device=device)  # type: ignore
+        Args:
+            names: `interval` or `guidance`, or both.
+
+        Returns:
+            How many tokens are absent until they have faded in.
+        """
+        if self.config.time_conditioning == "adaln":
+            return super().start_absent(names)
+        self.fade_in(0.0, len(names))
+        return len(names)
+
+    def fade_in(self, presence: float, num_tokens: int) -> None:
+        """Sets the presence of the first tokens in attention, 0 (as if absent) to 1."""
+        factor = None if presence >= 1 else torch.full((), presence, device=self.pos_embed.device)
+        for block in self.blocks:
+            attn: Any = block.attn
+            attn.num_fading, attn.presence = num_tokens, factor
 
     def require_whole(self) -> None:
         """Checks that no block was removed.
@@ -167,8 +175,8 @@ class UViT(Backbone):
         timesteps: Tensor,
         y: Tensor | None,
         context: Tensor | None,
-        interval: Tensor | None = None,
-        guidance: Tensor | None = None,
+        interval: Tensor | None,
+        guidance: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor]]:
         """Returns all tokens, (B, L, D), and the embedded time with interval and guidance, (B, D)."""
         config = self.config
@@ -221,6 +229,8 @@ class UViT(Backbone):
         timesteps: Tensor | float | None = None,
         y: Tensor | None = None,
         context: Tensor | None = None,
+        interval: Tensor | float | None = None,
+        guidance: Tensor | None = None,
     ) -> Any:
         """Returns the outputs of chosen blocks, for use as features.
 
@@ -234,7 +244,7 @@ class UViT(Backbone):
             x: (B, C, H, W) images in [-1, 1] or latents, as the model was trained on.
             indices: numbers of blocks, negative ones counted from the end; or how many of the last blocks; None is all.
             return_prefix_tokens: whether each intermediate is a pair, the second the tokens before the patches,
-                (B, num_extra_tokens, D): context, if there is one, after label and time.
+                (B, num_extra_tokens, D): guidance, interval, label, time and context, those that there are.
             norm: whether the final layer norm is applied to intermediates.
             stop_early: whether to skip the blocks after the last chosen one.
             output_fmt: `NCHW` gives (B, D, H / patch_size, W / patch_size), `NLC` gives (B, patches, D).
@@ -244,6 +254,8 @@ class UViT(Backbone):
             timesteps: (B,) times in the network's units, or one time for all; None is 0.
             y: (B,) labels; None is the null class.
             context: (B, num_context_tokens, context_dim); a model that takes one has no default.
+            interval: as for `forward`, like the next one.
+            guidance: (B, 3).
 
         Returns:
             The list of intermediates, in the order of `indices`; unless `intermediates_only`, a pair of the normed
@@ -261,7 +273,8 @@ class UViT(Backbone):
         if y is None and config.null_label is not None:
             y = torch.full((len(x),), config.null_label, device=x.device)
         timesteps = check_inputs(config, self.weight_dtype, x, timesteps, y, context)
-        h, conditions = self._embed(x, timesteps, y, context)
+        interval = check_numbers(config, x, interval, guidance)
+        h, conditions = self._embed(x, timesteps, y, context, interval, guidance)
         skips: list[Tensor] = []
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for number in range(max(taken, default=-1) + 1 if stop_early else len(self.blocks)):

@@ -32,6 +32,8 @@ class Progress:
     """Number of processes at the last step."""
     num_images: int = 0
     """Length of the data set at the last step."""
+    num_absent: int = 0
+    """Tokens that the weights of `train.init` lacked, which fade in."""
 
     def record(self, loss: float, is_sound: bool, is_overflow: bool) -> None:
         """Records a step.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,24 @@ def batches_on_device(device: torch.device, loader: Iterable[Batch], run_dir: Pa
         yield batch.to(device)
 
 
+def in_full_precision(network: Any) -> Callable[..., torch.Tensor]:
+    """Returns a function that calls a network without autocast, also where the accelerator has put it around `forward`.
+
+    Forward-mode derivatives need it: under autocast, those of PyTorch mix dtypes.
+    """
+
+    def call(x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        around = vars(network).pop("forward", None)
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                return network(x, *arguments, **named)
+        finally:
+            if around is not None:
+                network.forward = around
+
+    return call
+
+
 def training_loss(
     network: Callable[..., torch.Tensor],
     config: Config,
@@ -95,7 +114,7 @@ def training_loss(
     if config.model.takes_guidance:
         guidance = sample_guidance(config.process, len(images), images.device, generator)
         guidance[:, 0] = torch.where(dropped, 1.0, guidance[:, 0])
-    bare = extract_model_from_parallel(network)  # DDP forgets the gradients of a call that is not its last
+    bare = in_full_precision(extract_model_from_parallel(network))  # DDP must be called once for each gradient
     return average_loss(
         network, images, config.process, generator, cond=condition, guidance=guidance, uncond=uncond, bare=bare
     )

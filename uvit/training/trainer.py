@@ -91,7 +91,7 @@ class Trainer:
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         num_processes = self.accelerator.num_processes
         torch.manual_seed(settings.seed)
-        self.network: Network = initial_network(config, self.run_dir).to(self.device)
+        self.network, num_absent = initial_network(config, self.run_dir, self.device)
         self.encoders = self.encoders.to(self.device)
         self.ema = ModelEmaV3(cast(nn.Module, self.network), decay=settings.ema_decay)
         compile_model(self.network, settings.compile)
@@ -104,7 +104,7 @@ class Trainer:
         # evaluation_mode only omits DDP, which FSDP2 replaces.
         self.model = self.accelerator.prepare_model(self.network, evaluation_mode=self.is_sharded)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.network, config.optim))
-        self.progress = Progress(num_processes=num_processes, num_images=len(self.data))
+        self.progress = Progress(num_processes=num_processes, num_images=len(self.data), num_absent=num_absent)
         # All state that changes during the run.
         self.stateful: dict[str, Any] = {"model": self.network, "ema": self.average}
         self.stateful |= {"optimizer": self.optimizer, "progress": self.progress}
@@ -201,8 +201,8 @@ class Trainer:
         Args:
             request: the stop request of this process, which is read after the gradients are computed.
         """
-        if self.config.train.init is not None:
-            self.network.fade_in(min(1.0, self.done / max(1, self.config.optim.warmup_steps)))
+        for each in (self.network, self.average) if self.progress.num_absent else ():
+            each.fade_in(min(1.0, self.done / max(1, self.config.optim.warmup_steps)), self.progress.num_absent)
         loss, grad_norm = compute_gradients(
             self.accelerator,
             self.model,

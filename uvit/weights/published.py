@@ -123,6 +123,7 @@ def infer_uvit_config(weights: Mapping[str, Tensor], **known: Any) -> UViTConfig
         fields |= {"num_classes": rows - null_class, "null_class": null_class}
     if "context_embed.weight" in weights:
         fields |= {**CLIP_CONTEXT, "context_dim": weights["context_embed.weight"].shape[1]}
+    fields |= {f"takes_{name}": f"{name}_embed.mlp.fc1.weight" in weights for name in ("interval", "guidance")}
     heads = {size["embed_dim"]: size["num_heads"] for size in SIZES.values()}
     if "num_heads" not in known:
         if embed_dim not in heads:
@@ -131,6 +132,7 @@ def infer_uvit_config(weights: Mapping[str, Tensor], **known: Any) -> UViTConfig
     fields |= known
     if "img_size" not in fields:
         extras = 1 + ("num_classes" in fields) + fields.get("num_context_tokens", 0)
+        extras += fields["takes_interval"] + fields["takes_guidance"]
         num_patches = weights["pos_embed"].shape[1] - extras
         side = math.isqrt(max(num_patches, 0))
         if side * side != num_patches or side == 0:

@@ -33,6 +33,7 @@ MODULES = {
     "networks/unet": ["unet", "contract"],
     "diffusion/process": ["process"],
     "diffusion/objective": ["objective", "process"],
+    "diffusion/average": ["average"],
     "diffusion/solvers": ["solvers", "samplers", "solvers_against_diffusers"],
     "diffusion/samplers": ["samplers", "solvers"],
     "diffusion/reuse": ["reuse"],

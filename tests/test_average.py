@@ -14,6 +14,7 @@ from uvit.config import AVERAGE_TIME_SCALE, ProcessConfig, SampleConfig, replace
 from uvit.diffusion.average import (
     average_loss,
     average_velocity,
+    check_shares,
     derivative,
     num_intervals,
     sample_guidance,
@@ -258,6 +259,29 @@ def test_intervals(start):
         assert both.mean().item() == pytest.approx(times.mean().item(), abs=0.005)
         assert both.std().item() == pytest.approx(times.std().item(), abs=0.005)
     assert s.min() >= 0 and t.max() <= 1
+
+
+def test_random_numbers_are_of_the_device_and_dtype_of_the_images():
+    process, cpu = ProcessConfig(objective="average"), torch.device("cpu")
+    with torch.device("meta"):  # not on the default device
+        for start in ("uniform", "pair"):
+            drawn = sample_intervals(replace_fields(process, {"interval_start": start}), 4, cpu, torch.Generator("cpu"))
+            assert [each.device.type for each in drawn] == ["cpu", "cpu"]
+        assert sample_guidance(process, 4, cpu, torch.Generator("cpu")).device.type == "cpu"
+    # Its noise is that of double precision, where the images are.
+    generator = torch.Generator().manual_seed(0)
+    intervals = sample_intervals(process, BATCH, cpu, generator)
+    noise = torch.randn(X0.shape, dtype=torch.float64, generator=generator)
+    found = average_loss(gaussian_network(), X0, process, torch.Generator().manual_seed(0))
+    assert torch.equal(found, average_loss(gaussian_network(), X0, process, intervals=intervals, noise=noise))
+
+
+def test_a_part_of_a_batch_needs_intervals_and_instants():
+    check_shares(ProcessConfig(), 2)
+    check_shares(ProcessConfig(instant_share=0.0), 1)
+    for share, batch, lacking in ((0.5, 1, "interval"), (0.1, 4, "instant")):
+        with pytest.raises(InputError, match=f"must leave an {lacking} among the images of a part, got {batch} images"):
+            check_shares(ProcessConfig(instant_share=share), batch)
 
 
 def test_how_many_intervals_are_none_of_an_instant():

@@ -58,7 +58,7 @@ class ProcessConfig(Section):
     interval_start: Literal["uniform", "pair"] = "uniform"
     """With `average`, where an interval starts that ends at a training time: uniform before it, or at another training
     time, and the later one is the end (MeanFlow's)."""
-    adaptive_power: float = 0.5
+    adaptive_power: float = 0.25
     """With `average`, p of the loss's weights 1 / (error + 0.01)^p, of each image; 0 is none, MeanFlow's 1."""
     guidance_max: float = 8.0
     """With `average` and a network that takes guidance, the largest scale w that it is trained for."""

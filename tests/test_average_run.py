@@ -24,7 +24,7 @@ from uvit.sampling.generate import generate
 from uvit.sampling.runs import load_run
 from uvit.training.checkpoint import load_checkpoint
 from uvit.training.initial import initial_network
-from uvit.training.step import in_full_precision
+from uvit.training.step import as_written
 from uvit.training.trainer import Trainer
 
 AVERAGE_UNET = TINY_UNET + TINY_AVERAGE.removeprefix(TINY)
@@ -93,7 +93,7 @@ def test_what_takes_no_gradient_is_in_full_precision():
     network = torch.nn.Linear(4, 4)
     network.forward = torch.autocast("cpu", torch.bfloat16)(network.forward)  # as accelerate does
     x = torch.randn(2, 4)
-    call = in_full_precision(network)
+    call = as_written(network)
     for _ in range(2):
         assert network(x).dtype == torch.bfloat16
         assert torch.equal(call(x), torch.nn.functional.linear(x, network.weight, network.bias))

@@ -1,7 +1,7 @@
 """Average velocity, for drawing in one or a few evaluations: its training loss, and the way from predictions to it.
 
 u(x_t, s, t) is the mean of the velocity over [s, t] on the way of the probability-flow ODE through x_t, so that
-x_s = x_t - (t - s) u (MeanFlow, arXiv 2505.13447, equation 3). On `flow`, dx_t/dt at x_0 and ε is ε - x_0.
+x_s = x_t - (t - s) u (MeanFlow, arXiv 2505.13447, section 4). On `flow`, dx_t/dt at x_0 and ε is ε - x_0.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def derivative(
             forward_ad.make_dual(value, rate.to(value.dtype))
             for value, rate in ((x_t, along), (t, torch.ones_like(t)), (length, torch.ones_like(length)))
         )
-        rate = forward_ad.unpack_dual(velocity(*moving)).tangent
-    return torch.zeros_like(x_t) if rate is None else rate
+        change = forward_ad.unpack_dual(velocity(*moving)).tangent
+    return torch.zeros_like(x_t) if change is None else change
 
 
 def average_loss(
@@ -125,7 +125,7 @@ def average_loss(
     intervals: tuple[Tensor, Tensor] | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Squared error of u + (t - s) sg(du/dt) as a velocity (improved MeanFlow, arXiv 2512.02012, equation 11).
+    """Squared error of u + (t - s) sg(du/dt) as a velocity (improved MeanFlow, arXiv 2512.02012, section 4).
 
     du/dt is the derivative along the ODE, in which the velocity is the network's own, of an instant. It is computed in
     forward mode and takes no gradient, so that only one ordinary call does: what wraps, compiles or shards the network
@@ -139,7 +139,8 @@ def average_loss(
         cond: keyword arguments of the network, batches of B.
         guidance: (B, 3) scales w, and the times between which they act, for a network that takes them.
         uncond: the empty condition, as `cond`, needed with guidance.
-        bare: the same network without wrappers, called without a gradient; None is `network`.
+        bare: the same network as it is written, uncompiled and without wrappers, for what takes no gradient; None is
+            `network`.
         intervals: (s, t), (B,) each, with 0 <= s <= t <= 1, to use instead of random ones.
         noise: noise of the shape of x0 to use instead of random noise.
 
@@ -176,8 +177,7 @@ def average_loss(
     end, length = (rearrange(value, "B -> B 1 1 1") for value in (t, t - s))
     x_t, target = (1 - end) * x0 + end * noise, noise - x0
     change = torch.zeros_like(target)
-    # In eager mode: compiled code has no forward derivatives, and CUDA graphs would overwrite one output by another.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad():
         instant = torch.zeros_like(t)
         if guidance is not None and uncond is not None:
             share = 1 - 1 / rearrange(scale_at(guidance, t), "B -> B 1 1 1")

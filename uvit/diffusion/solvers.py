@@ -265,7 +265,7 @@ def euler_maruyama(
 def average(
     denoise: Denoise, x: Tensor, schedule: Schedule, times: Sequence[float], noise: Noise | None = None
 ) -> Tensor:
-    """Each step by the average velocity over it: x_s = x_t - (t - s) u (arXiv 2505.13447, equation 12). For `flow`.
+    """Each step by the average velocity over it: x_s = x_t - (t - s) u (arXiv 2505.13447, section 4). For `flow`.
 
     It is exact where u is, whatever the steps.
     """

@@ -55,20 +55,25 @@ def batches_on_device(device: torch.device, loader: Iterable[Batch], run_dir: Pa
         yield batch.to(device)
 
 
-def in_full_precision(network: Any) -> Callable[..., torch.Tensor]:
-    """Returns a function that calls a network without autocast, also where the accelerator has put it around `forward`.
+def as_written(network: Any, is_compiled: bool = False) -> Callable[..., torch.Tensor]:
+    """Returns a function that calls a network without what a step puts around it: DDP, autocast and compilation.
 
-    Forward-mode derivatives need it: under autocast, those of PyTorch mix dtypes.
+    DDP must be called once for each gradient; forward-mode derivatives mix dtypes under autocast, and compiled code has
+    none, where its graphs would overwrite one output by the next.
     """
+    inner = extract_model_from_parallel(network)
 
     def call(x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        around = vars(network).pop("forward", None)
+        wrapped = vars(inner).pop("forward", None)  # by the accelerator, in autocast
         try:
-            with torch.autocast(x.device.type, enabled=False):
-                return network(x, *arguments, **named)
+            with (
+                torch.autocast(x.device.type, enabled=False),
+                torch.compiler.set_stance("force_eager") if is_compiled else nullcontext(),
+            ):
+                return inner(x, *arguments, **named)
         finally:
-            if around is not None:
-                network.forward = around
+            if wrapped is not None:
+                inner.forward = wrapped
 
     return call
 
@@ -114,7 +119,7 @@ def training_loss(
     if config.model.takes_guidance:
         guidance = sample_guidance(config.process, len(images), images.device, generator)
         guidance[:, 0] = torch.where(dropped, 1.0, guidance[:, 0])
-    bare = in_full_precision(extract_model_from_parallel(network))  # DDP must be called once for each gradient
+    bare = as_written(network, config.train.compile != "no")
     return average_loss(
         network, images, config.process, generator, cond=condition, guidance=guidance, uncond=uncond, bare=bare
     )

@@ -1,7 +1,8 @@
 """Class-conditional digits in one to four evaluations: an average velocity, with the network of configs/digits.py.
 
-It is not measured to the end yet. Of what was tried for one seed, times nearer to the middle or to noise, two of the
-training times as an interval's ends, heavier weights (adaptive_power) and fewer intervals were worse.
+It is not measured to the end yet, and takes more than twice the time of configs/digits.py. Of what was tried for one
+seed, times nearer to the middle or to noise, two of the training times as an interval's ends, heavier weights
+(adaptive_power) and fewer intervals were worse.
 """
 
 from dataclasses import replace

@@ -9,6 +9,8 @@ stopped, from runs/few_steps.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +27,7 @@ from uvit import Config
 from uvit.common.cli import parse, run
 from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
 from uvit.common.signals import StopRequest
-from uvit.config import load_config
+from uvit.config import load_config, to_json
 from uvit.data.batch import ImageData
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
@@ -110,7 +112,10 @@ def compare(name: str, given: Arguments) -> None:
     data = load_data(configs[AVERAGE].data, configs[AVERAGE].model)
     kept = load_result(NAME).get("data", {})
     figures: dict[str, Any] = kept.get(name, {})
-    settings = {"scale": given.scale, "num_images": given.num_images}
+    data_config = load_config(ROOT / "configs" / f"{name}.py").data  # names no folder of this machine
+    public = {arm: json.loads(to_json(replace(each, data=data_config))) for arm, each in configs.items()}
+    settings = {"num_images": given.num_images, "configs": public}  # figures of another recipe are measured anew
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     if figures.get("settings") != settings:
         seconds = time_steps(configs, data, given.rounds)
         num_steps = configs[AVERAGE].train.num_steps
@@ -122,7 +127,7 @@ def compare(name: str, given: Arguments) -> None:
             if any((each["arm"], each["seed"]) == (arm, seed) for each in figures["runs"]):
                 continue
             steps = figures["steps"][arm]
-            run_dir = RUNS / f"{name}-{'average' if arm == AVERAGE else 'instant'}-{steps}-seed-{seed}"
+            run_dir = RUNS / f"{name}-{'average' if arm == AVERAGE else 'instant'}-{steps}-seed-{seed}-{digest}"
             make_directory(run_dir)
             train = replace(config.train, num_steps=steps, seed=seed)
             Trainer(replace(config, train=train), data, NO_ENCODERS, run_dir).train()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -23,6 +22,7 @@ from uvit.config import Config
 from uvit.data.batch import Batch
 from uvit.diffusion.average import average_loss
 from uvit.networks.encoders import Encoders
+from uvit.training.step import as_written
 from uvit.training.trainer import Trainer
 
 
@@ -33,7 +33,7 @@ def deterministic_loss(
     x = batch.images.float() / 127.5 - 1
     if config.process.objective == "average":
         t = torch.full((len(x),), 0.9)
-        bare = extract_model_from_parallel(network)
+        bare = as_written(network)
         given = {"cond": {"y": batch.labels}, "intervals": (t / 3, t), "noise": x.flip(-1)}
         given["guidance"] = torch.tensor([[2.0, 0.0, 1.0]]).expand(len(x), -1)
         given["uncond"] = {"y": torch.full_like(batch.labels, config.model.num_classes)}

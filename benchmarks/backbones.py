@@ -8,7 +8,7 @@ unguided images, which are judged as by evaluate.py. Writes benchmarks/results/b
 set pictures of quality over FLOPs and over time, and of samples from the same noise.
 
 The same command goes on where it was stopped, from the JSON and from folders in runs/backbones, each named by its
-run's config; with other --seeds it adds theirs.
+run's config; with other --seeds it adds theirs, with other --lrs it searches those too.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Arguments:
     """The budget, as a multiple of what the data's config spends."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of training."""
-    lrs: tuple[float, ...] = (4.3e-3, 9.3e-3, 2e-2, 4.3e-2)
+    lrs: tuple[float, ...] = (2e-3, 4.3e-3, 9.3e-3, 2e-2, 4.3e-2)
     """Learning rates to search."""
     search_share: float = 0.2
     """Length of a run of the search, as a share of the arm's steps at equal FLOPs."""
@@ -180,7 +180,7 @@ class Study:
         self.base = replace(base, train=train, data=data, sample=sample)
         self.arms = arms_of(base.model)
         self.planned: dict[tuple[int, str, str], Run] = {}
-        changeable = ("data", "fashion", "only", "seeds", "jobs", "output")
+        changeable = ("data", "fashion", "only", "seeds", "lrs", "jobs", "output")
         settings = {key: value for key, value in asdict(given).items() if key not in changeable}
         public = replace(self.base, data=base.data)  # names no folder of this machine
         settings = json.loads(json.dumps({**settings, "config": json.loads(to_json(public))}))
@@ -211,8 +211,7 @@ class Study:
         """Searches learning rates, trains all arms, and shows what there is, also when it is stopped."""
         judge = Judge(self.base, self.given.num_images)  # which trains a network for the processes to find
         self.figures["real"] = {"frechet": judge.real, "recognised": judge.recognised_real}
-        if not all("lr" in each for each in self.figures["arms"].values()):
-            self.search()
+        self.search()
         self.planned = {
             (seed, budget, arm): self.plan(
                 arm, self.steps(arm, budget), self.figures["arms"][arm]["lr"], seed, self.given.num_points
@@ -233,19 +232,25 @@ class Study:
             self.draw_samples()
 
     def search(self) -> None:
-        """Chooses each arm's learning rate by short runs."""
+        """Chooses each arm's learning rate by short runs; figures of an arm at another one are dropped."""
         searches = {
             (arm, lr): self.plan(arm, self.steps(arm, "flops", self.given.search_share), lr, 0, num_points=1)
             for lr in self.given.lrs
-            for arm in self.arms
+            for arm, figures in self.figures["arms"].items()
+            if str(lr) not in figures.get("search", {})
         }
         do_all([*searches.values()], self.given.jobs, f"{self.name}: learning rates", self.save)
+        for (arm, lr), each in searches.items():
+            distance = each.points[-1]["frechet_train"] if each.points else None  # none where training fails
+            self.figures["arms"][arm].setdefault("search", {})[str(lr)] = distance
         for arm, figures in self.figures["arms"].items():
-            found = {lr: searches[arm, lr].points for lr in self.given.lrs}
-            figures["search"] = {lr: points[-1]["frechet_train"] for lr, points in found.items() if points}
-            if not figures["search"]:
+            found = {lr: distance for lr, distance in figures["search"].items() if distance is not None}
+            if not found:
                 raise TrainingError(f"{arm} on {self.name} trains at none of the learning rates: give lower --lrs")
-            figures["lr"] = min(figures["search"], key=figures["search"].get)
+            best = float(min(found, key=lambda lr: found[lr]))
+            if figures.get("lr", best) != best:
+                self.figures["runs"] = [each for each in self.figures["runs"] if each["arm"] != arm]
+            figures["lr"] = best
 
     def save(self) -> None:
         """Writes the figures of what is done, their table and their picture."""

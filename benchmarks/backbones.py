@@ -8,7 +8,7 @@ unguided images, which are judged as by evaluate.py. Writes benchmarks/results/b
 set pictures of quality over FLOPs and over time, and of samples from the same noise.
 
 The same command goes on where it was stopped, from the JSON and from folders in runs/backbones, each named by its
-run's config; with other --seeds it adds theirs, with other --lrs it searches those too.
+run's config; with other --seeds or --lrs it adds theirs.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ ATTENTION_SIDE = 16
 GRID_COLUMNS = 10
 SPARE_CHECKPOINTS = 10
 """Kept besides those that are judged, for a run that is interrupted saves more."""
+LR_RATIO = 10 ** (1 / 3)
+"""Between the learning rates of a search that goes on."""
 MAX_WARMUP = 0.1
 """Largest share of a run with a rising learning rate."""
 
@@ -91,8 +93,8 @@ class Arguments:
     """The budget, as a multiple of what the data's config spends."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of training."""
-    lrs: tuple[float, ...] = (2e-3, 4.3e-3, 9.3e-3, 2e-2, 4.3e-2)
-    """Learning rates to search."""
+    lrs: tuple[float, ...] = (4.3e-3, 9.3e-3, 2e-2, 4.3e-2)
+    """Learning rates to search; an arm whose best is the first or last searches on from there."""
     search_share: float = 0.2
     """Length of a run of the search, as a share of the arm's steps at equal FLOPs."""
     num_points: int = 3
@@ -153,6 +155,25 @@ def same_settings(kept: dict[str, Any] | None, now: dict[str, Any]) -> bool:
     if kept is None or {**kept, "config": None} != {**now, "config": None}:
         return False
     return from_dict(Config, kept["config"]) == from_dict(Config, now["config"])
+
+
+def best_lr(found: Mapping[str, float | None]) -> float:
+    """Returns the learning rate of the least distance; that of one at which training fails is None.
+
+    Raises:
+        TrainingError: it fails at all.
+    """
+    distances = {lr: distance for lr, distance in found.items() if distance is not None}
+    if not distances:
+        raise TrainingError(f"training fails at all of the learning rates {', '.join(found)}: give lower --lrs")
+    return float(min(distances, key=lambda lr: distances[lr]))
+
+
+def further_lrs(found: Mapping[str, float | None]) -> list[float]:
+    """Returns the learning rate to search beyond those found, if the best of them is an end."""
+    best, tried = best_lr(found), [float(lr) for lr in found]
+    beyond = [best / LR_RATIO] * (best == min(tried)) + [best * LR_RATIO] * (best == max(tried))
+    return [float(f"{lr:.2g}") for lr in beyond]
 
 
 class Study:
@@ -233,21 +254,19 @@ class Study:
 
     def search(self) -> None:
         """Chooses each arm's learning rate by short runs; figures of an arm at another one are dropped."""
-        searches = {
-            (arm, lr): self.plan(arm, self.steps(arm, "flops", self.given.search_share), lr, 0, num_points=1)
-            for lr in self.given.lrs
-            for arm, figures in self.figures["arms"].items()
-            if str(lr) not in figures.get("search", {})
+        steps = {arm: self.steps(arm, "flops", self.given.search_share) for arm in self.arms}
+        found: dict[str, dict[str, float | None]] = {
+            arm: figures.setdefault("search", {}) for arm, figures in self.figures["arms"].items()
         }
-        do_all([*searches.values()], self.given.jobs, f"{self.name}: learning rates", self.save)
-        for (arm, lr), each in searches.items():
-            distance = each.points[-1]["frechet_train"] if each.points else None  # none where training fails
-            self.figures["arms"][arm].setdefault("search", {})[str(lr)] = distance
+        wanted = [(arm, lr) for lr in self.given.lrs for arm in self.arms if str(lr) not in found[arm]]
+        while wanted or (wanted := [(arm, lr) for arm in self.arms for lr in further_lrs(found[arm])]):
+            searches = {(arm, lr): self.plan(arm, steps[arm], lr, 0, num_points=1) for arm, lr in wanted}
+            do_all([*searches.values()], self.given.jobs, f"{self.name}: learning rates", self.save)
+            for (arm, lr), each in searches.items():
+                found[arm][str(lr)] = each.points[-1]["frechet_train"] if each.points else None
+            wanted = []
         for arm, figures in self.figures["arms"].items():
-            found = {lr: distance for lr, distance in figures["search"].items() if distance is not None}
-            if not found:
-                raise TrainingError(f"{arm} on {self.name} trains at none of the learning rates: give lower --lrs")
-            best = float(min(found, key=lambda lr: found[lr]))
+            best = best_lr(found[arm])
             if figures.get("lr", best) != best:
                 self.figures["runs"] = [each for each in self.figures["runs"] if each["arm"] != arm]
             figures["lr"] = best

@@ -340,6 +340,7 @@ def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
 def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
     """Plots quality over FLOPs and over time, the median and range of the seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     batch_size = figures["settings"]["config"]["train"]["batch_size"]
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -359,8 +360,9 @@ def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
                 plot_range(axes, x, [[points[step][quality] for step in common] for points in by_step], arm, **style)
         grid[0, column].set(title=BUDGETS[budget], yscale="log")
         grid[1, column].set(xlabel={"flops": "training TFLOPs", "time": "seconds of training steps"}[axis])
+        grid[0, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         grid[0, column].yaxis.set_major_formatter("{x:g}")
-        grid[0, column].yaxis.set_minor_formatter("{x:g}")
+        grid[0, column].minorticks_off()
     grid[0, 0].set(ylabel="Fréchet distance / real")
     grid[1, 0].set(ylabel="recognised as the class asked for")
     for axes in grid.flat:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from measure import best_device, load_result, median_times, plot_range, result_path, save_result, spread
 from quality import Judge
 from tqdm import tqdm
@@ -177,8 +178,9 @@ def draw_curves(figures: Mapping[str, Any], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="Fréchet distance / real")
     ticks = sorted({count for counts in EVALUATIONS.values() for count in counts})
     axes.set_xticks(ticks, list(map(str, ticks)))
-    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_write(path) as temporary:

@@ -169,8 +169,10 @@ def best_lr(found: Mapping[str, float | None]) -> float:
     return float(min(distances, key=lambda lr: distances[lr]))
 
 
-def further_lrs(found: Mapping[str, float | None]) -> list[float]:
-    """Returns the learning rate to search beyond those found, if the best of them is an end."""
+def lrs_to_search(lrs: Sequence[float], found: Mapping[str, float | None]) -> list[float]:
+    """Returns those not searched yet, or else what lies beyond if the best one is an end."""
+    if left := [lr for lr in lrs if str(lr) not in found]:
+        return left
     best, tried = best_lr(found), [float(lr) for lr in found]
     beyond = [best / LR_RATIO] * (best == min(tried)) + [best * LR_RATIO] * (best == max(tried))
     return [float(f"{lr:.2g}") for lr in beyond]
@@ -258,13 +260,11 @@ class Study:
         found: dict[str, dict[str, float | None]] = {
             arm: figures.setdefault("search", {}) for arm, figures in self.figures["arms"].items()
         }
-        wanted = [(arm, lr) for lr in self.given.lrs for arm in self.arms if str(lr) not in found[arm]]
-        while wanted or (wanted := [(arm, lr) for arm in self.arms for lr in further_lrs(found[arm])]):
+        while wanted := [(arm, lr) for arm in self.arms for lr in lrs_to_search(self.given.lrs, found[arm])]:
             searches = {(arm, lr): self.plan(arm, steps[arm], lr, 0, num_points=1) for arm, lr in wanted}
             do_all([*searches.values()], self.given.jobs, f"{self.name}: learning rates", self.save)
             for (arm, lr), each in searches.items():
                 found[arm][str(lr)] = each.points[-1]["frechet_train"] if each.points else None
-            wanted = []
         for arm, figures in self.figures["arms"].items():
             best = best_lr(found[arm])
             if figures.get("lr", best) != best:

@@ -45,7 +45,7 @@ NETWORKS = {
 @pytest.fixture(autouse=True)
 def seeded():
     """The same initial weights in every test."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
 
 
 def shaken(network):
@@ -160,7 +160,7 @@ def test_derivatives_equal_central_differences(network, attention):
         h = 1e-5
         ahead, behind = (velocity(X0 + step * NOISE, T + step, T - S + step) for step in (h, -h))
     expected = (ahead - behind) / (2 * h)
-    assert expected.abs().max() > 0.02
+    assert expected.abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
 

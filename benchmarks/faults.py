@@ -37,7 +37,8 @@ from uvit.common.cli import parse, run
 from uvit.common.errors import TrainingError
 from uvit.config import CHECKPOINT_FOLDER, METRICS_FILE, STEP_PREFIX, WEIGHTS_FILE
 from uvit.training.checkpoint import load_checkpoint
-from uvit.training.trainer import StepResult, Trainer
+from uvit.training.step import StepResult
+from uvit.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).parent / "results" / "faults.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,23 @@ from uvit.networks.encoders import EMPTY_CAPTION, Encoders, sample_latents
 
 Loss = Callable[[Callable[..., torch.Tensor], Config, Encoders, Batch, torch.Generator], torch.Tensor]
 """loss(network, config, encoders, batch, generator), as `training_loss`."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The result of a step, the same in all processes."""
+
+    step: int
+    """Steps done, including this one."""
+    loss: float
+    grad_norm: float
+    lr: float
+    is_sound: bool
+    """Whether the update was made."""
+    is_overflow: bool
+    """Whether it was skipped because fp16 overflowed, which is not a fault of the run."""
+    signum: int
+    """A signal that any process received, or 0."""
 
 
 def step_seed(*numbers: int) -> int:

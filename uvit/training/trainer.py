@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,27 +36,17 @@ from uvit.training.optim import build_optimizer, build_schedule
 from uvit.training.progress import MetricsFile, Progress, Stopwatch
 from uvit.training.resume import last_checkpoint, load_state, open_checkpoint
 from uvit.training.sharding import shard, unshard, unshard_network
-from uvit.training.step import Loss, batches_on_device, compute_gradients, mean_over_processes, training_loss
+from uvit.training.step import (
+    Loss,
+    StepResult,
+    batches_on_device,
+    compute_gradients,
+    mean_over_processes,
+    training_loss,
+)
 from uvit.weights.tensors import write_weights
 
 GRID_ROWS, GRID_COLUMNS = 10, 8
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The result of a step, the same in all processes."""
-
-    step: int
-    """Steps done, including this one."""
-    loss: float
-    grad_norm: float
-    lr: float
-    is_sound: bool
-    """Whether the update was made."""
-    is_overflow: bool
-    """Whether it was skipped because fp16 overflowed, which is not a fault of the run."""
-    signum: int
-    """A signal that any process received, or 0."""
 
 
 class Trainer:

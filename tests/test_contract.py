@@ -30,6 +30,7 @@ CONFIGS = {
     "U-Net": UNetConfig(**UNET, head_dim=16, num_res_blocks=1),
     "conditioned U-Net": UNetConfig(**UNET, **CONDITIONED, **AVERAGE, num_res_blocks=1, head_dim=0, dropout=0.1),
     "additive U-Net": UNetConfig(**UNET, scale_shift_norm=False, resblock_updown=False, qkv_order="new"),
+    "inner part": UViTConfig(**SIZES, outer_pairs=1),
     "without skips": UViTConfig(**SIZES, skip="none"),
     "U-Net without skips": UNetConfig(**UNET, skips=False),
 }

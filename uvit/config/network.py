@@ -76,6 +76,11 @@ class NetworkConfig(Section):
         return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
 
     @property
+    def grid_shape(self) -> tuple[int, int]:
+        """(rows, columns) of what its outermost blocks see: patches, or pixels."""
+        return self.image_shape
+
+    @property
     def null_label(self) -> int | None:
         """The label that means "no label", or None where the model has none."""
         return self.num_classes if self.null_class else None
@@ -114,6 +119,11 @@ class NetworkConfig(Section):
     def reusable_pairs(self) -> int:
         """The most pairs of blocks that can be outer ones when deep features are reused; 0 where they cannot be."""
         return self.num_pairs if self.has_skips else 0  # without skips, the outer blocks' output reaches no other
+
+    @property
+    def sparse_pairs(self) -> int:
+        """Outermost pairs of blocks inside which a part of the patches, or nothing, can take the place of all."""
+        return 0
 
     @property
     def activation_size(self) -> int:

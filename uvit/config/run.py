@@ -263,6 +263,14 @@ class TrainConfig(Section):
     and saved files stay the same."""
     label_dropout: float = 0.0
     """Fraction of labels (or captions) replaced by the null class (or the empty caption), for guidance."""
+    token_keep: float = 1.0
+    """Share of the patches that the blocks inside model.outer_pairs see (SPRINT), for less time."""
+    token_choice: Literal["structured", "random"] = "structured"
+    """Which patches those are: as many at random in each 2x2 of them, or in the whole image."""
+    path_drop: float = 0.1
+    """With model.outer_pairs, share of images for which the blocks inside are left out: for sample.guidance_path."""
+    dense_share: float = 0.2
+    """With token_keep below 1, share of the steps, the last ones, in which all blocks see all patches."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights; the average starts as a copy of the weights."""
     seed: int = 0
@@ -299,6 +307,9 @@ class TrainConfig(Section):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require_at_most(batch_size=MAX_BATCH, num_threads=MAX_THREADS)
         self._require("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
+        self._require("token_keep", 0 < self.token_keep <= 1, "above 0 and at most 1")
+        self._require("path_drop", 0 <= self.path_drop < 1, "in [0, 1)")
+        self._require("dense_share", 0 <= self.dense_share <= 1, "in [0, 1]")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         if self.shard:
             self._require("compile", self.compile != "graphs", "another with shard True")
@@ -340,6 +351,7 @@ class Config(Section):
                 f"sample.reuse must have K of at most {self.model.reusable_pairs} pairs of blocks, {given}"
             )
         self._check_average()
+        self._check_sparse()
         # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
         if not self.model.null_class and not self.model.context_dim:
             if self.train.label_dropout > 0:
@@ -371,6 +383,21 @@ class Config(Section):
             if not low <= GUIDANCE_MIDDLE <= high:
                 around = f"around {GUIDANCE_MIDDLE:g} for a network that takes guidance"
                 raise InputError(f"sample.guidance_interval must be {around}, got {low:g} to {high:g}")
+
+    def _check_sparse(self) -> None:
+        """Checks that blocks which see a part of the patches see some, and that there are such blocks."""
+        model, keep = self.model, self.train.token_keep
+        if keep == 1:
+            return
+        if not model.sparse_pairs:
+            raise InputError(f"train.token_keep {keep:g} needs a U-ViT with model.outer_pairs above 0, got 0")
+        rows, columns = model.grid_shape
+        if self.train.token_choice == "structured":
+            if rows % 2 or columns % 2 or keep * 4 != round(keep * 4):
+                needs = "needs a grid of 2x2s and a train.token_keep of 0.25, 0.5 or 0.75"
+                raise InputError(f"train.token_choice 'structured' {needs}, got {rows}x{columns} patches and {keep:g}")
+        elif not round(keep * rows * columns):
+            raise InputError(f"train.token_keep must leave one of {rows * columns} patches, got {keep:g}")
 
     def flattened(self) -> dict[str, str]:
         """Returns every value under `section.field`, as trackers take them."""

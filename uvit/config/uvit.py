@@ -43,6 +43,9 @@ class UViTConfig(NetworkConfig):
     """One linear projection per patch, or a stack of 3x3 convolutions and a 1x1."""
     pos_embed: Literal["learned", "sincos2d"] = "learned"
     """Learned for every token, or fixed two-dimensional sinusoids for the patches."""
+    outer_pairs: int = 0
+    """Outermost pairs of shallow and deep blocks that see all patches in training, where the blocks inside them see a
+    part (train.token_keep) or are left out (train.path_drop); 0 is a network without such an inner part."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +68,8 @@ class UViTConfig(NetworkConfig):
             if self.embed_dim % self.patch_size:
                 sizes = f"embed_dim {self.embed_dim} must be divisible by patch_size {self.patch_size}"
                 raise InputError(f"{sizes} with patch_embed 'conv'")
+        self._require("outer_pairs", 0 <= self.outer_pairs <= self.num_pairs, f"0 to {self.num_pairs}, depth / 2")
+        self._require("outer_pairs", not self.outer_pairs or self.has_skips, "0 with skip 'none', which fills no gaps")
         self._require_at_most(depth=MAX_DEPTH)
         if self.num_tokens > MAX_TOKENS:
             raise InputError(
@@ -100,7 +105,7 @@ class UViTConfig(NetworkConfig):
         dim, pixels = self.embed_dim, self.patch_size**2 * self.in_chans
         per_block = dim * (10 * dim + 2 * dim * self.mlp_ratio)  # attention, adaptive norms, skip; MLP
         per_token = pixels * 2 + self.num_tokens + self.num_classes + self.context_dim
-        around = (30 + 2 * self.embedded_numbers) * dim**2 + 9 * self.in_chans**2
+        around = (31 + 2 * self.embedded_numbers) * dim**2 + 9 * self.in_chans**2
         return (self.depth + 1) * per_block + dim * per_token + around
 
     @property
@@ -114,6 +119,10 @@ class UViTConfig(NetworkConfig):
     @property
     def num_pairs(self) -> int:
         return self.depth // 2
+
+    @property
+    def sparse_pairs(self) -> int:
+        return self.outer_pairs
 
     @property
     def activation_size(self) -> int:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from numbers import Real
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uvit.config import NUM_GUIDANCE, InputError, NetworkConfig
+from uvit.config import NUM_GUIDANCE, InputError
+from uvit.networks.inputs import check_inputs, check_numbers, check_sparse
 from uvit.networks.layers import NumberEmbed, zeroed
 
-INDEX_DTYPES = (torch.int64, torch.int32)
 NUMBER_UNITS = 1000.0
 """In which 1 - 1 / w and times between 0 and 1 are embedded, as times are."""
 
@@ -113,6 +113,8 @@ class Backbone(nn.Module):
         context: Tensor | None = None,
         interval: Tensor | float | None = None,
         guidance: Tensor | None = None,
+        kept: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> Tensor:
         """Predicts what the model was trained to (noise, data, v, flow, or average velocity) from noisy images.
 
@@ -125,6 +127,8 @@ class Backbone(nn.Module):
                 model that takes them; None is 0, an instant.
             guidance: (B, 3) scales w, at least 1, and the times in [0, 1] between which they act, for a model that
                 takes them; None is w = 1, no guidance.
+            kept: (B, M) numbers of the patches that the blocks inside config.sparse_pairs see; None is all.
+            dropped: (B,) whether an image's output of the blocks inside is left out.
 
         Returns:
             (B, predicted_chans, H, W), of which the first C channels are the prediction.
@@ -133,7 +137,11 @@ class Backbone(nn.Module):
             InputError: (a ValueError) types or shapes that do not fit the weights or the config, an unknown label, or a
                 missing or unexpected condition.
         """
-        return self.forward_reusing(x, timesteps, y, context, interval=interval, guidance=guidance)[0]
+        run_inner, outer = self._run_inner, 0
+        if kept is not None or dropped is not None:
+            check_sparse(self.config, x, kept, dropped)
+            run_inner, outer = partial(self._run_sparse, kept=kept, dropped=dropped), self.config.sparse_pairs
+        return self._predict(x, timesteps, y, context, interval, guidance, outer, run_inner)[0]
 
     def forward_reusing(
         self,
@@ -167,20 +175,50 @@ class Backbone(nn.Module):
         Raises:
             InputError: (a ValueError) as forward, or more outer blocks than it has.
         """
-        self.require_whole()
         if not 0 <= outer <= self.config.reusable_pairs:
             raise InputError(f"outer blocks must be 0 to {self.config.reusable_pairs}, got {outer}")
+        run_inner = self._run_inner if deep is None else lambda *_: deep
+        return self._predict(x, timesteps, y, context, interval, guidance, outer, run_inner)
+
+    def _predict(
+        self,
+        x: Tensor,
+        timesteps: Tensor | float,
+        y: Tensor | None,
+        context: Tensor | None,
+        interval: Tensor | float | None,
+        guidance: Tensor | None,
+        outer: int,
+        run_inner: Callable[..., Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the outer blocks around `run_inner`(h, conditions, outer); returns the prediction, and its output."""
+        self.require_whole()
         timesteps = check_inputs(self.config, self.weight_dtype, x, timesteps, y, context)
         interval = check_numbers(self.config, x, interval, guidance)
         h, conditions = self._embed(x, timesteps, y, context, interval, guidance)
         skips: list[Tensor] = []
         end = len(self.blocks)
         h = self._run(range(outer), h, conditions, skips)
-        h = deep = self._run(range(outer, end - outer), h, conditions, skips) if deep is None else deep
+        h = deep = run_inner(h, conditions, outer)
         if skips and _joint_shape(deep) != _joint_shape(skips[-1]):
             raise InputError(f"deep must fit to {tuple(skips[-1].shape)}, got {tuple(deep.shape)}")
         h = self._run(range(end - outer, end), h, conditions, skips)
         return self._to_image(h), deep
+
+    def _run_inner(self, h: Tensor, conditions: tuple[Tensor | None, ...], outer: int) -> Tensor:
+        """Runs the blocks inside the outer pairs."""
+        return self._run(range(outer, len(self.blocks) - outer), h, conditions, [])
+
+    def _run_sparse(
+        self,
+        h: Tensor,
+        conditions: tuple[Tensor | None, ...],
+        outer: int,
+        kept: Tensor | None,
+        dropped: Tensor | None,
+    ) -> Tensor:
+        """Runs the blocks inside on some patches, for some images; only where config.sparse_pairs is above 0."""
+        raise NotImplementedError
 
     def _run(self, numbers: range, h: Tensor, conditions: tuple[Tensor | None, ...], skips: list[Tensor]) -> Tensor:
         """Runs blocks by number; a shallow one pushes its output to `skips`, from which its deep partner pops it."""
@@ -201,114 +239,9 @@ def count_parameters(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def check_inputs(
-    config: NetworkConfig,
-    dtype: torch.dtype,
-    x: Tensor,
-    timesteps: Tensor | float,
-    y: Tensor | None,
-    context: Tensor | None,
-) -> Tensor:
-    """Checks types and shapes of a network's inputs, and that it has the conditions that its config asks for.
-
-    Args:
-        config: of the network.
-        dtype: of its weights; autocast takes other inputs too.
-        x: (B, C, H, W).
-        timesteps: (B,), (1,), () or a number.
-        y: (B,).
-        context: (B, num_context_tokens, context_dim).
-
-    Returns:
-        The timesteps as a tensor.
-
-    Raises:
-        InputError: (a ValueError) what was given, and what was expected.
-    """
-    expected = (config.in_chans, *config.image_shape)
-    _check_tensor("x", x, dtype)
-    if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-        raise InputError(f"x must be (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
-    batch = x.shape[0]  # an exporter would take len(x) for a constant
-    timesteps = _as_times("timesteps", timesteps, x)
-    if (y is None) != (config.num_classes == 0):
-        given = "none" if y is None else "labels"
-        takes = "y" if y is None else "no y"
-        raise InputError(f"a model with num_classes {config.num_classes} takes {takes}, got {given}")
-    if y is not None:
-        if not isinstance(y, Tensor) or y.dtype not in INDEX_DTYPES:
-            raise InputError(f"y must be a tensor of int64 or int32, got {_kind_of(y)}")
-        if tuple(y.shape) != (batch,):
-            raise InputError(f"y must be ({batch},), got {tuple(y.shape)}")
-    if (context is None) != (config.context_dim == 0):
-        given = "none" if context is None else "context"
-        takes = "context" if context is None else "no context"
-        raise InputError(f"a model with context_dim {config.context_dim} takes {takes}, got {given}")
-    if context is not None:
-        _check_tensor("context", context, dtype)
-        expected = (batch, config.num_context_tokens, config.context_dim)
-        if tuple(context.shape) != expected:
-            raise InputError(f"context must be {expected}, got {tuple(context.shape)}")
-    return timesteps
-
-
-def check_numbers(
-    config: NetworkConfig, x: Tensor, interval: Tensor | float | None, guidance: Tensor | None
-) -> Tensor | None:
-    """Checks an interval and a guidance, which only some networks take.
-
-    Args:
-        config: of the network.
-        x: (B, C, H, W).
-        interval: (B,), (1,), () or a number.
-        guidance: (B, 3).
-
-    Returns:
-        The interval as a tensor.
-
-    Raises:
-        InputError: (a ValueError) what was given, and what was expected.
-    """
-    for name, given, takes in (
-        ("interval", interval, config.takes_interval),
-        ("guidance", guidance, config.takes_guidance),
-    ):
-        if given is not None and not takes:
-            raise InputError(f"a model with takes_{name} False takes no {name}, got one")
-    if guidance is not None:
-        if not isinstance(guidance, Tensor) or not guidance.is_floating_point():
-            raise InputError(f"guidance must be a floating point tensor, got {_kind_of(guidance)}")
-        if tuple(guidance.shape) != (x.shape[0], NUM_GUIDANCE):
-            raise InputError(f"guidance must be {(x.shape[0], NUM_GUIDANCE)}, got {tuple(guidance.shape)}")
-    return None if interval is None else _as_times("interval", interval, x)
-
-
-def _as_times(name: str, given: Any, x: Tensor) -> Tensor:
-    """Returns (B,), (1,) or () times as a tensor, for images of (B, C, H, W)."""
-    batch = x.shape[0]
-    if not isinstance(given, Tensor) and isinstance(given, Real) and not isinstance(given, bool):
-        given = torch.tensor(given, dtype=torch.float32, device=x.device)
-    if not isinstance(given, Tensor) or given.dtype == torch.bool or given.is_complex():
-        raise InputError(f"{name} must be a tensor of real numbers, or one of them, got {_kind_of(given)}")
-    if tuple(given.shape) not in ((batch,), (1,), ()):
-        raise InputError(f"{name} must be ({batch},), got {tuple(given.shape)}")
-    return given
-
-
 def _joint_shape(h: Tensor) -> tuple[int, ...]:
     """Returns the part of a shape that is the same in features that a long skip joins: maps may differ in channels."""
     return tuple(h.shape) if h.ndim == 3 else (h.shape[0], *h.shape[2:])
-
-
-def _check_tensor(name: str, given: Any, dtype: torch.dtype) -> None:
-    if not isinstance(given, Tensor) or not given.is_floating_point():
-        raise InputError(f"{name} must be a floating point tensor, got {_kind_of(given)}")
-    if given.dtype != dtype and (given.is_meta or not torch.is_autocast_enabled(given.device.type)):
-        raise InputError(f"{name} must be {dtype}, as the weights are, or under autocast, got {given.dtype}")
-
-
-def _kind_of(given: Any) -> str:
-    return f"one of {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
 
 
 def embed_labels(embedding: nn.Embedding, y: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from uvit.config import InputError, UViTConfig, replace_fields
-from uvit.networks.backbone import Backbone, check_inputs, check_numbers, embed_labels
+from uvit.networks.backbone import Backbone, embed_labels
+from uvit.networks.inputs import check_inputs, check_numbers
 from uvit.networks.layers import AdaLayerNorm, Block, ConvPatchEmbed, timestep_embedding
+from uvit.networks.sparse import put_tokens, take_tokens
 
 UViTType = TypeVar("UViTType", bound="UViT")
 
@@ -53,6 +55,7 @@ class UViT(Backbone):
         "context_embed.*",
         "interval_embed.*",
         "guidance_embed.*",
+        "gap_token",
         "pos_embed",
         "decoder_pred.*",
         "final_layer.*",
@@ -98,6 +101,8 @@ class UViT(Backbone):
         else:
             chans = in_chans if config.conv == "image" else dim
             self.final_layer = nn.Conv2d(chans, chans, 3, padding=1)
+        if config.outer_pairs:
+            self.gap_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.is_whole = True  # until prune_intermediate_layers removes blocks
         self._init_weights()
 
@@ -133,6 +138,8 @@ class UViT(Backbone):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.config.outer_pairs:
+            trunc_normal_(self.gap_token, std=0.02)
         for module in self.modules():
             if isinstance(module, AdaLayerNorm):
                 nn.init.ones_(
@@ -196,6 +203,45 @@ class UViT(Backbone):
             for each in numbers:
                 tokens.insert(0, each[:, None])  # (B, 1, D)
         return torch.cat(tokens, dim=1) + self.pos_embed, (time,)  # (B, L, D), where L = extras + N
+
+    def _run_sparse(
+        self, h: Tensor, conditions: tuple[Any, ...], outer: int, kept: Tensor | None, dropped: Tensor | None
+    ) -> Tensor:
+        """Runs the inner blocks on the extra tokens and the kept patches; the gap token stands for all others."""
+        num_extra, length = self.config.num_extra_tokens, h.shape[1]
+        if kept is None:
+            deep = self._run_inner(h, conditions, outer)  # (B, L, D)
+        else:
+            part = take_tokens(h, kept, num_extra)  # (B, num_extra + M, D)
+            part = self._run_inner(part, conditions, outer)
+            deep = put_tokens(part, kept, self.gap_token, num_extra, length)  # (B, L, D)
+        if dropped is None:
+            return deep
+        return torch.where(rearrange(dropped, "B -> B 1 1"), self.gap_token.to(deep.dtype), deep)
+
+    def forward_outer(
+        self,
+        x: Tensor,
+        timesteps: Tensor | float,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        interval: Tensor | float | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predicts as `forward` with all images `dropped`, by the outer pairs of blocks alone: the others don't run.
+
+        The arguments are those of `forward`.
+
+        Raises:
+            InputError: (a ValueError) as forward, or config.outer_pairs is 0.
+        """
+        if not self.config.outer_pairs:
+            raise InputError("a prediction by the outer pairs needs outer_pairs above 0, got 0")
+
+        def gaps(h: Tensor, *_: Any) -> Tensor:
+            return self.gap_token.to(h.dtype).expand_as(h)
+
+        return self._predict(x, timesteps, y, context, interval, guidance, self.config.outer_pairs, gaps)[0]
 
     def _to_image(self, h: Tensor) -> Tensor:
         """Maps the tokens to the prediction, (B, C, H, W)."""

@@ -96,6 +96,8 @@ def check_same_run(config: Config, run_dir: Path, config_file: Path | None) -> l
         raise InputError(f"{found}: use another --train.run_dir, or --train.resume_anyway True")
     if config.optim.decay != "constant" and before.train.num_steps != config.train.num_steps:
         harmless.append(f"so the {config.optim.decay} decay of the learning rate ends at another step")
+    if config.train.token_keep < 1 and before.train.num_steps != config.train.num_steps:
+        harmless.append("so all blocks see all patches from another step on")
     return other_run + harmless
 
 

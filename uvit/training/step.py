@@ -26,6 +26,7 @@ from uvit.data.skipped import SKIPPED_FILE, report_skipped
 from uvit.diffusion.average import average_loss, sample_guidance
 from uvit.diffusion.objective import diffusion_loss
 from uvit.networks.encoders import EMPTY_CAPTION, Encoders, sample_latents
+from uvit.training.sparse import at_step, sparse_inputs
 
 Loss = Callable[[Callable[..., torch.Tensor], Config, Encoders, Batch, torch.Generator], torch.Tensor]
 """loss(network, config, encoders, batch, generator), as `training_loss`."""
@@ -131,6 +132,8 @@ def training_loss(
             context, empty = encoders.text([texts[0] for texts in batch.captions]), encoders.text([EMPTY_CAPTION])
         condition["context"] = torch.where(rearrange(dropped, "B -> B 1 1"), empty, context)
         uncond["context"] = empty.expand_as(context)
+    sparse = sparse_inputs(config, len(images), images.device, generator)
+    condition, uncond = {**condition, **sparse}, {**uncond, **sparse}
     if config.process.objective == "instant":
         return diffusion_loss(partial(network, **condition), images, config.process, generator)
     guidance = None
@@ -168,7 +171,7 @@ def compute_gradients(
     Returns:
         The loss of this process's share, and the norm of the gradients before clipping, both on the device.
     """
-    num_parts = config.train.accumulation_steps
+    config, num_parts = at_step(config, step), config.train.accumulation_steps
     total_loss = torch.zeros((), device=accelerator.device)
     for part in range(num_parts):
         generator.manual_seed(step_seed(config.train.seed, step, part, accelerator.process_index))

@@ -24,13 +24,12 @@ AVERAGE = {"takes_interval": True, "takes_guidance": True}
 CONDITIONED = {"num_classes": 5, "null_class": True, "context_dim": 12, "num_context_tokens": 3}
 CONFIGS = {
     "plain": UViTConfig(**SIZES),
-    "conditioned": UViTConfig(**SIZES, **CONDITIONED, **AVERAGE, mlp_time_embed=True),
+    "conditioned": UViTConfig(**SIZES, **CONDITIONED, **AVERAGE, mlp_time_embed=True, outer_pairs=1),
     "fixed positions": UViTConfig(**SIZES, pos_embed="sincos2d", conv="none", patch_embed="conv"),
     "adaptive norms": UViTConfig(**SIZES, time_conditioning="adaln", skip="add", conv="tokens"),
     "U-Net": UNetConfig(**UNET, head_dim=16, num_res_blocks=1),
     "conditioned U-Net": UNetConfig(**UNET, **CONDITIONED, **AVERAGE, num_res_blocks=1, head_dim=0, dropout=0.1),
     "additive U-Net": UNetConfig(**UNET, scale_shift_norm=False, resblock_updown=False, qkv_order="new"),
-    "inner part": UViTConfig(**SIZES, outer_pairs=1),
     "without skips": UViTConfig(**SIZES, skip="none"),
     "U-Net without skips": UNetConfig(**UNET, skips=False),
 }

@@ -26,6 +26,7 @@ from uvit.data.skipped import SKIPPED_FILE, report_skipped
 from uvit.diffusion.average import average_loss, sample_guidance
 from uvit.diffusion.objective import diffusion_loss
 from uvit.networks.encoders import EMPTY_CAPTION, Encoders, sample_latents
+from uvit.training.alignment import aligned
 
 Loss = Callable[[Callable[..., torch.Tensor], Config, Encoders, Batch, torch.Generator], torch.Tensor]
 """loss(network, config, encoders, batch, generator), as `training_loss`."""
@@ -106,7 +107,8 @@ def training_loss(
     """Returns the loss of a batch; flips, latents, dropped conditions, times and noise are drawn on the device.
 
     Args:
-        network: network(x, timesteps, **condition).
+        network: network(x, timesteps, **condition); with an alignment, as `uvit.training.alignment.with_projector`
+            returns it.
         config: the run.
         encoders: the run's encoders; its text encoder is used for captions without features.
         batch: on the device.
@@ -131,16 +133,19 @@ def training_loss(
             context, empty = encoders.text([texts[0] for texts in batch.captions]), encoders.text([EMPTY_CAPTION])
         condition["context"] = torch.where(rearrange(dropped, "B -> B 1 1"), empty, context)
         uncond["context"] = empty.expand_as(context)
-    if config.process.objective == "instant":
-        return diffusion_loss(partial(network, **condition), images, config.process, generator)
-    guidance = None
-    if config.model.takes_guidance:
-        guidance = sample_guidance(config.process, len(images), images.device, generator)
-        guidance[:, 0] = torch.where(dropped, 1.0, guidance[:, 0])
-    bare = as_written(network, config.train.compile != "no")
-    return average_loss(
-        network, images, config.process, generator, cond=condition, guidance=guidance, uncond=uncond, bare=bare
-    )
+    with aligned(network, config, encoders, images) as add_alignment:
+        if config.process.objective == "instant":
+            return add_alignment(diffusion_loss(partial(network, **condition), images, config.process, generator))
+        guidance = None
+        if config.model.takes_guidance:
+            guidance = sample_guidance(config.process, len(images), images.device, generator)
+            guidance[:, 0] = torch.where(dropped, 1.0, guidance[:, 0])
+        bare = as_written(network, config.train.compile != "no")
+        return add_alignment(
+            average_loss(
+                network, images, config.process, generator, cond=condition, guidance=guidance, uncond=uncond, bare=bare
+            )
+        )
 
 
 def compute_gradients(

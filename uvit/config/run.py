@@ -335,23 +335,23 @@ class TrainConfig(Section):
             )
 
     def _check_alignment(self) -> None:
-        weight = self.alignment_weight
+        kind, weight = self.alignment, self.alignment_weight
         self._require("alignment_weight", weight is None or weight >= 0, "None or at least 0")
-        named = f"with alignment {self.alignment!r}"
-        if self.alignment in TO_AN_ENCODER:
+        if kind in TO_AN_ENCODER:
             is_timm = self.alignment_encoder is not None and self.alignment_encoder.startswith(TIMM)
-            self._require("alignment_encoder", is_timm, f"'{TIMM}MODEL' {named}")
+            self._require("alignment_encoder", is_timm, f"'{TIMM}MODEL' with alignment {kind!r}")
         else:
             for name in ("alignment_encoder", "alignment_encoder_weights"):
-                self._require(name, getattr(self, name) is None, f"None {named}")
-        if self.alignment != "none":  # whose graphs would overwrite what is kept of the blocks
-            self._require("compile", self.compile != "graphs", f"another {named}")
+                self._require(name, getattr(self, name) is None, f"None with alignment {kind!r}")
+        if kind == "none":
+            self._require("alignment_weight", weight is None, "None with alignment 'none'")
+        else:  # graphs would overwrite what is kept of the blocks
+            self._require("compile", self.compile != "graphs", f"another with alignment {kind!r}")
 
     @property
     def alignment_factor(self) -> float:
         """The weight of the alignment in the loss; 0 where there is none."""
-        published = ALIGNMENT_WEIGHTS[self.alignment]
-        return published if self.alignment_weight is None or self.alignment == "none" else self.alignment_weight
+        return ALIGNMENT_WEIGHTS[self.alignment] if self.alignment_weight is None else self.alignment_weight
 
 
 @dataclass(frozen=True, kw_only=True)

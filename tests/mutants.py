@@ -38,6 +38,7 @@ MODULES = {
     "diffusion/samplers": ["samplers", "solvers"],
     "diffusion/reuse": ["reuse"],
     "evaluation/metrics": ["metrics"],
+    "training/alignment": ["alignment", "alignment_run"],
     "training/optim": ["optim"],
     "training/resume": ["resume", "trainer"],
     "training/checkpoint": ["checkpoint", "resume"],

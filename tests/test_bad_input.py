@@ -95,6 +95,33 @@ BAD_INPUT = [
     ("train", "tiny.py --train.run_dir foreign", "the checkpoint in foreign does not fit the config: 'model'"),
     ("train", "tiny.py --train.run_dir emptied", "Config must be a JSON object, got []"),
     ("train", "tiny.py --model.embed_dim 32", "runs/tiny holds a run with model.embed_dim 16, got 32"),
+    ("train", "tiny.py --train.alignment layersink", "'layersink'"),
+    (
+        "train",
+        "tiny.py --train.alignment layersync --train.alignment_weight -1",
+        "alignment_weight must be None or at least 0",
+    ),
+    (
+        "train",
+        "tiny.py --train.alignment repa --train.run_dir new",
+        "alignment_encoder must be 'timm:MODEL' with alignment 'repa', got None",
+    ),
+    (
+        "train",
+        "tiny.py --train.alignment repa --train.alignment_encoder timm:no_such --train.run_dir new",
+        "timm model 'no_such' cannot be loaded: ",
+    ),
+    (
+        "train",
+        "tiny.py --train.alignment repa --train.alignment_encoder timm:test_vit --train.run_dir new",
+        "timm model 'test_vit' cannot be loaded: ",
+    ),
+    (
+        "train",
+        "tiny.py --train.alignment irepa --train.alignment_encoder timm:test_vit "
+        "--train.alignment_encoder_weights gone --train.run_dir new",
+        "no weights at gone",
+    ),
     ("sample", "", "--checkpoint"),
     ("sample", "--checkpoint nowhere", "checkpoint not found: nowhere"),
     ("sample", "--checkpoint runs/tini", "checkpoint not found: runs/tini, did you mean 'runs/tiny'?"),

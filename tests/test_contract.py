@@ -75,6 +75,20 @@ def test_blocks_are_in_the_order_in_which_they_run(config):
 
 
 @EACH
+def test_blocks_give_what_the_config_says(config):
+    """The middle one: tokens behind the extra ones, as many in every block, or a map."""
+    network, shapes = build_network(config), []
+    for block in network.blocks:
+        block.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+    network(**inputs_of(config))
+    width, rows, columns = config.middle_shape
+    if config.num_extra_tokens is None:
+        assert shapes[config.num_pairs] == (width, rows, columns)
+    else:
+        assert {*shapes} == {(config.num_extra_tokens + rows * columns, width)}
+
+
+@EACH
 def test_the_public_class_predicts_like_the_one_without_loading(config):
     torch.manual_seed(0)
     built = build_network(config)

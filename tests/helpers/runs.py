@@ -45,6 +45,25 @@ config = replace(
 """
 )
 """The same of an average velocity, with guidance as an input."""
+TINY_REPA = (
+    TINY
+    + """
+from dataclasses import replace
+
+encoder = dict(alignment_encoder="timm:test_vit", alignment_encoder_weights="WEIGHTS")
+config = replace(config, train=replace(config.train, alignment="repa", **encoder))
+"""
+)
+"""The same, aligned to an encoder whose file of weights takes the place of WEIGHTS."""
+TINY_LAYERSYNC = (
+    TINY
+    + """
+from dataclasses import replace
+
+config = replace(config, train=replace(config.train, alignment="layersync"))
+"""
+)
+"""The same, aligned within itself."""
 TEXT = "--model.num_classes 0 --model.null_class False --model.context_dim 8 --model.num_context_tokens 24".split()
 """What makes a text model of it."""
 

@@ -22,6 +22,7 @@ from uvit.config import Config
 from uvit.data.batch import Batch
 from uvit.diffusion.average import average_loss
 from uvit.networks.encoders import Encoders
+from uvit.training.alignment import aligned
 from uvit.training.step import as_written
 from uvit.training.trainer import Trainer
 
@@ -31,14 +32,15 @@ def deterministic_loss(
 ) -> Tensor:
     """A mean over the batch without randomness, so that parts of a batch add up to the whole."""
     x = batch.images.float() / 127.5 - 1
-    if config.process.objective == "average":
+    with aligned(network, config, encoders, x) as add_alignment:
+        if config.process.objective != "average":
+            return add_alignment((network(x, torch.full((len(x),), 500.0), y=batch.labels) - x).square().mean())
         t = torch.full((len(x),), 0.9)
         bare = as_written(network)
         given = {"cond": {"y": batch.labels}, "intervals": (t / 3, t), "noise": x.flip(-1)}
         given["guidance"] = torch.tensor([[2.0, 0.0, 1.0]]).expand(len(x), -1)
         given["uncond"] = {"y": torch.full_like(batch.labels, config.model.num_classes)}
-        return average_loss(network, x, config.process, bare=bare, **given)
-    return (network(x, torch.full((len(x),), 500.0), y=batch.labels) - x).square().mean()
+        return add_alignment(average_loss(network, x, config.process, bare=bare, **given))
 
 
 class RecordingTrainer(Trainer):

@@ -32,6 +32,7 @@ from uvit.networks.runtime import check_compile, resolve_precision
 from uvit.training.checkpoint import find_config
 from uvit.training.resume import check_same_run
 from uvit.training.trainer import GRID_ROWS, Trainer
+from uvit.weights.timm_network import load_patch_encoder
 
 CAPTIONS_READ = 100  # enough to find a different one for each row of a grid
 
@@ -99,7 +100,7 @@ def main(
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompts=prompts))
     run_dir = Path(config.train.run_dir or "")
     changed = check_same_run(config, run_dir, find_config(run_dir))
-    encoders = load_encoders(config.data, config.model)
+    encoders = dataclasses.replace(load_encoders(config.data, config.model), patches=load_patch_encoder(config))
     check_encoded_by(data, config.data, encoders)
     if config.process.objective == "average" and config.model.attention != "math" and is_first_process():
         tell("forward derivatives are taken with attention 'math', which has them, and in full precision")

@@ -34,6 +34,7 @@ from uvit.config.network import (
     NetworkConfig,
 )
 from uvit.config.run import (
+    ALIGNMENT_WEIGHTS,
     AVERAGE_TIME_SCALE,
     GUIDANCE_MIDDLE,
     MAX_BATCH,
@@ -41,6 +42,9 @@ from uvit.config.run import (
     MAX_SAMPLER_STEPS,
     MAX_THREADS,
     MAX_WORKERS,
+    TIMM,
+    TO_AN_ENCODER,
+    Alignment,
     Compile,
     Config,
     DataConfig,
@@ -73,6 +77,7 @@ from uvit.config.unet import GROUPS, TIME_WIDTHS, UNetConfig
 from uvit.config.uvit import UViTConfig
 
 __all__ = [
+    "ALIGNMENT_WEIGHTS",
     "AVERAGE_TIME_SCALE",
     "BLOCK_WIDTHS",
     "CHECKPOINT_FOLDER",
@@ -99,7 +104,10 @@ __all__ = [
     "NUM_GUIDANCE",
     "STEP_PREFIX",
     "TIME_WIDTHS",
+    "TIMM",
+    "TO_AN_ENCODER",
     "WEIGHTS_FILE",
+    "Alignment",
     "Backend",
     "Compile",
     "Config",

@@ -126,6 +126,16 @@ class NetworkConfig(Section):
         return 0
 
     @property
+    def num_extra_tokens(self) -> int | None:
+        """Tokens before the patches in what every block gives; None where blocks give maps of several sizes."""
+        raise NotImplementedError
+
+    @property
+    def middle_shape(self) -> tuple[int, int, int]:
+        """(width, rows, columns) of what the middle block gives of an image: the patches on their grid, or a map."""
+        raise NotImplementedError
+
+    @property
     def activation_size(self) -> int:
         """Number of values that the largest block outputs per image."""
         raise NotImplementedError

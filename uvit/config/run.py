@@ -24,11 +24,24 @@ SolverName = Literal[
 Spacing = Literal["uniform", "log_snr"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Compile = Literal["no", "blocks", "model", "graphs"]
+Alignment = Literal["none", "layersync", "dispersive", "repa", "irepa"]
 AnyNetworkConfig = UViTConfig | UNetConfig
+TIMM = "timm:"
+"""What the name of a network of timm begins with."""
 AVERAGE_TIME_SCALE = 3.0
 """The network's time with objective `average`, as a multiple of t: the derivative by 1000 t is mostly noise."""
 GUIDANCE_MIDDLE = 0.5
 """Time in the middle of every interval of guidance that a network takes."""
+ALIGNMENT_WEIGHTS: dict[Alignment, float] = {
+    "none": 0.0,
+    "layersync": 0.2,
+    "dispersive": 0.25,
+    "repa": 0.5,
+    "irepa": 0.5,
+}
+"""Weight of each alignment in the loss, as published: LayerSync's paper, DispLoss's code, REPA's paper and iREPA's."""
+TO_AN_ENCODER: tuple[Alignment, ...] = ("repa", "irepa")
+"""Alignments to the features of a frozen encoder."""
 CONTINUOUS: tuple[ScheduleName, ...] = ("vp", "cosine", "flow")
 """Schedules without a table, whose network time is a multiple of t."""
 
@@ -273,6 +286,16 @@ class TrainConfig(Section):
     """With token_keep below 1, share of the steps, the last ones, in which all blocks see all patches."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights; the average starts as a copy of the weights."""
+    alignment: Alignment = "none"
+    """What is added to the loss for better features inside the network: a shallow block's tokens become like a deeper
+    one's (layersync), images unlike each other at a quarter of the depth (dispersive), or the middle block's tokens
+    like the patches of a frozen encoder (repa, irepa). The loss that is logged is without it."""
+    alignment_weight: float | None = None
+    """Weight of what alignment adds; None is the method's published one, 0 is no alignment."""
+    alignment_encoder: str | None = None
+    """With `repa` and `irepa`, the encoder: `timm:MODEL`, such as timm:vit_base_patch14_dinov2."""
+    alignment_encoder_weights: str | None = None
+    """File of the encoder's weights (safetensors); None downloads them once."""
     seed: int = 0
     """Seed of the weights, data order, times, noise and dropout."""
     log_every: int = 50
@@ -311,6 +334,7 @@ class TrainConfig(Section):
         self._require("path_drop", 0 <= self.path_drop < 1, "in [0, 1)")
         self._require("dense_share", 0 <= self.dense_share <= 1, "in [0, 1]")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        self._check_alignment()
         if self.shard:
             self._require("compile", self.compile != "graphs", "another with shard True")
             self._require("mixed_precision", self.mixed_precision != "fp16", "another with shard True")
@@ -320,6 +344,25 @@ class TrainConfig(Section):
             raise InputError(
                 f"batch_size {self.batch_size} must be divisible by accumulation_steps {self.accumulation_steps}"
             )
+
+    def _check_alignment(self) -> None:
+        kind, weight = self.alignment, self.alignment_weight
+        self._require("alignment_weight", weight is None or weight >= 0, "None or at least 0")
+        if kind in TO_AN_ENCODER:
+            is_timm = self.alignment_encoder is not None and self.alignment_encoder.startswith(TIMM)
+            self._require("alignment_encoder", is_timm, f"'{TIMM}MODEL' with alignment {kind!r}")
+        else:
+            for name in ("alignment_encoder", "alignment_encoder_weights"):
+                self._require(name, getattr(self, name) is None, f"None with alignment {kind!r}")
+        if kind == "none":
+            self._require("alignment_weight", weight is None, "None with alignment 'none'")
+        else:  # graphs would overwrite what is kept of the blocks
+            self._require("compile", self.compile != "graphs", f"another with alignment {kind!r}")
+
+    @property
+    def alignment_factor(self) -> float:
+        """The weight of the alignment in the loss; 0 where there is none."""
+        return ALIGNMENT_WEIGHTS[self.alignment] if self.alignment_weight is None else self.alignment_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +395,7 @@ class Config(Section):
             )
         self._check_average()
         self._check_sparse()
+        self._check_alignment()
         # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
         if not self.model.null_class and not self.model.context_dim:
             if self.train.label_dropout > 0:
@@ -398,6 +442,21 @@ class Config(Section):
                 raise InputError(f"train.token_choice 'structured' {needs}, got {rows}x{columns} patches and {keep:g}")
         elif not round(keep * rows * columns):
             raise InputError(f"train.token_keep must leave one of {rows * columns} patches, got {keep:g}")
+
+    def _check_alignment(self) -> None:
+        """Checks that the network has the tokens that an alignment compares, and an encoder the pixels that it sees."""
+        kind, autoencoder = self.train.alignment, self.data.autoencoder
+        if kind == "layersync" and self.model.num_extra_tokens is None:
+            raise InputError(
+                f"train.alignment 'layersync' needs blocks that all give tokens of one size, got a {self.model.title}: "
+                "use 'dispersive' or 'repa'"
+            )
+        if kind in TO_AN_ENCODER and autoencoder is not None:
+            raise InputError(f"train.alignment {kind!r} needs a model of pixels, got data.autoencoder {autoencoder!r}")
+        if kind == "irepa" and self.train.token_keep < 1:
+            raise InputError(
+                f"train.alignment 'irepa' needs train.token_keep 1, got {self.train.token_keep:g}: use 'repa'"
+            )
 
     def flattened(self) -> dict[str, str]:
         """Returns every value under `section.field`, as trackers take them."""

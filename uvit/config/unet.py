@@ -151,6 +151,15 @@ class UNetConfig(NetworkConfig):
         return self.num_blocks
 
     @property
+    def num_extra_tokens(self) -> None:
+        return None
+
+    @property
+    def middle_shape(self) -> tuple[int, int, int]:
+        *_, coarsest = self.levels
+        return (coarsest.channels, *coarsest.shape)
+
+    @property
     def activation_size(self) -> int:
         return max(level.channels * math.prod(level.shape) for level in self.levels)
 

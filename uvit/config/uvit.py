@@ -125,6 +125,10 @@ class UViTConfig(NetworkConfig):
         return self.outer_pairs
 
     @property
+    def middle_shape(self) -> tuple[int, int, int]:
+        return (self.embed_dim, *self.grid_shape)
+
+    @property
     def activation_size(self) -> int:
         return self.num_tokens * self.embed_dim
 

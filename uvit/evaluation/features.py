@@ -6,22 +6,20 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from uvit.common.errors import InputError, missing_package, one_line
-from uvit.config import INCEPTION
+from uvit.config import INCEPTION, TIMM
 from uvit.data.batch import ImageData
 from uvit.data.images import to_unit_range
 from uvit.evaluation.judge_network import load_judge
-from uvit.weights.tensors import hash_weights, read_pth, read_weights
+from uvit.weights.tensors import hash_weights, read_pth
+from uvit.weights.timm_network import TimmNetwork, existing_file
 
 MAX_PIXEL_FEATURES = 4096
 """With more, their covariance needs more time and memory than a network's features."""
-PIXELS, JUDGE, TIMM = "pixels", "judge", "timm:"
+PIXELS, JUDGE = "pixels", "judge"
 INCEPTION_FEATURES, INCEPTION_CLASSES = 2048, 1008
 
 
@@ -72,7 +70,9 @@ class JudgeFeatures(Features):
 
     def __init__(self, train_part: ImageData | None, weights: str | None) -> None:
         super().__init__()
-        self.network = load_judge(require_labels(JUDGE, train_part), None if weights is None else _existing(weights))
+        self.network = load_judge(
+            require_labels(JUDGE, train_part), None if weights is None else existing_file(weights)
+        )
         self.num_features, self.num_classes = self.network.head.in_features, self.network.head.out_features
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ class InceptionFeatures(Features):
         except ImportError:
             raise missing_package("--features inception", "torch-fidelity") from None
         if weights is not None:
-            read_pth(_existing(weights))
+            read_pth(existing_file(weights))
         try:
             with _weights_only():
                 self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
@@ -138,7 +138,7 @@ class InceptionFeatures(Features):
         return self.network(images.expand(-1, 3, -1, -1))
 
 
-class TimmFeatures(Features):
+class TimmFeatures(TimmNetwork, Features):
     """Any network of timm: pooled features, or a classifier, whose features are its logits.
 
     Args:
@@ -147,46 +147,18 @@ class TimmFeatures(Features):
         classify: whether to return logits instead of features.
 
     Raises:
-        InputError: no such model, or its weights cannot be downloaded or read.
+        InputError: as TimmNetwork.
     """
 
-    network: Any
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, name: str, weights: str | None, classify: bool = False) -> None:
-        super().__init__()
-        import timm
-
-        try:
-            self.network = timm.create_model(name, pretrained=weights is None)
-            if weights is not None:
-                self.network.load_state_dict(read_weights(_existing(weights)))
-            if not classify:
-                self.network.reset_classifier(0)
-        except InputError:
-            raise
-        except Exception as error:  # an unknown name, no network, weights of another network
-            given = "" if weights is None else f" from {weights}"
-            raise InputError(f"timm model {name!r} cannot be loaded{given}: {one_line(error, 150)}") from None
-        settings = timm.data.resolve_model_data_config(self.network)
-        self.network.eval().requires_grad_(False)
+        super().__init__(name, weights)
+        if not classify:
+            self.network.reset_classifier(0)
         self.num_features = self.network.num_classes if classify else self.network.head_hidden_size
-        self.size: tuple[int, int] = tuple(settings["input_size"][1:])
-        self.register_buffer("mean", torch.tensor(settings["mean"])[:, None, None])
-        self.register_buffer("std", torch.tensor(settings["std"])[:, None, None])
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
         """Returns (B, num_features) features of (B, C, H, W) uint8 images, resized to the network's input (bicubic)."""
-        x = images.expand(-1, 3, -1, -1).float() / 255
-        x = nn.functional.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0, 1)
-        return self.network((x - self.mean) / self.std), None
-
-
-def _existing(weights: str) -> Path:
-    if not os.path.isfile(weights):
-        raise InputError(f"no weights at {weights}")
-    return Path(weights)
+        return self.network(self.prepare(images.float() / 255)), None
 
 
 def build_features(

@@ -15,12 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from uvit.common.errors import InputError
-from uvit.config import Config
+from uvit.config import TIMM, Config
 from uvit.data.batch import ImageData, read_all
 from uvit.data.images import to_unit_range
 from uvit.data.loader import read_in_parts
 from uvit.diffusion.samplers import num_evaluations
-from uvit.evaluation.features import JUDGE, TIMM, Features, JudgeFeatures, TimmFeatures, require_labels
+from uvit.evaluation.features import JUDGE, Features, JudgeFeatures, TimmFeatures, require_labels
 from uvit.evaluation.metrics import FeatureSample, ImageHash, InceptionScore, Moments, shuffled_places
 from uvit.networks.contract import Network
 from uvit.networks.encoders import Encoders

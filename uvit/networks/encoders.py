@@ -262,10 +262,13 @@ class Encoders:
 
     text: TextEncoder | None = None
     image: Autoencoder | None = None
+    patches: Any = None
+    """Only in training, and where tokens are aligned to an encoder: `uvit.weights.timm_network.PatchEncoder`."""
 
     def to(self, device: torch.device) -> Encoders:
-        """Moves both to a device."""
-        return Encoders(self.text and self.text.to(device), self.image and self.image.to(device))
+        """Moves all to a device."""
+        text, image, patches = self.text, self.image, self.patches
+        return Encoders(text and text.to(device), image and image.to(device), patches and patches.to(device))
 
 
 NO_ENCODERS = Encoders()

@@ -17,11 +17,24 @@ from uvit.networks.runtime import cpu_has_bf16
 from uvit.training.sharding import reshard
 
 
-def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(network: Network, config: OptimConfig, projector: nn.Module | None = None) -> torch.optim.Optimizer:
     """Builds the optimizer for all parameters of a network, all with weight decay as in the paper.
 
     Muon leaves the parameters that match the network's `muon_fallback` to its AdamW, which has Nesterov's momentum too.
+
+    Args:
+        network: whose parameters come first.
+        config: the optimizer and its settings.
+        projector: trained beside it, by AdamW with the same settings as what Muon leaves to it.
     """
+    optimizer = _build_for_network(network, config)
+    if projector is not None:
+        own = {"use_fallback": True, "lr": config.lr * config.fallback_lr_scale} if config.name == "muon" else {}
+        optimizer.add_param_group({"params": [*projector.parameters()], **own})
+    return optimizer
+
+
+def _build_for_network(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
     module = cast(nn.Module, network)
     shared: dict[str, Any] = dict(
         lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=False, betas=config.betas

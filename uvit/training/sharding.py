@@ -16,16 +16,16 @@ from uvit.networks.contract import Network
 from uvit.weights.build import build_network
 
 
-def shard(network: Network, device: torch.device, num_processes: int) -> None:
+def shard(network: Network | nn.Module, device: torch.device, num_processes: int) -> None:
     """Shards the parameters of a network across processes; each block is gathered when it runs, and freed after.
 
     Args:
-        network: the same in all processes, on the device; changed in place.
+        network: the same in all processes, on the device; changed in place. One without blocks is gathered whole.
         device: of the process.
         num_processes: of the default process group, which must be initialised.
     """
     mesh = init_device_mesh(device.type, (num_processes,))
-    for module in (*network.blocks, cast(nn.Module, network)):
+    for module in (*getattr(network, "blocks", ()), cast(nn.Module, network)):
         fully_shard(module, mesh=mesh)
 
 

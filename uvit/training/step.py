@@ -26,6 +26,7 @@ from uvit.data.skipped import SKIPPED_FILE, report_skipped
 from uvit.diffusion.average import average_loss, sample_guidance
 from uvit.diffusion.objective import diffusion_loss
 from uvit.networks.encoders import EMPTY_CAPTION, Encoders, sample_latents
+from uvit.training.alignment import aligned
 from uvit.training.sparse import at_step, sparse_inputs
 
 Loss = Callable[[Callable[..., torch.Tensor], Config, Encoders, Batch, torch.Generator], torch.Tensor]
@@ -107,7 +108,8 @@ def training_loss(
     """Returns the loss of a batch; flips, latents, dropped conditions, times and noise are drawn on the device.
 
     Args:
-        network: network(x, timesteps, **condition).
+        network: network(x, timesteps, **condition); with an alignment, as `uvit.training.alignment.with_projector`
+            returns it.
         config: the run.
         encoders: the run's encoders; its text encoder is used for captions without features.
         batch: on the device.
@@ -134,16 +136,19 @@ def training_loss(
         uncond["context"] = empty.expand_as(context)
     sparse = sparse_inputs(config, len(images), images.device, generator)
     condition, uncond = {**condition, **sparse}, {**uncond, **sparse}
-    if config.process.objective == "instant":
-        return diffusion_loss(partial(network, **condition), images, config.process, generator)
-    guidance = None
-    if config.model.takes_guidance:
-        guidance = sample_guidance(config.process, len(images), images.device, generator)
-        guidance[:, 0] = torch.where(dropped, 1.0, guidance[:, 0])
-    bare = as_written(network, config.train.compile != "no")
-    return average_loss(
-        network, images, config.process, generator, cond=condition, guidance=guidance, uncond=uncond, bare=bare
-    )
+    with aligned(network, config, encoders, images, sparse.get("kept")) as add_alignment:
+        if config.process.objective == "instant":
+            return add_alignment(diffusion_loss(partial(network, **condition), images, config.process, generator))
+        guidance = None
+        if config.model.takes_guidance:
+            guidance = sample_guidance(config.process, len(images), images.device, generator)
+            guidance[:, 0] = torch.where(dropped, 1.0, guidance[:, 0])
+        bare = as_written(network, config.train.compile != "no")
+        return add_alignment(
+            average_loss(
+                network, images, config.process, generator, cond=condition, guidance=guidance, uncond=uncond, bare=bare
+            )
+        )
 
 
 def compute_gradients(

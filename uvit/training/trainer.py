@@ -30,6 +30,7 @@ from uvit.networks.encoders import Encoders
 from uvit.networks.runtime import compile_model, resolve_precision, set_threads, tf32
 from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate, sample_grid
+from uvit.training.alignment import build_projector, last_term, with_projector
 from uvit.training.checkpoint import save_checkpoint
 from uvit.training.initial import initial_network
 from uvit.training.optim import build_optimizer, build_schedule
@@ -84,19 +85,22 @@ class Trainer:
         self.encoders = self.encoders.to(self.device)
         self.ema = ModelEmaV3(cast(nn.Module, self.network), decay=settings.ema_decay)
         compile_model(self.network, settings.compile)
+        projector: Any = build_projector(config, self.encoders, self.device)
         self.is_sharded = settings.shard and num_processes > 1
         if settings.shard and not self.is_sharded:
             warn("train.shard True has no effect with one process: start more")
         if self.is_sharded:
-            for each in (self.network, self.average):
+            for each in filter(None, (self.network, self.average, projector)):
                 shard(each, self.device, num_processes)
         # evaluation_mode only omits DDP, which FSDP2 replaces.
-        self.model = self.accelerator.prepare_model(self.network, evaluation_mode=self.is_sharded)
-        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.network, config.optim))
+        trained = with_projector(self.network, projector, config)
+        self.model = self.accelerator.prepare_model(trained, evaluation_mode=self.is_sharded)
+        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.network, config.optim, projector))
         self.progress = Progress(num_processes=num_processes, num_images=len(self.data), num_absent=num_absent)
         # All state that changes during the run.
         self.stateful: dict[str, Any] = {"model": self.network, "ema": self.average}
         self.stateful |= {"optimizer": self.optimizer, "progress": self.progress}
+        self.stateful |= {"projector": projector} if projector is not None else {}
         if self.accelerator.scaler is not None:
             self.stateful["scaler"] = self.accelerator.scaler
         self.generator = torch.Generator(self.device)
@@ -233,7 +237,7 @@ class Trainer:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "images_per_second": rate,
-        }
+        } | last_term(self.accelerator, self.model)
         with warn_on_failure(f"to {settings.tracker}", (Exception,)):
             self.accelerator.log(numbers, step=result.step)
         if self.is_main:

@@ -340,12 +340,22 @@ class Config(Section):
                 f"sample.reuse must have K of at most {self.model.reusable_pairs} pairs of blocks, {given}"
             )
         self._check_average()
-        # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
-        if not self.model.null_class and not self.model.context_dim:
-            if self.train.label_dropout > 0:
-                raise InputError(f"train.label_dropout {self.train.label_dropout} needs model.null_class, got False")
-            if self.sample.guidance != 1:
-                raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
+        if self.train.label_dropout > 0 and not self._has_empty_condition:
+            raise InputError(f"train.label_dropout {self.train.label_dropout} needs model.null_class, got False")
+
+    @property
+    def _has_empty_condition(self) -> bool:
+        """Whether a condition means "none": the null class, or the context of an empty caption."""
+        return self.model.null_class or bool(self.model.context_dim)
+
+    def check_guidance(self) -> None:
+        """Checks that guidance has an empty condition to lead away from, where it has no other network for that.
+
+        Raises:
+            InputError: it has none.
+        """
+        if self.sample.guidance != 1 and not self._has_empty_condition:
+            raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
 
     def _check_average(self) -> None:
         """Checks that network, objective and solver are of one kind, and that there is one guidance."""
@@ -362,7 +372,7 @@ class Config(Section):
         if model.takes_guidance:
             if not average:
                 raise InputError("model.takes_guidance needs process.objective 'average', got 'instant'")
-            if not model.null_class and not model.context_dim:
+            if not self._has_empty_condition:
                 raise InputError("model.takes_guidance needs model.null_class or a context, got neither")
             if not 1 <= sample.guidance <= process.guidance_max:
                 most = f"process.guidance_max {process.guidance_max:g}"

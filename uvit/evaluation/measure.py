@@ -140,7 +140,8 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
     if given.images is not None:
         subject = find_images(given.images, given.split)
     else:
-        subject = DrawnImages(given.checkpoint, *given.load(default_guidance=1.0))
+        config, model, encoders = given.load(default_guidance=1.0)
+        subject = DrawnImages(given.checkpoint, config, model, encoders, given.load_guide(config), given.guide)
     train_part = _find_training_part(given, subject)
     features, classifier_name = _resolve_auto(given, subject, train_part)
     network = build_features(features, given.feature_weights, subject.shape, train_part)
@@ -165,9 +166,10 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
         protocol = {"images": f"{seen.moments.count} of {subject.name}"}
     else:
         run = subject.model, subject.config, subject.encoders
-        batches = draw_with_progress(*run, conditions, labels, seed, given.batch_size, state)
+        batches = draw_with_progress(*run, conditions, labels, seed, given.batch_size, state, subject.weak)
         seen = ImageStatistics(network, len(conditions), state).update(batches, classifier)
-        protocol = describe_drawing(subject.name, *run, conditions, mode, seed)
+        weak = subject.weak, subject.weak_name
+        protocol = describe_drawing(subject.name, *run, conditions, mode, seed, *weak)
     protocol["images"] += f", hash {seen.hash}"
     if state.is_main_process and seen.moments.count <= network.num_features:
         few = f"{seen.moments.count} images for {network.num_features} features"

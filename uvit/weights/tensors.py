@@ -100,6 +100,15 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         weights = load_tensors_only(path)
     except Exception as error:
         raise InputError(f"{path} is not a valid weights-only file ({type(error).__name__})") from None
+    return check_plain(weights, path)
+
+
+def check_plain(weights: Any, path: Path) -> dict[str, Tensor]:
+    """Returns what was read from a file, which must be plain tensors by name.
+
+    Raises:
+        InputError: anything else.
+    """
     if not isinstance(weights, dict):
         raise InputError(f"{path} must hold tensors by name, got {type(weights).__name__}")
     for name, value in weights.items():

@@ -38,6 +38,9 @@ MAX_BATCH = MAX_IMAGES = 10**7
 MAX_SAMPLER_STEPS = 100_000
 MAX_GUIDANCE = 10_000
 
+MIN_WIDTH, MAX_WIDTH = 0.001, 0.288
+"""Relative widths of averages; that of all updates alike is 1/√12 = 0.2887."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessConfig(Section):
@@ -265,6 +268,11 @@ class TrainConfig(Section):
     """Fraction of labels (or captions) replaced by the null class (or the empty caption), for guidance."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights; the average starts as a copy of the weights."""
+    average_widths: tuple[float, ...] = ()
+    """Relative widths, such as 0.05 and 0.1, of averages that are kept beside that of ema_decay, with snapshots in
+    averages/, from which `python -m uvit average` rebuilds any other width (EDM2)."""
+    average_every: int | None = None
+    """Steps between these snapshots, beside one at the end; None is a 32nd of num_steps."""
     seed: int = 0
     """Seed of the weights, data order, times, noise and dropout."""
     log_every: int = 50
@@ -300,6 +308,10 @@ class TrainConfig(Section):
         self._require_at_most(batch_size=MAX_BATCH, num_threads=MAX_THREADS)
         self._require("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        widths = self.average_widths
+        in_range = all(MIN_WIDTH <= width <= MAX_WIDTH for width in widths) and len({*widths}) == len(widths)
+        self._require("average_widths", in_range, f"different widths of {MIN_WIDTH} to {MAX_WIDTH}")
+        self._require("average_every", self.average_every is None or self.average_every >= 1, "None or at least 1")
         if self.shard:
             self._require("compile", self.compile != "graphs", "another with shard True")
             self._require("mixed_precision", self.mixed_precision != "fp16", "another with shard True")

@@ -15,7 +15,7 @@ from helpers.runs import files_of, losses_of
 from helpers.same_runs import assert_same
 from torch import nn
 
-from uvit.commands import average, evaluate, sample, train
+from uvit.commands import average, card, evaluate, sample, train
 from uvit.common.errors import InputError
 from uvit.config import MAX_WIDTH, TrainConfig, average_files, load_config
 from uvit.training.averages import Averages
@@ -226,6 +226,17 @@ def test_evaluate_searches_the_width(beside, capsys):
     evaluate.main("--checkpoint runs/kept-width-0.06 --num_images 20".split())
     alone = json.loads(Path("runs/kept-width-0.06/evaluation.json").read_text())
     assert_same(alone, saved["widths"]["0.06"])
+
+
+def test_a_card_says_what_the_weights_are(beside):
+    average.main("runs/kept --width 0.08".split())
+    card.main("runs/kept-width-0.08 card".split())
+    of_width = "power-function average of relative width 0.08 (arXiv 2312.02696)"
+    assert of_width in Path("card/README.md").read_text()
+    shutil.copy("runs/kept/model.safetensors", "runs/kept-width-0.08")  # other weights than it was written for
+    for name in ("kept-width-0.08", "kept"):
+        card.main([f"runs/{name}", name])
+        assert "average with decay 0.5" in Path(name, "README.md").read_text()
 
 
 @pytest.mark.parametrize(

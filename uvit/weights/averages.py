@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,15 @@ from uvit.config import (
     Config,
     Section,
     average_files,
+    from_dict,
     load_config,
+    read_json,
     save_json,
     step_of,
 )
 from uvit.weights.build import NETWORKS
 from uvit.weights.pretrained import restore
-from uvit.weights.tensors import open_weights, read_weights, write_weights
+from uvit.weights.tensors import hash_weights, open_weights, read_weights, write_weights
 
 UPDATES = "updates"
 """In a snapshot, beside WIDTH/NAME for each weight: the number of updates that its averages are over."""
@@ -51,6 +54,20 @@ class RebuiltAverage(Section):
     """How many snapshots it was fitted to."""
     error: float
     """Distance of the fitted density over the updates from that of the width, in parts of the latter's norm."""
+    weights: str
+    """Hash of the weights."""
+
+
+def find_width(folder: Path, weights_hash: str) -> float | None:
+    """Returns the width of the average that a folder's weights are; None for those of `train.ema_decay`.
+
+    Raises:
+        InputError: an AVERAGE_FILE that is broken.
+    """
+    if not isfile(folder / AVERAGE_FILE):
+        return None
+    how = from_dict(RebuiltAverage, read_json(folder / AVERAGE_FILE))
+    return how.width if how.weights == weights_hash else None
 
 
 def exponent_of(width: float) -> float:
@@ -161,8 +178,9 @@ def rebuild(run_dir: Path, width: float, step: int | None = None) -> tuple[dict[
             factor = float(next(remaining))
             for name in expected:
                 sums[name] = sums[name] + factor * weights[f"{each}/{name}"].double()
-    how = RebuiltAverage(run=str(run_dir), width=width, step=last, num_snapshots=len(used), error=error)
-    return {name: tensor.float() for name, tensor in sums.items()}, how
+    weights = {name: tensor.float() for name, tensor in sums.items()}
+    made = {"run": str(run_dir), "width": width, "step": last, "num_snapshots": len(used), "error": error}
+    return weights, from_dict(RebuiltAverage, {**made, "weights": hash_weights(weights)})
 
 
 def write_average(run_dir: Path, folder: Path, width: float, step: int | None = None) -> RebuiltAverage:

@@ -132,6 +132,8 @@ def test_a_rebuilt_width_is_the_one_that_was_tracked(beside):
             rebuilt, how = rebuild(Path("runs/kept"), width, step)
             assert (how.step, how.num_snapshots, rebuilt.keys()) == (step, step // 2, tracked.keys())
             assert distance(rebuilt, tracked) < 1e-3
+            nearest, _ = rebuild(Path("runs/kept"), 0.05 if width < 0.075 else 0.1, step)
+            assert distance(nearest, tracked) > 5e-3  # which is no answer
         final = load_checkpoint(Path("runs/w"))["model"]
         assert distance(tracked, final) > 0.01  # they do differ
         shutil.rmtree("runs/w")

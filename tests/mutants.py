@@ -35,13 +35,16 @@ MODULES = {
     "diffusion/objective": ["objective", "process"],
     "diffusion/average": ["average"],
     "diffusion/solvers": ["solvers", "samplers", "solvers_against_diffusers"],
-    "diffusion/samplers": ["samplers", "solvers"],
+    "diffusion/samplers": ["samplers", "solvers", "autoguidance"],
     "diffusion/reuse": ["reuse"],
     "evaluation/metrics": ["metrics"],
     "training/alignment": ["alignment", "alignment_run"],
     "training/optim": ["optim"],
     "training/resume": ["resume", "trainer"],
     "training/checkpoint": ["checkpoint", "resume"],
+    "training/averages": ["averages", "sharding"],
+    "weights/averages": ["averages"],
+    "weights/state": ["checkpoint", "autoguidance"],
 }
 """Modules of mathematics and state, and the tests that must notice their changes."""
 OPERATORS = {

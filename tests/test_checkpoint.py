@@ -20,6 +20,7 @@ from uvit.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
+from uvit.weights import state
 
 
 def test_the_newest_checkpoint_is_loaded_and_old_ones_are_removed(tmp_path):
@@ -167,8 +168,9 @@ def test_saving_reads_no_older_checkpoint(tmp_path, monkeypatch):
         read.append((path.parent.name, thorough))
         return before(path, thorough)
 
-    before = checkpoint._describe
-    monkeypatch.setattr(checkpoint, "_describe", describe)
+    before = state.describe_state
+    for module in (checkpoint, state):
+        monkeypatch.setattr(module, "describe_state", describe)
     save_checkpoint(tmp_path, Config(), 6, {}, keep=2)
     assert [name for name, thorough in read if not thorough] == ["step_00000006", "step_00000005"]
     assert [thorough for name, thorough in read if name == "step_00000005"] == [False]

@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 from docs import diagrams
 from uvit import __version__
 from uvit.__main__ import COMMANDS
-from uvit.commands import app, card, convert, encode, evaluate, export, push, sample, train
+from uvit.commands import app, average, card, convert, encode, evaluate, export, push, sample, train
 from uvit.common.cli import parse
 from uvit.config import Config
 from uvit.evaluation.measure import MeasureArguments
@@ -35,6 +35,7 @@ WITH_EXAMPLES = sorted(page for page, words in PAGES.items() if "```python" in w
 SLURM = {"--signal", "--requeue", "--dependency"}
 PARSERS = {
     "app": app.Arguments,
+    "average": average.Arguments,
     "card": card.Arguments,
     "convert": convert.Arguments,
     "encode": encode.Arguments,

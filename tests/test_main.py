@@ -10,7 +10,7 @@ from helpers.commands import COMMANDS, run_python
 import uvit.__main__
 from uvit.common.cli import run
 
-NAMES = "train, sample, evaluate, encode, app, convert, export, push, card"
+NAMES = "train, sample, evaluate, encode, app, average, convert, export, push, card"
 
 
 def test_help_lists_the_commands(capsys):

@@ -12,6 +12,7 @@ from helpers.commands import run_python
 from helpers.runs import ROOT, TINY, TINY_AVERAGE, TINY_LAYERSYNC, TINY_REPA, TINY_UNET
 
 from uvit.training.checkpoint import load_checkpoint
+from uvit.weights.averages import rebuild
 from uvit.weights.tensors import read_weights
 
 pytestmark = pytest.mark.slow
@@ -79,6 +80,17 @@ def test_gradients_weights_and_losses_equal_those_of_one_process(share, config, 
     assert set(read_weights(together / "model.safetensors")) == set(theirs["ema"])
 
 
+@pytest.mark.parametrize("share", [False, True], ids=["ddp", "fsdp"])
+def test_averages_are_those_of_one_process(share, folder):
+    options = f"{OPTIONS} --train.average_widths 0.05 0.2 --train.average_every 1"
+    *_, alone = train_on(1, folder, options)
+    *_, together = train_on(2, folder, f"{options} --train.shard {share}")
+    for name in ("step_00000001.safetensors", "step_00000002.safetensors"):
+        ours, theirs = (read_weights(run_dir / "averages" / name) for run_dir in (together, alone))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert rebuild(together, 0.1)[0].keys() == read_weights(together / "model.safetensors").keys()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "share"),
     # What Muon makes of a gradient of low rank is mostly rounding, which differs where matrices are cut.
@@ -90,6 +102,7 @@ def test_a_sharded_run_resumes(optimizer, share, folder):
     def train(name, share):
         options = (
             f"{OPTIONS} --optim.name {optimizer} --train.shard {share} --train.save_every 1 --train.sample_every 1"
+            " --train.average_widths 0.1"
         )
         run_on(2, [ROOT / "train.py"], folder, "tiny.py", *options.split(), "--train.run_dir", name)
         return load_checkpoint(folder / name)
@@ -99,7 +112,7 @@ def test_a_sharded_run_resumes(optimizer, share, folder):
     shutil.copytree(folder / "straight", folder / "again", ignore=shutil.ignore_patterns("step_00000002"))
     found = train("again", share)
     assert found["step"] == 2
-    for part in ("model", "ema"):
+    for part in ("model", "ema", "averages"):
         torch.testing.assert_close(found[part], expected[part], rtol=1e-4, atol=1e-6)
 
 

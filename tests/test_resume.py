@@ -26,7 +26,7 @@ def test_what_changes_the_result_of_training_is_not_harmless():
         "objective time_scale instant_share interval_start adaptive_power guidance_max",
         "data": "name train_split label_column caption_column crop flip autoencoder text_encoder scale_factor",
         "optim": "name lr betas weight_decay momentum fallback_lr_scale warmup_steps decay grad_clip",
-        "train": "batch_size accumulation_steps seed mixed_precision ema_decay label_dropout init "
+        "train": "batch_size accumulation_steps seed mixed_precision ema_decay average_widths label_dropout init "
         "token_keep token_choice path_drop dense_share "
         "alignment alignment_weight alignment_encoder alignment_encoder_weights",
     }

@@ -63,6 +63,6 @@ def test_contradictory_sections_are_refused():
     with pytest.raises(InputError, match=r"label_dropout 0.1 needs model.null_class"):
         Config(train=TrainConfig(label_dropout=0.1))
     with pytest.raises(InputError, match=r"guidance 2.0 needs model.null_class"):
-        Config(sample=SampleConfig(guidance=2.0))
+        Config(sample=SampleConfig(guidance=2.0)).check_guidance()
     with pytest.raises(InputError, match=r"batch_size 10 must be divisible by accumulation_steps 3"):
         TrainConfig(batch_size=10, accumulation_steps=3)

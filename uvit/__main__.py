@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "measure images drawn from a run, or any others",
     "encode": "encode images and captions once, before training",
     "app": "serve a web page that draws images from runs",
+    "average": "rebuild an average of the weights of any width from a run that kept some",
     "convert": "convert published weights to safetensors",
     "export": "export a network to ONNX or torch.export's format",
     "push": "publish a run on the hub",

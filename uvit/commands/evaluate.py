@@ -6,16 +6,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import tyro
+from accelerate import PartialState
 
-from uvit.common.cli import parse, process_state
+from uvit.commands.average import averaged_folder
+from uvit.common.cli import PROGRAM, parse, process_state
 from uvit.common.files import atomic_write
 from uvit.config import INCEPTION, MAX_BATCH, MAX_SIDE, MAX_WORKERS, DataConfig, Section
 from uvit.data.batch import ImageSpec
@@ -25,6 +30,7 @@ from uvit.evaluation.judge import ImageStatistics, read_with_progress
 from uvit.evaluation.measure import BATCH_SIZE, MeasureArguments, measure
 from uvit.evaluation.metrics import save_statistics
 from uvit.evaluation.protocol import describe_features
+from uvit.weights.averages import write_average
 from uvit.weights.card import describe_figures
 
 
@@ -87,11 +93,41 @@ def main(arguments: Sequence[str]) -> None:
     state = process_state()
     # As for statistics, the output is opened first.
     with atomic_write(given.output_file) if state.is_main_process else nullcontext() as temporary:
-        results, protocol = measure(given, state)
+        found = search_widths(given, state) if given.widths else measure_and_show(given, state)
         if temporary is not None:
-            temporary.write_text(json.dumps({**results, "protocol": protocol}, indent=2) + "\n")
+            temporary.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def measure_and_show(given: MeasureArguments, state: PartialState, stand_in: str | None = None) -> dict[str, Any]:
+    """Evaluates images, and prints and returns the figures with their protocol.
+
+    Args:
+        given: what to measure.
+        state: which process this is.
+        stand_in: what the protocol calls a checkpoint in a temporary folder; None is its own name.
+    """
+    results, protocol = measure(given, state)
+    if stand_in is not None:
+        protocol["weights"] = protocol["weights"].replace(given.checkpoint, stand_in)
     if state.is_main_process:
         show(results, protocol)
+    return {**results, "protocol": protocol}
+
+
+def search_widths(given: MeasureArguments, state: PartialState) -> dict[str, Any]:
+    """Evaluates averages of several widths of one run, and returns the figures of each and the best width."""
+    run_dir, found = Path(given.checkpoint), {}
+    for width in given.widths:
+        with TemporaryDirectory() as folder:
+            write_average(run_dir, Path(folder), width)
+            if state.is_main_process:
+                print(f"width {width:g}:")
+            one = dataclasses.replace(given, checkpoint=folder, widths=())
+            found[width] = measure_and_show(one, state, str(averaged_folder(run_dir, width)))
+    best = min(found, key=lambda width: found[width].get("frechet", math.inf))
+    if state.is_main_process:
+        print(f"best width {best:g} by the Fréchet distance: {PROGRAM} average {given.checkpoint} --width {best:g}")
+    return {"best": best, "widths": {f"{width:g}": each for width, each in found.items()}}
 
 
 def show(results: dict[str, Any], protocol: dict[str, str]) -> None:

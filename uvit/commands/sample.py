@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parse(Arguments, arguments, __doc__)
     output = Path(given.output)
     config, model, encoders = given.load()
+    weak = given.load_guide(config)
     rows = resolve_conditions(config, given.classes, given.prompt)
     conditions = [row for row in rows for _ in range(given.num_per_class)]
 
@@ -60,9 +61,8 @@ def main(arguments: Sequence[str]) -> None:
         atomic_write(output) as temporary,
         tqdm(total=evaluations, unit="eval") as progress,
     ):
-        images = generate(
-            model, config, conditions, given.seed, given.batch_size, encoders, lambda x: progress.update(len(x))
-        )
+        drawing = model, config, conditions, given.seed, given.batch_size, encoders
+        images = generate(*drawing, lambda x: progress.update(len(x)), weak)
         if output.suffix.lower() == ".npz":
             write_npz(temporary, images, None if rows == [None] else conditions)
         else:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     sampling = config.sample
     print(
         f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, "
-        f"{describe_guidance(sampling.guidance, config.model.takes_guidance)}, "
+        f"{describe_guidance(sampling.guidance, config.model.takes_guidance, given.guide)}, "
         f"{sampling.sampler}, {sampling.num_steps} steps ({sampling.spacing}), reuse {sampling.reuse}, "
         f"precision {sampling.mixed_precision}, seed {given.seed}"
     )

@@ -56,6 +56,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         raise InputError(f"model.out_chans must be None or in_chans {config.model.in_chans} to train, {given}")
     if config.model.takes_guidance and not config.train.label_dropout:
         raise InputError("model.takes_guidance needs train.label_dropout above 0, got 0")
+    config.check_guidance()
     resolve_backend(config.model.attention, device_type)
     if config.train.mixed_precision != "auto":  # `auto` needs the device itself, which is not started yet
         resolve_precision(config.train.mixed_precision, device_type, config.model.width)

@@ -5,6 +5,7 @@ InputError is what a section raises for an invalid value.
 
 from uvit.common.errors import InputError
 from uvit.config.folder import (
+    AVERAGE_FILE,
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     EVALUATION_FILE,
@@ -14,6 +15,8 @@ from uvit.config.folder import (
     METRICS_FILE,
     STEP_PREFIX,
     WEIGHTS_FILE,
+    average_files,
+    average_path,
     checkpoint_dirs,
     config_kind,
     grid_files,
@@ -41,7 +44,9 @@ from uvit.config.run import (
     MAX_IMAGES,
     MAX_SAMPLER_STEPS,
     MAX_THREADS,
+    MAX_WIDTH,
     MAX_WORKERS,
+    MIN_WIDTH,
     TIMM,
     TO_AN_ENCODER,
     Alignment,
@@ -78,6 +83,7 @@ from uvit.config.uvit import UViTConfig
 
 __all__ = [
     "ALIGNMENT_WEIGHTS",
+    "AVERAGE_FILE",
     "AVERAGE_TIME_SCALE",
     "BLOCK_WIDTHS",
     "CHECKPOINT_FOLDER",
@@ -98,8 +104,10 @@ __all__ = [
     "MAX_SIDE",
     "MAX_THREADS",
     "MAX_TOKENS",
+    "MAX_WIDTH",
     "MAX_WORKERS",
     "METRICS_FILE",
+    "MIN_WIDTH",
     "NO_TEXT",
     "NUM_GUIDANCE",
     "STEP_PREFIX",
@@ -127,6 +135,8 @@ __all__ = [
     "TrainConfig",
     "UNetConfig",
     "UViTConfig",
+    "average_files",
+    "average_path",
     "check_fields",
     "check_solver",
     "checkpoint_dirs",

@@ -27,12 +27,17 @@ EVALUATION_FILE = "evaluation.json"
 """Figures and their protocol, as evaluate.py saves them."""
 INCEPTION = "inception"
 """The name of the FID's features in EVALUATION_FILE."""
+AVERAGE_FOLDER = "averages"
+"""Snapshots of the averages of `train.average_widths`."""
+AVERAGE_FILE = "average.json"
+"""How the weights were made, in a folder with an average that was rebuilt."""
 CHECKPOINT_FOLDER = "checkpoints"
 """What a run resumes from."""
 GRID_FOLDER = "samples"
 STEP_PREFIX = "step_"
 """For a checkpoint's folder, `step_00000100`, and a grid's file, `step_00000100.png`."""
 GRID_PATTERN = f"{STEP_PREFIX}*.png"
+SNAPSHOT_SUFFIX = ".safetensors"
 
 
 def step_name(step: int) -> str:
@@ -41,8 +46,8 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """Returns the step in the name of a checkpoint or grid, or None."""
-    digits = name.removeprefix(STEP_PREFIX).removesuffix(".png")
+    """Returns the step in the name of a checkpoint, grid or snapshot, or None."""
+    digits = name.removeprefix(STEP_PREFIX).removesuffix(".png").removesuffix(SNAPSHOT_SUFFIX)
     return int(digits) if name.startswith(STEP_PREFIX) and digits.isdecimal() else None
 
 
@@ -54,6 +59,16 @@ def _by_step(paths: Iterable[Path]) -> list[Path]:
 def checkpoint_dirs(run_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run, oldest first."""
     return _by_step((run_dir / CHECKPOINT_FOLDER).glob(f"{STEP_PREFIX}*"))
+
+
+def average_files(run_dir: Path) -> list[Path]:
+    """Returns the snapshots of averages of a run, oldest first."""
+    return _by_step((run_dir / AVERAGE_FOLDER).glob(f"{STEP_PREFIX}*{SNAPSHOT_SUFFIX}"))
+
+
+def average_path(run_dir: Path, step: int) -> Path:
+    """Returns the path of a step's snapshot of averages."""
+    return run_dir / AVERAGE_FOLDER / f"{step_name(step)}{SNAPSHOT_SUFFIX}"
 
 
 def grid_files(run_dir: Path) -> list[Path]:

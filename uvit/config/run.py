@@ -51,6 +51,9 @@ MAX_BATCH = MAX_IMAGES = 10**7
 MAX_SAMPLER_STEPS = 100_000
 MAX_GUIDANCE = 10_000
 
+MIN_WIDTH, MAX_WIDTH = 0.001, 0.288
+"""Relative widths of averages; that of all updates alike is 1/√12 = 0.2887."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessConfig(Section):
@@ -286,6 +289,11 @@ class TrainConfig(Section):
     """With token_keep below 1, share of the steps, the last ones, in which all blocks see all patches."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights; the average starts as a copy of the weights."""
+    average_widths: tuple[float, ...] = ()
+    """Relative widths, such as 0.05 and 0.1, of averages that are kept beside that of ema_decay, with snapshots in
+    averages/, from which `python -m uvit average` rebuilds any other width (EDM2)."""
+    average_every: int | None = None
+    """Steps between these snapshots, beside one at the end; None is a 32nd of num_steps."""
     alignment: Alignment = "none"
     """What is added to the loss for better features inside the network: a shallow block's tokens become like a deeper
     one's (layersync), images unlike each other at a quarter of the depth (dispersive), or the middle block's tokens
@@ -335,6 +343,10 @@ class TrainConfig(Section):
         self._require("dense_share", 0 <= self.dense_share <= 1, "in [0, 1]")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self._check_alignment()
+        widths = self.average_widths
+        in_range = all(MIN_WIDTH <= width <= MAX_WIDTH for width in widths) and len({*widths}) == len(widths)
+        self._require("average_widths", in_range, f"different widths of {MIN_WIDTH} to {MAX_WIDTH}")
+        self._require("average_every", self.average_every is None or self.average_every >= 1, "None or at least 1")
         if self.shard:
             self._require("compile", self.compile != "graphs", "another with shard True")
             self._require("mixed_precision", self.mixed_precision != "fp16", "another with shard True")
@@ -396,12 +408,22 @@ class Config(Section):
         self._check_average()
         self._check_sparse()
         self._check_alignment()
-        # Guidance needs a condition that means "none": the null class, or the context of an empty caption.
-        if not self.model.null_class and not self.model.context_dim:
-            if self.train.label_dropout > 0:
-                raise InputError(f"train.label_dropout {self.train.label_dropout} needs model.null_class, got False")
-            if self.sample.guidance != 1:
-                raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
+        if self.train.label_dropout > 0 and not self._has_empty_condition:
+            raise InputError(f"train.label_dropout {self.train.label_dropout} needs model.null_class, got False")
+
+    @property
+    def _has_empty_condition(self) -> bool:
+        """Whether a condition means "none": the null class, or the context of an empty caption."""
+        return self.model.null_class or bool(self.model.context_dim)
+
+    def check_guidance(self) -> None:
+        """Checks that guidance has an empty condition to lead away from, where it has no other network for that.
+
+        Raises:
+            InputError: it has none.
+        """
+        if self.sample.guidance != 1 and not self._has_empty_condition:
+            raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
 
     def _check_average(self) -> None:
         """Checks that network, objective and solver are of one kind, and that there is one guidance."""
@@ -418,7 +440,7 @@ class Config(Section):
         if model.takes_guidance:
             if not average:
                 raise InputError("model.takes_guidance needs process.objective 'average', got 'instant'")
-            if not model.null_class and not model.context_dim:
+            if not self._has_empty_condition:
                 raise InputError("model.takes_guidance needs model.null_class or a context, got neither")
             if not 1 <= sample.guidance <= process.guidance_max:
                 most = f"process.guidance_max {process.guidance_max:g}"

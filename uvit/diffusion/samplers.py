@@ -74,8 +74,12 @@ def guide(
     uncond: Mapping[str, Tensor] | None = None,
     scale: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
+    weak: Predict | None = None,
 ) -> Callable[..., Tensor]:
     """Binds a network to its condition, with guidance w · cond + (1 - w) · uncond on all channels (arXiv 2207.12598).
+
+    With a weak network, it is bad + w (good - bad) of two networks (autoguidance, arXiv 2406.02507), on the channels of
+    the images.
 
     Args:
         network: network(x, timesteps, **cond).
@@ -84,10 +88,11 @@ def guide(
         uncond: the same for the empty condition; required unless scale is 1.
         scale: w; 1 is no guidance, and uncond is never computed.
         interval: (low, high) times of guidance (arXiv 2404.07724); outside, uncond is not computed.
+        weak: predicts what guidance leads away from, called as weak(x, timesteps, **uncond); None is the network.
 
     Returns:
         output(x, t) -> the guided prediction, or output(x, t, s) -> that for the interval [s, t], of a network that
-        takes one; cond and uncond run as one batch of 2B.
+        takes one; without a weak network, cond and uncond run as one batch of 2B.
 
     Raises:
         InputError: a scale other than 1 without uncond, or with a guidance among cond.
@@ -99,14 +104,18 @@ def guide(
 
     def output(x: Tensor, t: float, s: float | None = None) -> Tensor:
         guided = scale != 1 and interval[0] <= t <= interval[1]
-        batch = x.shape[0] * (2 if guided else 1)  # an exporter would take len(x) for a constant
+        batch = x.shape[0] * (2 if guided and weak is None else 1)  # an exporter would take len(x) for a constant
         times = {} if s is None else {"interval": torch.full((batch,), schedule.time_scale * (t - s), device=x.device)}
         timesteps = torch.full((batch,), schedule.network_time(t), device=x.device)
         if not guided or uncond is None:
             return network(x, timesteps, **times, **cond)
-        both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
-        conditional, unconditional = network(torch.cat([x, x]), timesteps, **times, **both).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        if weak is None:
+            both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
+            good, bad = network(torch.cat([x, x]), timesteps, **times, **both).chunk(2)
+        else:
+            good = network(x, timesteps, **times, **cond)[:, : x.shape[1]]
+            bad = weak(x, timesteps, **times, **uncond)[:, : x.shape[1]]
+        return bad + scale * (good - bad)
 
     return output
 
@@ -225,10 +234,11 @@ def guided_denoiser(
     config: SampleConfig,
     cond: Mapping[str, Tensor],
     uncond: Mapping[str, Tensor] | None,
+    weak: Predict | None = None,
 ) -> Denoise:
     """Returns the denoise of a solver; a guidance among `cond` stands instead of two passes."""
-    scale = 1.0 if "guidance" in cond else config.guidance
-    output = guide(network, schedule_of(process), cond, uncond, scale, config.guidance_interval)
+    scale = 1.0 if "guidance" in cond and weak is None else config.guidance
+    output = guide(network, schedule_of(process), cond, uncond, scale, config.guidance_interval, weak)
     if process.objective == "average":
         return average_denoiser(output, process.prediction)
     return denoiser(output, schedule_of(process), process.prediction)
@@ -243,6 +253,7 @@ def sample(
     cond: Mapping[str, Tensor],
     uncond: Mapping[str, Tensor] | None = None,
     on_evaluation: Callable[[Tensor], object] | None = None,
+    weak: Predict | None = None,
 ) -> Tensor:
     """Draws images.
 
@@ -255,6 +266,7 @@ def sample(
         uncond: the same for the empty condition; required for guidance.
         on_evaluation: called after each evaluation of the network with its x_t, (B, C, H, W): for a progress bar, or to
             watch the denoising.
+        weak: as for `guide`.
 
     Returns:
         (B, C, H, W) in float32, images in about [-1, 1].
@@ -262,7 +274,7 @@ def sample(
     Raises:
         InputError: guidance without uncond, or as sampling_times.
     """
-    denoise = guided_denoiser(network, process, config, cond, uncond)
+    denoise = guided_denoiser(network, process, config, cond, uncond, weak)
 
     def observed_denoise(x: Tensor, *ends: float) -> tuple[Tensor, Tensor]:
         estimates = denoise(x, *ends)

@@ -205,6 +205,7 @@ def draw_with_progress(
     seed: int,
     batch_size: int | None,
     state: PartialState,
+    weak: Network | None = None,
 ) -> Iterator[Labelled]:
     """Draws this process's share of images, with a progress bar.
 
@@ -217,6 +218,7 @@ def draw_with_progress(
         seed: of the set of images.
         batch_size: images at a time; None is the default.
         state: which process this is.
+        weak: the network that guidance leads away from; None for the empty condition.
     """
     share = (state.process_index, state.num_processes)
     own_labels = None if labels is None else torch.tensor(labels[share[0] :: share[1]])
@@ -224,7 +226,7 @@ def draw_with_progress(
     hidden, done = not state.is_main_process, 0
     with tqdm(total=total, unit="eval", desc="drawing", disable=hidden, dynamic_ncols=True) as progress:
         for images in generate_batches(
-            model, config, conditions, seed, batch_size, encoders, lambda x: progress.update(len(x)), share
+            model, config, conditions, seed, batch_size, encoders, lambda x: progress.update(len(x)), share, weak
         ):
             yield images, None if own_labels is None else own_labels[done : done + len(images)]
             done += len(images)

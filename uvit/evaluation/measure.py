@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from uvit.common.errors import InputError
 from uvit.common.messages import warn
-from uvit.config import EVALUATION_FILE, INCEPTION, MAX_IMAGES, MAX_WORKERS
+from uvit.config import EVALUATION_FILE, INCEPTION, MAX_IMAGES, MAX_WIDTH, MAX_WORKERS, MIN_WIDTH
 from uvit.data.batch import ImageData
 from uvit.evaluation.features import JUDGE, PIXELS, build_features
 from uvit.evaluation.judge import (
@@ -49,13 +49,15 @@ from uvit.evaluation.subject import (
 )
 from uvit.sampling.runs import DrawArguments
 
+WIDTHS_FILE = "widths.json"
+"""Figures of each width, beside the EVALUATION_FILE of the run's own weights."""
 BATCH_SIZE = 64  # for images that are read, not drawn
 MAX_SVM = 256
 """Largest number of values in an image for which an SVM on its pixels is fast and good."""
 MAX_SMALL = 1024
 """Largest number for which `auto` does without Inception, which is made for photographs."""
 DRAWING_OPTIONS = {field.name for field in dataclasses.fields(DrawArguments)} - {"checkpoint", "batch_size", "compile"}
-DRAWING_OPTIONS |= {"num_images", "label_mode", "caption_column"}
+DRAWING_OPTIONS |= {"widths", "num_images", "label_mode", "caption_column"}
 
 Results = dict[str, Any]
 """Figures by name."""
@@ -69,6 +71,8 @@ class MeasureArguments(DrawArguments):
     """Run folder to draw the images from, such as runs/digits; or give --images."""
     images: str | None = None
     """Folder of images, data set, or .npz as written by sample.py, instead of a checkpoint."""
+    widths: tuple[float, ...] = ()
+    """Relative widths of averages, rebuilt as by `python -m uvit average`, to measure instead of the run's weights."""
     reference: str = "test"
     """`test` or `train` of the run's data; a data set or folder of images; or an .npz of statistics or images."""
     split: str = "train"
@@ -94,13 +98,16 @@ class MeasureArguments(DrawArguments):
     num_workers: int = 0
     """Loader processes for images on disk."""
     output: str | None = None
-    """JSON file for the figures and their protocol; None is evaluation.json in the run's folder, IMAGES.evaluation.json
-    for --images, or evaluation.json in the current folder for a run or data set of the hub."""
+    """JSON file for the figures and their protocol; None is evaluation.json in the run's folder (for --widths,
+    widths.json), IMAGES.evaluation.json for --images, or evaluation.json in the current folder for a run or data set of
+    the hub."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("num_images", self.num_images >= 2, "at least 2")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
+        in_range = all(MIN_WIDTH <= width <= MAX_WIDTH for width in self.widths)
+        self._require("widths", in_range, f"{MIN_WIDTH} to {MAX_WIDTH} each")
         self._require_at_most(num_images=MAX_IMAGES, num_workers=MAX_WORKERS)
         if bool(self.checkpoint) == bool(self.images):
             raise InputError(f"give --checkpoint or --images, got {'both' if self.images else 'neither'}")
@@ -118,7 +125,7 @@ class MeasureArguments(DrawArguments):
         if self.output or not exists(source):
             return Path(self.output or EVALUATION_FILE)
         if isdir(source) and not self.images:
-            return Path(source, EVALUATION_FILE)
+            return Path(source, WIDTHS_FILE if self.widths else EVALUATION_FILE)
         return Path(f"{Path(source)}.{EVALUATION_FILE}")
 
 
@@ -140,7 +147,8 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
     if given.images is not None:
         subject = find_images(given.images, given.split)
     else:
-        subject = DrawnImages(given.checkpoint, *given.load(default_guidance=1.0))
+        config, model, encoders = given.load(default_guidance=1.0)
+        subject = DrawnImages(given.checkpoint, config, model, encoders, given.load_guide(config), given.guide)
     train_part = _find_training_part(given, subject)
     features, classifier_name = _resolve_auto(given, subject, train_part)
     network = build_features(features, given.feature_weights, subject.shape, train_part)
@@ -165,9 +173,10 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
         protocol = {"images": f"{seen.moments.count} of {subject.name}"}
     else:
         run = subject.model, subject.config, subject.encoders
-        batches = draw_with_progress(*run, conditions, labels, seed, given.batch_size, state)
+        batches = draw_with_progress(*run, conditions, labels, seed, given.batch_size, state, subject.weak)
         seen = ImageStatistics(network, len(conditions), state).update(batches, classifier)
-        protocol = describe_drawing(subject.name, *run, conditions, mode, seed)
+        weak = subject.weak, subject.weak_name
+        protocol = describe_drawing(subject.name, *run, conditions, mode, seed, *weak)
     protocol["images"] += f", hash {seen.hash}"
     if state.is_main_process and seen.moments.count <= network.num_features:
         few = f"{seen.moments.count} images for {network.num_features} features"

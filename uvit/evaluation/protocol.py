@@ -28,6 +28,8 @@ def describe_drawing(
     conditions: Sequence[Condition],
     label_mode: Literal["balanced", "random"],
     seed: int,
+    weak: Network | None = None,
+    weak_name: str | None = None,
 ) -> dict[str, str]:
     """Describes how images were drawn.
 
@@ -39,6 +41,8 @@ def describe_drawing(
         conditions: of each image.
         label_mode: how they were chosen.
         seed: of the images.
+        weak: the network that guidance leads away from; None for the empty condition.
+        weak_name: its run or checkpoint, as the user named it.
     """
     sampling, count = config.sample, f"{len(conditions)} drawn"
     if config.model.num_classes:
@@ -46,6 +50,7 @@ def describe_drawing(
         count += each if label_mode == "balanced" else ", labels at random"
     elif config.model.context_dim:
         count += f", {len(set(conditions))} different captions of the reference, {label_mode}"
+    away_from = None if weak is None else f"{weak_name}, hash {hash_weights(weak.state_dict())}"
     steps, times = checkpoint_dirs(Path(checkpoint)), sampling_times(config.process, sampling)
     spacing = f"{resolve_spacing(config.process, sampling)} from t = {times[0]:g} to {times[-1]:g}"
     return {
@@ -53,7 +58,9 @@ def describe_drawing(
         "weights": f"EMA of {checkpoint}"
         + (f", {steps[-1].name}" if steps else "")
         + f", hash {hash_weights(model.state_dict())}",
-        "guidance": describe_guidance(sampling.guidance, config.model.takes_guidance).removeprefix("guidance "),
+        "guidance": describe_guidance(sampling.guidance, config.model.takes_guidance, away_from).removeprefix(
+            "guidance "
+        ),
         "guidance_interval": "{:g} to {:g}".format(*sampling.guidance_interval),
         "sampler": f"{sampling.sampler}, {sampling.num_steps} steps ({spacing})",
         "precision": sampling.mixed_precision,

@@ -52,6 +52,10 @@ class DrawnImages:
     config: Config
     model: Network
     encoders: Encoders
+    weak: Network | None = None
+    """The network that guidance leads away from; None for the empty condition."""
+    weak_name: str | None = None
+    """Its run or checkpoint."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -368,6 +368,7 @@ class UViTPipeline(DiffusionPipeline):
             data=DataConfig(class_names=tuple(self.config["class_names"])),
             sample=from_dict(SampleConfig, sampling),
         )
+        config.check_guidance()
         sample = config.sample
         self._check_scheduler(sample.num_steps)
         if negative_prompt is not None and not (model.context_dim and isinstance(negative_prompt, str)):

@@ -18,6 +18,7 @@ from uvit.common.files import atomic_write, write_text
 from uvit.common.hub import push_folder
 from uvit.config import CONFIG_FILE, EVALUATION_FILE, Config, config_kind, grid_files, read_json, save_json, step_of
 from uvit.sampling.runs import load_run
+from uvit.weights.averages import find_width
 from uvit.weights.build import load_network
 from uvit.weights.card import CARD_FILE, model_card
 from uvit.weights.pretrained import find_pretrained, save_pretrained
@@ -93,10 +94,13 @@ def write_hub_folder(source: str | Path, folder: Path, name: str) -> None:
         return
     config, model = load_run(str(path), "auto", torch.device("cpu"))
     config = public_config(config)
-    results, grids = path / EVALUATION_FILE, grid_files(path)
-    evaluation = read_evaluation(results, hash_weights(model.state_dict())) if results.is_file() else None
+    results, grids, weights_hash = path / EVALUATION_FILE, grid_files(path), hash_weights(model.state_dict())
+    evaluation = read_evaluation(results, weights_hash) if results.is_file() else None
+    width = find_width(path, weights_hash)
     grid = (GRID_FILE, step_of(grids[-1].name) or 0) if grids else None
-    write_text(folder / CARD_FILE, model_card(config.model, model.num_parameters, name, config, evaluation, grid))
+    write_text(
+        folder / CARD_FILE, model_card(config.model, model.num_parameters, name, config, evaluation, grid, width)
+    )
     if grids:
         with atomic_write(folder / GRID_FILE) as temporary:
             shutil.copyfile(grids[-1], temporary)

@@ -12,7 +12,7 @@ from torch import Tensor
 from uvit.config import Config
 from uvit.data.images import to_uint8
 from uvit.diffusion.reuse import reuse_deep_features
-from uvit.diffusion.samplers import ImageNoise, sample
+from uvit.diffusion.samplers import ImageNoise, Predict, sample
 from uvit.networks.contract import Network
 from uvit.networks.encoders import NO_ENCODERS, Encoders
 from uvit.networks.runtime import resolve_precision, tf32
@@ -52,6 +52,7 @@ def generate_batches(
     encoders: Encoders = NO_ENCODERS,
     on_evaluation: Callable[[Tensor], object] | None = None,
     share: tuple[int, int] = (0, 1),
+    weak: Predict | None = None,
 ) -> Iterator[Tensor]:
     """Draws one image for each condition, a batch at a time.
 
@@ -68,6 +69,8 @@ def generate_batches(
         on_evaluation: called with a batch's x_t after each evaluation of the network, for a progress bar;
             `decode_images` converts it to images.
         share: (process, number of processes); of N processes, each draws every N-th image.
+        weak: a worse network, in eval mode and on the same device, which guidance leads away from instead of the empty
+            condition: it is called as the model is, with the same condition, and reuses no deep features.
 
     Yields:
         (B, C, H, W) uint8 on the device of the model.
@@ -89,11 +92,12 @@ def generate_batches(
         keys, part = zip(*own_items[start : start + batch_size])
         cond, uncond = batch_conditions(part, config.model, encoders.text, device)
         cond = {**cond, **guidance_condition(config.model, config.sample, len(part), device)}
+        uncond = uncond if weak is None else cond
         reused = config.sample.reused
         network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
         noise = ImageNoise(keys, shape, device)
         with tf32(), torch.autocast(device.type, dtype, enabled=precision != "no"):
-            x = sample(network, config.process, config.sample, noise, cond, uncond, on_evaluation)
+            x = sample(network, config.process, config.sample, noise, cond, uncond, on_evaluation, weak)
         yield decode_images(x, encoders)
 
 
@@ -105,9 +109,10 @@ def generate(
     batch_size: int | None = None,
     encoders: Encoders = NO_ENCODERS,
     on_evaluation: Callable[[Tensor], object] | None = None,
+    weak: Predict | None = None,
 ) -> Tensor:
     """Draws images as `generate_batches` does, with the same arguments, and returns them all: (N, C, H, W) uint8."""
-    batches = generate_batches(model, config, conditions, seed, batch_size, encoders, on_evaluation)
+    batches = generate_batches(model, config, conditions, seed, batch_size, encoders, on_evaluation, weak=weak)
     return torch.cat([images.cpu() for images in batches])
 
 
@@ -116,6 +121,13 @@ def sample_grid(images: Tensor, rows: Sequence[Condition], columns: int, config:
     return image_grid(images, UNLABELLED_COLUMNS if rows == [None] else columns, condition_names(rows, config))
 
 
-def describe_guidance(scale: float, one_pass: bool = False) -> str:
-    """Describes a guidance scale in both conventions, ours and the paper's, and whether the network takes it itself."""
-    return f"guidance w = {scale:g} (the paper's s = {scale - 1:g}{', in one pass' if one_pass else ''})"
+def describe_guidance(scale: float, one_pass: bool = False, away_from: str | None = None) -> str:
+    """Describes a guidance scale in both conventions, ours and the paper's.
+
+    Args:
+        scale: w.
+        one_pass: whether the network takes it itself.
+        away_from: name of the other network that it leads away from; None is the empty condition.
+    """
+    details = f"the paper's s = {scale - 1:g}{', in one pass' if one_pass else ''}"
+    return f"guidance w = {scale:g} ({details})" + (f" away from {away_from}" if away_from else "")

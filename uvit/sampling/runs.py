@@ -26,6 +26,7 @@ from uvit.config import (
     load_config,
     read_json,
 )
+from uvit.diffusion.process import schedule_of
 from uvit.diffusion.samplers import sampling_times
 from uvit.networks.attention import resolve_backend
 from uvit.networks.contract import Network
@@ -46,6 +47,9 @@ class DrawArguments(Section):
     """The run's config, for weights without one, such as configs/imagenet256_uvit_huge.py for a published file."""
     guidance: float | None = None
     """w in w * cond + (1 - w) * uncond, 1 is none."""
+    guide: str | None = None
+    """Run folder or hub name of a worse network, or an earlier checkpoint of this run, such as
+    runs/digits/checkpoints/step_00000500: guidance leads away from it instead of the null class (autoguidance)."""
     paper_scale: float | None = None
     """The paper's s in cond + s * (cond - uncond), instead of --guidance: w = 1 + s."""
     guidance_interval: tuple[float, float] | None = None
@@ -116,9 +120,51 @@ class DrawArguments(Section):
         compile_model(model, "blocks" if by_blocks else self.compile)
         data = _replace_given(config.data, text_encoder=self.text_encoder, autoencoder=self.autoencoder)
         config = dataclasses.replace(config, sample=sampling, data=data)
+        if self.guide is None:
+            config.check_guidance()
         sampling_times(config.process, config.sample)  # raises for an invalid grid before the long work
         set_threads(config.train.num_threads)
         return config, model, load_encoders(config.data, config.model).to(device)
+
+    def load_guide(self, config: Config) -> Network | None:
+        """Loads the network that guidance leads away from, which must be of the run's kind; None for the null class.
+
+        Args:
+            config: of the run that is drawn from, as `load` returns it.
+
+        Raises:
+            InputError: as load_run, guidance that would have no effect, or a run of other images or another process.
+        """
+        if self.guide is None:
+            return None
+        if config.model.takes_guidance:
+            raise InputError(f"--guide is for a network that takes no guidance itself, got {self.checkpoint}")
+        if config.sample.guidance == 1:
+            raise InputError(f"--guide has no effect with guidance 1, got {self.guide}: give --guidance, such as 2")
+        found, network = load_run(self.guide, self.attention, process_state().device)
+        expected = _kind(config)
+        for name, value in _kind(found).items():
+            if value != expected[name]:
+                raise InputError(f"--guide {self.guide} must have {name} {expected[name]}, got {value}")
+        compile_model(network, self.compile)
+        return network
+
+
+def _kind(config: Config) -> dict[str, Any]:
+    """Returns what a run must have in common with another whose prediction is to be compared with its own."""
+    model, process, data = config.model, config.process, config.data
+    return {
+        "model.in_chans": model.in_chans,
+        "model.image_shape": model.image_shape,
+        "model.num_classes": model.num_classes,
+        "model.context_dim": model.context_dim,
+        "model.num_context_tokens": model.num_context_tokens,
+        "data.scale_factor": None if data.autoencoder is None else data.scale_factor,
+        "process.schedule": process.schedule,
+        "process.prediction": process.prediction,
+        "process.objective": process.objective,
+        "process.time_scale": f"{schedule_of(process).network_time(1.0):g}",
+    }
 
 
 def _replace_given(section: SectionT, **values: Any) -> SectionT:

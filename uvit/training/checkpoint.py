@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,22 +12,7 @@ import torch
 from uvit.common.errors import InputError
 from uvit.common.files import atomic_folder, remove_leftovers
 from uvit.config import CHECKPOINT_FOLDER, CONFIG_FILE, STEP_PREFIX, Config, checkpoint_dirs, save_json, step_name
-from uvit.weights.tensors import load_tensors_only
-
-STATE_FILE = "training_state.pt"
-MARKER_FILE = "complete.json"
-"""Written last, with the size and hash of the state file, so that an incomplete copy is detected."""
-
-
-def _describe(path: Path, thorough: bool = True) -> dict[str, Any]:
-    """Returns the marker's content for a state file; if not `thorough`, only its size, without reading the file."""
-    if not thorough:
-        return {"size": path.stat().st_size}
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+from uvit.weights.state import MARKER_FILE, STATE_FILE, describe_state, find_fault, read_state
 
 
 def find_config(run_dir: Path) -> Path | None:
@@ -59,31 +43,15 @@ def save_checkpoint(run_dir: Path, config: Config, step: int, state: dict[str, A
         except RuntimeError as error:  # torch.save hides the reason behind a RuntimeError of its own
             raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
         save_json(temporary / CONFIG_FILE, config)
-        (temporary / MARKER_FILE).write_text(json.dumps(_describe(temporary / STATE_FILE)) + "\n")
+        (temporary / MARKER_FILE).write_text(json.dumps(describe_state(temporary / STATE_FILE)) + "\n")
     if keep is None:
         return
     num_complete = 0
     for folder in reversed(checkpoint_dirs(run_dir)):
         if num_complete >= keep:
             shutil.rmtree(folder, ignore_errors=True)
-        elif _find_fault(folder, thorough=False) is None:
+        elif find_fault(folder, thorough=False) is None:
             num_complete += 1
-
-
-def _find_fault(folder: Path, thorough: bool = True) -> str | None:
-    """Returns what is wrong with a checkpoint, or None for a complete one; `thorough` reads all of it."""
-    try:
-        marker = json.loads((folder / MARKER_FILE).read_text())
-        found = _describe(folder / STATE_FILE, thorough)
-        if not thorough and isinstance(marker, dict):
-            marker.pop("sha256", None)
-    except FileNotFoundError as error:
-        return f"it has no {Path(error.filename).name}"
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    except (ValueError, RecursionError):
-        return f"its {MARKER_FILE} is not JSON"
-    return None if marker == found else f"its {STATE_FILE} is not what {MARKER_FILE} says"
 
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -97,7 +65,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     broken: dict[Path, str] = {}
     for folder in reversed(checkpoint_dirs(run_dir)):
-        if (fault := _find_fault(folder)) is None:
+        if (fault := find_fault(folder)) is None:
             return folder, broken
         broken[folder] = fault
     if broken:
@@ -106,22 +74,6 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
             f"{folder} is not a complete checkpoint ({fault}), and no older one is: remove it to start over"
         )
     return None, broken
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU, without running code in its pickle.
-
-    Raises:
-        InputError: an invalid file.
-    """
-    path = folder / STATE_FILE
-    try:
-        state = load_tensors_only(path)
-    except Exception as error:
-        raise InputError(f"{path} is not a valid checkpoint ({type(error).__name__}): remove its folder") from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path} must hold a dict, got {type(state).__name__}")
-    return state
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:

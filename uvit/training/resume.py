@@ -33,6 +33,7 @@ HARMLESS = {
         "num_threads",
         "log_every",
         "sample_every",
+        "average_every",
         "save_every",
         "keep",
         "max_bad_steps",

@@ -31,6 +31,7 @@ from uvit.networks.runtime import compile_model, resolve_precision, set_threads,
 from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate, sample_grid
 from uvit.training.alignment import build_projector, last_term, with_projector
+from uvit.training.averages import Averages
 from uvit.training.checkpoint import save_checkpoint
 from uvit.training.initial import initial_network
 from uvit.training.optim import build_optimizer, build_schedule
@@ -92,6 +93,7 @@ class Trainer:
         if self.is_sharded:
             for each in filter(None, (self.network, self.average, projector)):
                 shard(each, self.device, num_processes)
+        self.averages = Averages(self.network, settings, self.run_dir)
         # evaluation_mode only omits DDP, which FSDP2 replaces.
         trained = with_projector(self.network, projector, config)
         self.model = self.accelerator.prepare_model(trained, evaluation_mode=self.is_sharded)
@@ -99,7 +101,7 @@ class Trainer:
         self.progress = Progress(num_processes=num_processes, num_images=len(self.data), num_absent=num_absent)
         # All state that changes during the run.
         self.stateful: dict[str, Any] = {"model": self.network, "ema": self.average}
-        self.stateful |= {"optimizer": self.optimizer, "progress": self.progress}
+        self.stateful |= {"optimizer": self.optimizer, "progress": self.progress, **self.averages.stateful}
         self.stateful |= {"projector": projector} if projector is not None else {}
         if self.accelerator.scaler is not None:
             self.stateful["scaler"] = self.accelerator.scaler
@@ -140,6 +142,7 @@ class Trainer:
                 self.report(result)
                 with self.stopwatch.paused():
                     self.draw()
+                    self.averages.snapshot(self.done, self.is_end, self.is_main)
                     failure = self.save(result)
                 ending = self.find_ending(result, failure)
         self.end(ending)
@@ -214,6 +217,7 @@ class Trainer:
         if is_sound:
             self.optimizer.step()
             self.ema.update(cast(nn.Module, self.network))
+            self.averages.update(self.network)
         elif scaler is not None:
             scaler.update()
         self.optimizer.zero_grad()

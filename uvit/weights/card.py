@@ -95,7 +95,7 @@ def _table(rows: Mapping[str, str]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells), ""]
 
 
-def _recipe(config: Config) -> dict[str, str]:
+def _recipe(config: Config, width: float | None) -> dict[str, str]:
     """Returns the main settings of a run, as text; its config.json has the rest."""
     process, data, optim, train, sampling = config.process, config.data, config.optim, config.train, config.sample
     average = " (the average over an interval)" if process.objective == "average" else ""
@@ -107,7 +107,9 @@ def _recipe(config: Config) -> dict[str, str]:
         f"decay {optim.decay}, weight decay {optim.weight_decay:g}",
         "training": f"{train.num_steps:,} steps of {train.batch_size:,} images, precision {train.mixed_precision}, "
         f"label dropout {train.label_dropout:g}, seed {train.seed}",
-        "weights": f"average with decay {train.ema_decay:g}",
+        "weights": f"average with decay {train.ema_decay:g}"
+        if width is None
+        else f"power-function average of relative width {width:g} (arXiv 2312.02696)",
         "sampling": f"{sampling.sampler}, {sampling.num_steps} steps, guidance w = {sampling.guidance:g}",
     }
     if data.autoencoder is not None:
@@ -124,6 +126,7 @@ def model_card(
     config: Config | None = None,
     evaluation: tuple[Mapping[str, Any], Mapping[str, str]] | None = None,
     grid: tuple[str, int] | None = None,
+    average_width: float | None = None,
 ) -> str:
     """Writes a model card.
 
@@ -134,6 +137,7 @@ def model_card(
         config: the run that trained it, if known.
         evaluation: figures of exactly these weights and their protocol, as evaluate.py saves them.
         grid: file name of a picture of samples beside the card, and the training step at which it was drawn.
+        average_width: relative width of the average that the weights are; None for that of the run's decay.
 
     Returns:
         Markdown, with the hub's metadata at its top.
@@ -184,7 +188,7 @@ def model_card(
             needed = option == "autoencoder" or config.model.context_dim
             if needed and encoder is not None and encoder.startswith("./"):
                 lines += [f"It was trained with a local copy of {encoder[2:]}: give yours with `--{option}`.\n"]
-    lines += ["## Recipe\n", *_table(backbone | ({} if config is None else _recipe(config)))]
+    lines += ["## Recipe\n", *_table(backbone | ({} if config is None else _recipe(config, average_width)))]
     lines += [f"`{CONFIG_FILE}` holds every option.\n"]
     if evaluation is not None:
         lines += ["## Figures\n", *(f"- {line}" for line in describe_figures(results, protocol))]

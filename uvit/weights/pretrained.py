@@ -1,7 +1,8 @@
 """Loads, saves and publishes a network.
 
 A folder of weights has `config.json` and `model.safetensors`. A run folder has both too (its config.json describes the
-whole run, with the network under "model"), so it loads like any other. Published `.pth` files load unchanged.
+whole run, with the network under "model"), so it loads like any other, and so does the average in one of its
+checkpoints. Published `.pth` files load unchanged.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from uvit.networks.backbone import count_parameters
 from uvit.networks.contract import Network
 from uvit.weights.card import CARD_FILE, model_card
 from uvit.weights.published import config_class_of, infer_config
+from uvit.weights.state import STATE_FILE, read_average
 from uvit.weights.tensors import read_pth, read_weights, write_weights
 
 
@@ -64,6 +66,8 @@ REFERENCE_FILE = "nnet_ema.pth"
 
 def find_pretrained(name_or_path: str | Path, **options: Unpack[HubOptions]) -> Path:
     """Returns the path of the weights: a published `.pth` file, or a folder with config.json and model.safetensors.
+
+    A checkpoint of a run, such as runs/digits/checkpoints/step_00000500, stands for the average in it.
 
     What is not on disk is fetched from the hub.
 
@@ -113,7 +117,8 @@ def read_pretrained(
             raise InputError(f"{path}: {error}") from None
     config = read_network_config(path)
     require(type(config))
-    return replace_fields(config, fields), read_weights(path / WEIGHTS_FILE)
+    is_checkpoint = isfile(path / STATE_FILE) and not isfile(path / WEIGHTS_FILE)
+    return replace_fields(config, fields), read_average(path) if is_checkpoint else read_weights(path / WEIGHTS_FILE)
 
 
 def strip_wrappers(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,18 @@ def _sort_metadata(path: Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
-def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
-    """Writes a state dict to DIRECTORY/model.safetensors, with its hash, atomically.
+def write_weights(directory: Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Writes a state dict to DIRECTORY/model.safetensors, as write_tensors."""
+    write_tensors(directory / WEIGHTS_FILE, state_dict)
+
+
+def write_tensors(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Writes tensors to a safetensors file, with their hash, atomically.
 
     Raises:
         InputError: it cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    path = directory / WEIGHTS_FILE
     try:
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt", HASH_KEY: hash_weights(tensors)})
@@ -60,20 +65,31 @@ def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
         raise InputError(f"cannot write to {path}: {error}") from None
 
 
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """Opens a safetensors file, to read its metadata or single tensors.
+
+    Raises:
+        InputError: no such file, or one that is not valid.
+    """
+    if not isfile(path):
+        raise InputError(f"no weights at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a valid safetensors file: {error}") from None
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file, and compares its weights with the hash that it has if this package wrote it.
 
     Raises:
         InputError: no such file, one that is not valid, or weights of another hash.
     """
-    if not isfile(path):
-        raise InputError(f"no weights at {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            expected = (file.metadata() or {}).get(HASH_KEY)
+    with open_weights(path) as file:
+        expected = (file.metadata() or {}).get(HASH_KEY)
         weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a valid safetensors file: {error}") from None
     if expected is not None and (found := hash_weights(weights)) != expected:
         raise InputError(f"{path} is damaged, its weights must have hash {expected}, got {found}: copy it again")
     return weights
@@ -100,6 +116,15 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         weights = load_tensors_only(path)
     except Exception as error:
         raise InputError(f"{path} is not a valid weights-only file ({type(error).__name__})") from None
+    return check_plain(weights, path)
+
+
+def check_plain(weights: Any, path: Path) -> dict[str, Tensor]:
+    """Returns what was read from a file, which must be plain tensors by name.
+
+    Raises:
+        InputError: anything else.
+    """
     if not isinstance(weights, dict):
         raise InputError(f"{path} must hold tensors by name, got {type(weights).__name__}")
     for name, value in weights.items():

@@ -9,9 +9,16 @@ import torch
 from helpers.golden import FACTS, config_of
 
 from uvit import UViT
-from uvit.config import load_config
+from uvit.config import UViTConfig, load_config
 from uvit.diffusion.samplers import num_evaluations
-from uvit.weights.published import PUBLISHED, PUBLISHED_UVIT, SD_AUTOENCODER, SD_AUTOENCODER_EMA, infer_config
+from uvit.weights.published import (
+    PUBLISHED,
+    PUBLISHED_UVIT,
+    SD_AUTOENCODER,
+    SD_AUTOENCODER_EMA,
+    SIZES,
+    infer_config,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -96,3 +103,10 @@ def test_sizes_are_inferred_from_the_tensors(name):
         assert (inferred.num_classes, inferred.null_class) == (1000, True)
         inferred = infer_config(weights, null_class=False)
     assert inferred == config
+
+
+def test_a_bottleneck_is_inferred_from_the_tensors():
+    config = UViTConfig(**SIZES["small"], img_size=32, patch_size=8, patch_bottleneck=128)
+    with torch.device("meta"):
+        weights = UViT(config).state_dict()
+    assert infer_config(weights) == config

@@ -13,22 +13,28 @@ run's config; with other --seeds or --lrs it adds theirs.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from judged_runs import Run, do_all
+from judged_runs import (
+    ROOT,
+    Run,
+    do_all,
+    draw_samples,
+    give_points,
+    plan,
+    public_json,
+    same_settings,
+    study_config,
+    take_points,
+)
 from measure import (
     RESULTS,
     TRAINING_PASSES,
-    best_device,
     forward_flops,
     load_result,
     median_times,
@@ -45,18 +51,13 @@ from uvit.common.cli import parse, run
 from uvit.common.errors import TrainingError
 from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
 from uvit.common.signals import StopRequest
-from uvit.config import WEIGHTS_FILE, Compile, from_dict, load_config, to_json
+from uvit.config import Compile
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
-from uvit.networks.runtime import resolve_precision, set_threads, tf32
-from uvit.sampling.conditions import resolve_conditions
-from uvit.sampling.generate import generate
-from uvit.sampling.grid import image_grid
-from uvit.sampling.runs import load_run
+from uvit.networks.runtime import set_threads, tf32
 from uvit.training.trainer import Trainer
 from uvit.weights.build import build_network
 
-ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "backbones"
 NAME = "backbones"
 BASE = "U-ViT"
@@ -72,13 +73,9 @@ STYLES = {
 BUDGETS = {"flops": "equal training FLOPs", "time": "equal training time"}
 ATTENTION_SIDE = 16
 """Feature maps of a U-Net up to this side have attention, as in DDPM's and ADM's."""
-GRID_COLUMNS = 10
-SPARE_CHECKPOINTS = 10
-"""Kept besides those that are judged, for a run that is interrupted saves more."""
+KEY = ("seed", "budget", "arm")
 LR_RATIO = 10 ** (1 / 3)
 """Between the learning rates of a search that goes on."""
-MAX_WARMUP = 0.1
-"""Largest share of a run with a rising learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +147,6 @@ def measure_arms(base: Config, rounds: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def same_settings(kept: dict[str, Any] | None, now: dict[str, Any]) -> bool:
-    """Tells whether figures were measured with these settings; fields that configs have since gained are defaults."""
-    if kept is None or {**kept, "config": None} != {**now, "config": None}:
-        return False
-    return from_dict(Config, kept["config"]) == from_dict(Config, now["config"])
-
-
 def best_lr(found: Mapping[str, float | None]) -> float:
     """Returns the learning rate of the least distance; that of one at which training fails is None.
 
@@ -187,26 +177,13 @@ class Study:
     """
 
     def __init__(self, name: str, given: Arguments) -> None:
-        base = load_config(ROOT / "configs" / f"{name}.py")
-        train = replace(
-            base.train,
-            # All arms in one precision, whatever their widths.
-            mixed_precision=resolve_precision(base.train.mixed_precision, best_device().type, base.model.width),
-            num_threads=1,
-            compile=given.compile,
-            sample_every=0,
-            tracker="none",
-        )
-        data = replace(base.data, name=given.fashion if name == "fashion" and given.fashion else base.data.name)
-        sample = replace(base.sample, guidance=1.0, reuse="none", mixed_precision=train.mixed_precision)
         self.name, self.given, self.output = name, given, Path(given.output)
-        self.base = replace(base, train=train, data=data, sample=sample)
-        self.arms = arms_of(base.model)
+        self.base = study_config(name, given.fashion, given.compile)
+        self.arms = arms_of(self.base.model)
         self.planned: dict[tuple[int, str, str], Run] = {}
         changeable = ("data", "fashion", "only", "seeds", "lrs", "jobs", "output")
         settings = {key: value for key, value in asdict(given).items() if key not in changeable}
-        public = replace(self.base, data=base.data)  # names no folder of this machine
-        settings = json.loads(json.dumps({**settings, "config": json.loads(to_json(public))}))
+        settings = json.loads(json.dumps({**settings, "config": public_json(self.base, name)}))
         self.figures: dict[str, Any] = load_result(NAME, self.output).get("data", {}).get(name, {})
         if not same_settings(self.figures.get("settings"), settings):
             self.figures = {"settings": settings, "arms": measure_arms(self.base, given.rounds), "runs": []}
@@ -219,16 +196,16 @@ class Study:
 
     def plan(self, arm: str, num_steps: int, lr: float, seed: int, num_points: int) -> Run:
         """Returns a run of an arm, whose average covers the same share of it as that of the data's config."""
-        every, whole = math.ceil(num_steps / num_points), self.base.train
-        ema_decay = max(0.0, 1 - (1 - whole.ema_decay) * whole.num_steps / num_steps)
-        train = replace(whole, num_steps=num_steps, seed=seed, ema_decay=ema_decay, save_every=every)
-        train = replace(train, keep=num_points + SPARE_CHECKPOINTS)
-        warmup_steps = min(self.base.optim.warmup_steps, math.ceil(MAX_WARMUP * num_steps))
-        optim = replace(self.base.optim, lr=lr, warmup_steps=warmup_steps)
-        config = replace(self.base, model=self.arms[arm], optim=optim, train=train)
-        digest = hashlib.sha256(f"{self.given.num_images} {to_json(config)}".encode()).hexdigest()[:10]
-        label = re.sub(r"\W+", "-", f"{arm} {num_steps} steps lr {lr:g} seed {seed}".lower())
-        return Run(config, self.given.num_images, RUNS / self.name / f"{label}-{digest}")
+        optim = replace(self.base.optim, lr=lr)
+        return plan(
+            replace(self.base, model=self.arms[arm], optim=optim),
+            arm,
+            RUNS / self.name,
+            num_steps=num_steps,
+            seed=seed,
+            num_points=num_points,
+            num_images=self.given.num_images,
+        )
 
     def do(self) -> None:
         """Searches learning rates, trains all arms, and shows what there is, also when it is stopped."""
@@ -243,16 +220,15 @@ class Study:
             for budget in BUDGETS
             for arm in self.arms
         }
-        for each in self.figures["runs"]:
-            key = each["seed"], each["budget"], each["arm"]
-            if key in self.planned:
-                self.planned[key].write_points(each["points"])
+        give_points(self.figures["runs"], self.planned, KEY)
         wanted = [each for (_, budget, _), each in self.planned.items() if self.given.only in ("both", budget)]
         try:
             do_all([*dict.fromkeys(wanted)], self.given.jobs, self.name, self.save)
         finally:
             self.save()
-            self.draw_samples()
+            path = result_path(NAME, self.output)
+            runs = {arm: self.planned[self.given.seeds[0], "flops", arm] for arm in self.arms}
+            draw_samples(runs, path.with_name(f"{path.stem}_{self.name}_samples.png"))
 
     def search(self) -> None:
         """Chooses each arm's learning rate by short runs; figures of an arm at another one are dropped."""
@@ -273,31 +249,12 @@ class Study:
 
     def save(self) -> None:
         """Writes the figures of what is done, their table and their picture."""
-        kept = {(each["seed"], each["budget"], each["arm"]): each for each in self.figures["runs"]}
-        for (seed, budget, arm), each in self.planned.items():
-            if each.points:
-                kept[seed, budget, arm] = {"arm": arm, "budget": budget, "seed": seed, "points": each.points}
-        self.figures["runs"] = [kept[key] for key in sorted(kept, key=lambda key: key[:2])]
+        self.figures["runs"] = take_points(self.figures["runs"], self.planned, KEY)
         data = {**load_result(NAME, self.output).get("data", {}), self.name: self.figures}
         path = save_result(NAME, {"data": data}, self.output)
         write_text(path.with_suffix(".md"), "\n".join(line for item in data.items() for line in table_of(*item)) + "\n")
         if budgets_of(self.figures):
             draw_curves(self.name, self.figures, path.with_name(f"{path.stem}_{self.name}.png"))
-
-    def draw_samples(self) -> None:
-        """Draws a row for each arm that was trained here at equal FLOPs, from the same noise, for the same labels."""
-        labels = resolve_conditions(self.base)
-        wanted = [labels[column % len(labels)] for column in range(GRID_COLUMNS)]
-        rows = {}
-        for arm in self.arms:
-            each = self.planned[self.given.seeds[0], "flops", arm]
-            if each.points and (each.folder / WEIGHTS_FILE).is_file():
-                config, model = load_run(str(each.folder), "auto", best_device())
-                rows[arm] = generate(model, config, wanted, seed=0)
-        if rows:
-            path = result_path(NAME, self.output)
-            with atomic_write(path.with_name(f"{path.stem}_{self.name}_samples.png")) as temporary:
-                image_grid(torch.cat([*rows.values()]), GRID_COLUMNS, [*rows]).save(temporary)
 
 
 def budgets_of(figures: Mapping[str, Any]) -> list[str]:

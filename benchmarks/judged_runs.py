@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 import multiprocessing
 import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -21,19 +23,28 @@ from tqdm import tqdm
 
 from uvit import Config
 from uvit.common.errors import Interrupted, TrainingError
-from uvit.common.files import make_directory, write_text
-from uvit.config import CHECKPOINT_FOLDER, METRICS_FILE
+from uvit.common.files import atomic_write, make_directory, write_text
+from uvit.config import CHECKPOINT_FOLDER, METRICS_FILE, WEIGHTS_FILE, Compile, from_dict, load_config, to_json
 from uvit.data.batch import ImageData
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
-from uvit.networks.runtime import set_threads
+from uvit.networks.runtime import resolve_precision, set_threads
+from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate
+from uvit.sampling.grid import image_grid
+from uvit.sampling.runs import load_run
 from uvit.training.trainer import Trainer
 
+ROOT = Path(__file__).parent.parent
 POINTS_FILE, LOG_FILE = "points.json", "log.txt"
 TRAINING_SHARE = 0.8
 """About how much of a run's time is training, for a progress bar; the rest is drawing."""
 POLL_SECONDS = 5
+GRID_COLUMNS = 10
+SPARE_CHECKPOINTS = 10
+"""Kept besides those that are judged, for a run that is interrupted saves more."""
+MAX_WARMUP = 0.1
+"""Largest share of a run with a rising learning rate."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,100 @@ class Run:
                     points.append({"step": step, **judge(generate(model, self.config, judge.labels, seed=0))})
         self.write_points(points)
         shutil.rmtree(self.folder / CHECKPOINT_FOLDER, ignore_errors=True)
+
+
+def study_config(name: str, fashion: str | None = None, compile: Compile = "no") -> Config:
+    """Returns the recipe of configs/NAME.py for a study: one thread, no grids, no tracker, unguided images.
+
+    Args:
+        name: of the config.
+        fashion: folder to read the images of `fashion` from; None is the name in its config.
+        compile: how networks are compiled to train.
+    """
+    base = load_config(ROOT / "configs" / f"{name}.py")
+    train = replace(
+        base.train,
+        # All arms in one precision, whatever their widths.
+        mixed_precision=resolve_precision(base.train.mixed_precision, best_device().type, base.model.width),
+        num_threads=1,
+        compile=compile,
+        sample_every=0,
+        tracker="none",
+    )
+    data = replace(base.data, name=fashion if name == "fashion" and fashion else base.data.name)
+    sample = replace(base.sample, guidance=1.0, reuse="none", mixed_precision=train.mixed_precision)
+    return replace(base, train=train, data=data, sample=sample)
+
+
+def public_json(config: Config, name: str) -> dict[str, Any]:
+    """Returns a recipe as JSON that names no folder of this machine, but the data of configs/NAME.py."""
+    data = load_config(ROOT / "configs" / f"{name}.py").data
+    return json.loads(to_json(replace(config, data=data)))
+
+
+def same_settings(kept: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Tells whether figures were measured with these settings; fields that configs have since gained are defaults."""
+    if kept is None or {**kept, "config": None} != {**now, "config": None}:
+        return False
+    return from_dict(Config, kept["config"]) == from_dict(Config, now["config"])
+
+
+def plan(
+    config: Config, label: str, folder: Path, *, num_steps: int, seed: int, num_points: int, num_images: int
+) -> Run:
+    """Plans a run of another length, whose average covers the same share of it.
+
+    Args:
+        config: the recipe.
+        label: what the arm is called.
+        folder: of the study; the run's is inside, with a name that tells recipes apart.
+        num_steps: length of the run.
+        seed: of training.
+        num_points: steps, evenly spaced, whose averages are judged.
+        num_images: images of each.
+    """
+    every, whole = math.ceil(num_steps / num_points), config.train
+    ema_decay = max(0.0, 1 - (1 - whole.ema_decay) * whole.num_steps / num_steps)
+    train = replace(whole, num_steps=num_steps, seed=seed, ema_decay=ema_decay, save_every=every)
+    train = replace(train, keep=num_points + SPARE_CHECKPOINTS)
+    optim = replace(config.optim, warmup_steps=min(config.optim.warmup_steps, math.ceil(MAX_WARMUP * num_steps)))
+    config = replace(config, optim=optim, train=train)
+    digest = hashlib.sha256(f"{num_images} {to_json(config)}".encode()).hexdigest()[:10]
+    label = re.sub(r"\W+", "-", f"{label} {num_steps} steps lr {optim.lr:g} seed {seed}".lower())
+    return Run(config, num_images, folder / f"{label}-{digest}")
+
+
+def give_points(kept: Sequence[Mapping[str, Any]], planned: Mapping[tuple, Run], names: Sequence[str]) -> None:
+    """Ends planned runs whose figures are kept: those of the same values of `names`."""
+    for each in kept:
+        key = tuple(each[name] for name in names)
+        if key in planned:
+            planned[key].write_points(each["points"])
+
+
+def take_points(
+    kept: Sequence[Mapping[str, Any]], planned: Mapping[tuple, Run], names: Sequence[str]
+) -> list[Mapping[str, Any]]:
+    """Returns kept figures with those of planned runs that have ended, in the order of all but the last of `names`."""
+    found = {tuple(each[name] for name in names): each for each in kept}
+    for key, each in planned.items():
+        if each.points:
+            found[key] = {**dict(zip(names, key)), "points": each.points}
+    return [found[key] for key in sorted(found, key=lambda key: key[:-1])]
+
+
+def draw_samples(arms: Mapping[str, Run], path: Path) -> None:
+    """Draws a row for each arm whose run was trained here, from the same noise, for the same labels."""
+    rows = {}
+    for arm, each in arms.items():
+        if each.points and (each.folder / WEIGHTS_FILE).is_file():
+            labels = resolve_conditions(each.config)
+            wanted = [labels[column % len(labels)] for column in range(GRID_COLUMNS)]
+            config, model = load_run(str(each.folder), "auto", best_device())
+            rows[arm] = generate(model, config, wanted, seed=0)
+    if rows:
+        with atomic_write(path) as temporary:
+            image_grid(torch.cat([*rows.values()]), GRID_COLUMNS, [*rows]).save(temporary)
 
 
 def work(runs: Sequence[Run], num_taken: Any) -> None:

@@ -26,6 +26,7 @@ CONFIGS = {
     "plain": UViTConfig(**SIZES),
     "conditioned": UViTConfig(**SIZES, **CONDITIONED, **AVERAGE, mlp_time_embed=True, outer_pairs=1),
     "fixed positions": UViTConfig(**SIZES, pos_embed="sincos2d", conv="none", patch_embed="conv"),
+    "narrow patches": UViTConfig(**SIZES, patch_bottleneck=3),
     "adaptive norms": UViTConfig(**SIZES, time_conditioning="adaln", skip="add", conv="tokens"),
     "U-Net": UNetConfig(**UNET, head_dim=16, num_res_blocks=1),
     "conditioned U-Net": UNetConfig(**UNET, **CONDITIONED, **AVERAGE, num_res_blocks=1, head_dim=0, dropout=0.1),

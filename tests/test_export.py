@@ -66,7 +66,9 @@ def largest_difference(model, exported, batch):
 
 
 @pytest.mark.parametrize(
-    "fields", [LABELS, CONTEXT, OPTIONS, {**UNET, **CONTEXT}], ids=["labels", "context", "options", "unet"]
+    "fields",
+    [LABELS, CONTEXT, OPTIONS, {"patch_bottleneck": 3}, {**UNET, **CONTEXT}],
+    ids=["labels", "context", "options", "narrow", "unet"],
 )
 def test_onnxruntime_gives_the_models_output_at_every_batch_and_after_resize(make, fields, tmp_path):
     model, path = make(**fields).resize((12, 16)), tmp_path / "model.onnx"

@@ -26,6 +26,8 @@ BAD_MODELS = [
     ({"context_dim": 768}, "context_dim and num_context_tokens must both be"),
     ({"pos_embed": "sincos2d", "embed_dim": 6, "num_heads": 1}, "divisible by 4"),
     ({"patch_embed": "conv", "patch_size": 3, "img_size": 9}, "a power of 2"),
+    ({"patch_bottleneck": -1}, "patch_bottleneck must be at least 0, got -1"),
+    ({"patch_bottleneck": 8, "patch_embed": "conv"}, "patch_bottleneck must be 0 with patch_embed 'conv', got 8"),
 ]
 
 

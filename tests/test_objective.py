@@ -6,7 +6,7 @@ import torch
 from uvit.common.errors import InputError
 from uvit.config import ProcessConfig
 from uvit.diffusion.objective import diffusion_loss
-from uvit.diffusion.process import SCHEDULES, combine
+from uvit.diffusion.process import SCHEDULES, combine, prediction_coefficients, separate
 
 KINDS = ["noise", "data", "v", "flow"]
 X0 = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -47,6 +47,96 @@ def test_data_prediction_with_flow_loss_is_the_data_error_over_sigma_squared():
     t = TIMES[:, None, None, None]
     error = network((1 - t) * X0 + t * NOISE, 1000 * TIMES) - X0
     torch.testing.assert_close(loss, (error.square() / t**2).mean())
+
+
+ENDS = torch.tensor([0.0, 1e-4, 0.02, 0.5, 0.98, 1.0])
+
+
+def test_the_flow_loss_of_data_divides_by_a_time_that_is_clamped():
+    """JiT, arXiv 2511.13720: both velocities are (x_t - x) / max(t, m), in its code with 1 - t for our t."""
+    process = ProcessConfig(schedule="flow", prediction="data", loss_space="flow", min_divisor=0.05)
+    loss = diffusion_loss(network, X0, process, times=ENDS, noise=NOISE)
+    t = ENDS[:, None, None, None]
+    x_t = (1 - t) * X0 + t * NOISE
+    velocity, target = ((x_t - x) / t.clamp(min=0.05) for x in (network(x_t, 1000 * ENDS), X0))
+    torch.testing.assert_close(loss, (velocity - target).square().mean())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("kind", ["data", "noise"])
+@pytest.mark.parametrize("space", KINDS)
+def test_a_divisor_is_clamped_in_any_space_and_elsewhere_changes_nothing(name, kind, space):
+    if kind == space:
+        return
+    plain, clamped = (
+        ProcessConfig(schedule=name, prediction=kind, loss_space=space, min_divisor=least) for least in (0.0, 0.3)
+    )
+    alpha, sigma = SCHEDULES[name].alpha_sigma(TIMES)
+    divisor = sigma if kind == "data" else alpha
+    assert (divisor < 0.3).any() and (divisor > 0.3).any()
+    for number, each in enumerate(divisor):
+        one = {"times": TIMES[number : number + 1], "noise": NOISE[number : number + 1]}
+        before, now = (diffusion_loss(network, X0[number : number + 1], p, **one) for p in (plain, clamped))
+        torch.testing.assert_close(now, before * (each / each.clamp(min=0.3)).square(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_exact_prediction_has_no_loss_at_the_ends_under_a_clamp(name):
+    for kind in ("data", "noise"):
+        for space in set(KINDS) - {kind}:
+            process = ProcessConfig(schedule=name, prediction=kind, loss_space=space, min_divisor=0.05)
+            exact = X0 if kind == "data" else NOISE
+            times = SCHEDULES[name].snap(ENDS)
+            assert diffusion_loss(lambda x, t: exact, X0, process, times=times, noise=NOISE) == 0  # noqa: B023
+            assert diffusion_loss(lambda x, t: exact + 1, X0, process, times=times, noise=NOISE) < 1e3  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space", [None, *KINDS])
+@pytest.mark.parametrize("weighting", ["none", "min_snr"])
+def test_without_a_clamp_the_loss_is_that_of_before_to_the_bit(kind, space, weighting):
+    """As it was written before there was one, with the times kept from the ends."""
+    process = ProcessConfig(prediction=kind, loss_space=space, weighting=weighting, schedule="vp")
+    loss = diffusion_loss(network, X0, process, torch.Generator().manual_seed(5))
+    generator, other = torch.Generator().manual_seed(5), space or kind
+    times = torch.rand(6, generator=generator)
+    noise = torch.randn(X0.shape, generator=generator)
+    if other != kind or weighting != "none":
+        times = times.clamp(1e-3, 1 - 1e-3)
+    alpha, sigma = (value[:, None, None, None] for value in SCHEDULES["vp"].alpha_sigma(times))
+    x_t = alpha * X0 + sigma * noise
+    output = network(x_t, 999.0 * times)
+    if other != kind:
+        output = combine(other, *separate(kind, output, x_t, alpha, sigma), alpha, sigma)
+    error = (output - combine(other, X0, noise, alpha, sigma)).square()
+    if weighting == "min_snr":
+        a, b = prediction_coefficients(other, alpha, sigma)
+        error = error * (alpha / sigma).square().clamp(max=5.0) * (sigma / (alpha * b - sigma * a)).square()
+    assert torch.equal(loss, error.mean())
+
+
+NOWHERE = r"min_divisor must be 0 unless the error of 'data' or 'noise' is converted to another loss_space, got 0.05"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prediction": "data"}, NOWHERE),
+        ({"prediction": "data", "loss_space": "data"}, NOWHERE),
+        ({"prediction": "flow", "loss_space": "data"}, NOWHERE),
+        ({"prediction": "v", "loss_space": "flow"}, NOWHERE),
+        ({"prediction": "data", "objective": "average"}, "min_divisor must be 0 with objective 'average', got 0.05"),
+        (
+            {"prediction": "data", "loss_space": "flow", "weighting": "min_snr"},
+            "weighting must be 'none' with a min_divisor, got 'min_snr'",
+        ),
+        ({"min_divisor": 1.0}, r"min_divisor must be in \[0, 1\), got 1.0"),
+        ({"min_divisor": -0.1}, r"min_divisor must be in \[0, 1\), got -0.1"),
+    ],
+)
+def test_a_clamp_is_refused_where_nothing_is_divided(fields, message):
+    with pytest.raises(InputError, match=message):
+        ProcessConfig(**{"min_divisor": 0.05, **fields})
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,17 @@ import torch
 from helpers.golden import FACTS, config_of
 
 from uvit import UViT
-from uvit.config import load_config
+from uvit.config import UViTConfig, load_config
+from uvit.diffusion.process import sample_times
 from uvit.diffusion.samplers import num_evaluations
-from uvit.weights.published import PUBLISHED, PUBLISHED_UVIT, SD_AUTOENCODER, SD_AUTOENCODER_EMA, infer_config
+from uvit.weights.published import (
+    PUBLISHED,
+    PUBLISHED_UVIT,
+    SD_AUTOENCODER,
+    SD_AUTOENCODER_EMA,
+    SIZES,
+    infer_config,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -96,3 +104,30 @@ def test_sizes_are_inferred_from_the_tensors(name):
         assert (inferred.num_classes, inferred.null_class) == (1000, True)
         inferred = infer_config(weights, null_class=False)
     assert inferred == config
+
+
+def test_a_bottleneck_is_inferred_from_the_tensors():
+    config = UViTConfig(**SIZES["small"], img_size=32, patch_size=8, patch_bottleneck=128)
+    with torch.device("meta"):
+        weights = UViT(config).state_dict()
+    assert infer_config(weights) == config
+
+
+def test_the_recipe_in_pixels_is_that_of_jit():
+    """arXiv 2511.13720, JiT-B/16 on ImageNet 256x256 for 200 epochs; its time is 1 - t."""
+    config = load_config(CONFIGS / "imagenet256_pixels.py")
+    model, process, optim, train = config.model, config.process, config.optim, config.train
+    assert (model.embed_dim, model.depth, model.num_heads, model.patch_size) == (768, 12, 12, 16)
+    assert (model.patch_bottleneck, model.in_chans * model.patch_size**2) == (128, 768)
+    assert (process.prediction, process.loss_space, process.min_divisor) == ("data", "flow", 0.05)
+    torch.manual_seed(0)
+    logits = torch.logit(1 - sample_times(process, 20_000, torch.device("cpu")))
+    assert logits.mean().item() == pytest.approx(-0.8, abs=0.02) and logits.std().item() == pytest.approx(0.8, abs=0.02)
+    assert (optim.name, optim.lr, optim.betas, optim.weight_decay) == ("adamw", 2e-4, (0.9, 0.95), 0)
+    steps_per_epoch = 1_281_167 / train.batch_size
+    assert (train.num_steps / steps_per_epoch, optim.warmup_steps / steps_per_epoch) == pytest.approx(
+        (200, 5), rel=1e-3
+    )
+    assert (train.label_dropout, optim.decay) == (0.1, "constant")
+    with torch.device("meta"):
+        assert UViT(model).num_parameters == 100_953_044

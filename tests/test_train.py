@@ -12,7 +12,7 @@ from helpers.runs import ROOT, TINY, files_of, losses_of
 from PIL import Image
 
 from uvit import UViT
-from uvit.commands import sample, train
+from uvit.commands import evaluate, sample, train
 from uvit.common.errors import InputError
 from uvit.training.checkpoint import load_checkpoint
 
@@ -41,6 +41,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, trained):
     assert parts["step"] == whole["step"] == 4
     for part in ("model", "ema"):
         assert all(torch.equal(parts[part][name], tensor) for name, tensor in whole[part].items())
+
+
+def test_a_run_in_pixels_resumes_draws_and_is_measured(tmp_path, trained, capsys):
+    """Large patches through a bottleneck, which predict the image with a clamped divisor."""
+    options = "--model.patch_size 4 --model.patch_bottleneck 3 --process.prediction data --process.loss_space flow"
+    shared = [str(trained / "tiny.py"), *options.split(), "--process.min_divisor", "0.05", "--train.run_dir"]
+    for run, lengths in {"whole": ("4",), "parts": ("2", "4")}.items():
+        for steps in lengths:
+            train.main([*shared, str(tmp_path / run), "--train.num_steps", steps])
+    whole, parts = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "parts")
+    assert parts["step"] == whole["step"] == 4
+    for part in ("model", "ema"):
+        assert all(torch.equal(parts[part][name], tensor) for name, tensor in whole[part].items())
+    with pytest.raises(InputError, match=r"holds a run with process.min_divisor 0.05, got 0.1"):
+        train.main([*shared, str(tmp_path / "parts"), "--process.min_divisor", "0.1"])
+    sampling = ["--checkpoint", str(tmp_path / "whole"), "--num_per_class", "1", "--output"]
+    sample.main([*sampling, str(tmp_path / "grid.png")])
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "grid.png")))) > 10
+    evaluate.main(["--checkpoint", str(tmp_path / "whole"), "--num_images", "20"])
+    assert "recognised " in capsys.readouterr().out
 
 
 def test_metrics_are_not_repeated_after_a_lost_checkpoint(tmp_path, trained):

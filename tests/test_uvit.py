@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from einops import rearrange
 from helpers.golden import ARRAYS, FACTS, config_of, golden_inputs, golden_model, rnd
 from helpers.plain_uvit import plain_uvit, sincos_positions
 
@@ -66,6 +67,7 @@ OPTIONS = [
     {"time_conditioning": "adaln", "num_classes": 5},
     {"conv": "tokens"},
     {"conv": "none"},
+    {"patch_size": 4, "patch_bottleneck": 3},
     {"patch_embed": "conv"},
     {"patch_embed": "conv", "patch_size": 4},
     {"patch_embed": "conv", "patch_size": 1, "img_size": 4},
@@ -183,6 +185,33 @@ def test_resize_interpolates_positions_row_by_row(tiny):
     assert model.patch_embed.img_size == (12, 8) and model.patch_embed.grid_size == (6, 4)
     model.pos_embed.requires_grad_(False)
     assert not model.resize(8).pos_embed.requires_grad
+
+
+def test_a_bottleneck_is_two_linear_maps_of_a_patch(tiny):
+    torch.manual_seed(0)
+    model = UViT(tiny, img_size=(8, 12), patch_size=4, in_chans=3, patch_bottleneck=5)
+    x = torch.randn(2, 3, 8, 12)
+    patches = rearrange(x, "B C (h p) (w q) -> B (h w) (C p q)", p=4, q=4)
+    first, second = model.patch_embed.proj, model.patch_embed.expand
+    assert first.bias is None and first.weight.shape == (5, 3, 4, 4)
+    expected = patches @ first.weight.flatten(1).T @ second.weight.flatten(1).T + second.bias
+    torch.testing.assert_close(model.patch_embed(x), expected)
+    assert torch.linalg.matrix_rank((model.patch_embed(x) - second.bias).flatten(0, 1), tol=1e-5) == 5
+    resized = model.resize((16, 8))
+    assert resized.patch_embed.grid_size == (4, 2)
+    assert resized(torch.randn(2, 3, 16, 8), torch.tensor([3.0, 700.0])).shape == (2, 3, 16, 8)
+    assert {key for key in resized.state_dict() if key.startswith("patch_embed.")} == {
+        "patch_embed.proj.weight",
+        "patch_embed.expand.weight",
+        "patch_embed.expand.bias",
+    }
+
+
+@pytest.mark.parametrize("width", [1, 5_000])
+def test_the_bound_on_parameters_counts_a_bottleneck(tiny, width):
+    model = UViT(tiny, patch_bottleneck=width)
+    assert model.num_parameters <= model.config.most_parameters
+    assert model.num_parameters - UViT(tiny).num_parameters == width * (4 + 32) - 4 * 32
 
 
 def test_fixed_positions_are_those_of_rows_and_columns(tiny):

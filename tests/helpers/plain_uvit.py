@@ -83,7 +83,10 @@ def plain_uvit(
     if config.patch_embed == "linear":
         patches = x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         weight = weights["patch_embed.proj.weight"].flatten(1)
-        patches = patches @ weight.T + weights["patch_embed.proj.bias"]
+        if config.patch_bottleneck:
+            patches, weight = patches @ weight.T, weights["patch_embed.expand.weight"].flatten(1)
+        bias = weights["patch_embed.expand.bias" if config.patch_bottleneck else "patch_embed.proj.bias"]
+        patches = patches @ weight.T + bias
     else:
         last = 2 * (int(math.log2(p)) + 1)
         image = F.gelu(conv("patch_embed.proj.0", x))

@@ -80,6 +80,9 @@ class ProcessConfig(Section):
     """With `average` and a network that takes guidance, the largest scale w that it is trained for."""
     loss_space: Kind | None = None
     """Space of the squared error; None is that of the prediction."""
+    min_divisor: float = 0.0
+    """Least divisor where the error of `data` (divided by the noise's amplitude, on `flow` t) or of `noise` (by the
+    signal's) is converted to another loss_space, such as 0.05 (JiT's); 0 instead keeps times 0.001 from both ends."""
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of training times."""
     logit_mean: float = 0.0
@@ -97,6 +100,7 @@ class ProcessConfig(Section):
         super().__post_init__()
         for name in ("logit_std", "time_shift", "min_snr_gamma"):
             self._require(name, getattr(self, name) > 0, "above 0")
+        self._require("min_divisor", 0 <= self.min_divisor < 1, "in [0, 1)")
         self._require("time_scale", self.time_scale is None or self.time_scale > 0, "None or above 0")
         self._require("instant_share", 0 <= self.instant_share < 1, "in [0, 1)")
         self._require("adaptive_power", self.adaptive_power >= 0, "at least 0")
@@ -110,6 +114,14 @@ class ProcessConfig(Section):
             )
             self._require("loss_space", self.loss_space is None, "None with objective 'average'")
             self._require("weighting", self.weighting == "none", "'none' with objective 'average'")
+            # There it is 0.05 and in sampling, too: it is part of what the network's output means.
+            self._require("min_divisor", self.min_divisor == 0, "0 with objective 'average'")
+        if self.min_divisor:
+            divides = self.prediction in ("data", "noise") and self.loss_space not in (None, self.prediction)
+            self._require(
+                "min_divisor", divides, "0 unless the error of 'data' or 'noise' is converted to another loss_space"
+            )
+            self._require("weighting", self.weighting == "none", "'none' with a min_divisor")
 
     @property
     def unit_of_time(self) -> float | None:

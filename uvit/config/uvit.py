@@ -41,6 +41,9 @@ class UViTConfig(NetworkConfig):
     """Final 3x3 convolution: on the image, on the grid of tokens before the linear projection, or none."""
     patch_embed: Literal["linear", "conv"] = "linear"
     """One linear projection per patch, or a stack of 3x3 convolutions and a 1x1."""
+    patch_bottleneck: int = 0
+    """Width of a narrow linear projection of a patch before the one to embed_dim, for patches of many pixels (JiT: 128
+    for 768 values); 0 is none."""
     pos_embed: Literal["learned", "sincos2d"] = "learned"
     """Learned for every token, or fixed two-dimensional sinusoids for the patches."""
     outer_pairs: int = 0
@@ -61,7 +64,9 @@ class UViTConfig(NetworkConfig):
         self._require("embed_dim", self.embed_dim % 2 == 0, "even (the time embedding is half cosines, half sines)")
         if self.pos_embed == "sincos2d":
             self._require("embed_dim", self.embed_dim % 4 == 0, "divisible by 4 with pos_embed 'sincos2d'")
+        self._require("patch_bottleneck", self.patch_bottleneck >= 0, "at least 0")
         if self.patch_embed == "conv":
+            self._require("patch_bottleneck", self.patch_bottleneck == 0, "0 with patch_embed 'conv'")
             self._require(
                 "patch_size", self.patch_size & (self.patch_size - 1) == 0, "a power of 2 with patch_embed 'conv'"
             )
@@ -106,6 +111,7 @@ class UViTConfig(NetworkConfig):
         per_block = dim * (10 * dim + 2 * dim * self.mlp_ratio)  # attention, adaptive norms, skip; MLP
         per_token = pixels * 2 + self.num_tokens + self.num_classes + self.context_dim
         around = (31 + 2 * self.embedded_numbers) * dim**2 + 9 * self.in_chans**2
+        around += self.patch_bottleneck * (pixels + dim)
         return (self.depth + 1) * per_block + dim * per_token + around
 
     @property

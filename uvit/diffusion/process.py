@@ -216,6 +216,12 @@ def prediction_coefficients(kind: Kind, alpha: Number, sigma: Number) -> tuple[N
     raise ValueError(f"unknown prediction {kind!r}")
 
 
+def determinant(kind: Kind, alpha: Number, sigma: Number) -> Number:
+    """Returns α b - σ a of the prediction a x_0 + b ε, which (x_0, ε) are divided by where they are found from it."""
+    a, b = prediction_coefficients(kind, alpha, sigma)
+    return alpha * b - sigma * a
+
+
 def separate(kind: Kind, output: Tensor, x_t: Tensor, alpha: Number, sigma: Number) -> tuple[Tensor, Tensor]:
     """Solves x_t = α x_0 + σ ε and output = a x_0 + b ε for (x_0, ε).
 
@@ -230,8 +236,8 @@ def separate(kind: Kind, output: Tensor, x_t: Tensor, alpha: Number, sigma: Numb
         (x_0, ε), (B, C, H, W) each.
     """
     a, b = prediction_coefficients(kind, alpha, sigma)
-    determinant = alpha * b - sigma * a
-    return (b * x_t - sigma * output) / determinant, (alpha * output - a * x_t) / determinant
+    divisor = determinant(kind, alpha, sigma)
+    return (b * x_t - sigma * output) / divisor, (alpha * output - a * x_t) / divisor
 
 
 def sample_times(

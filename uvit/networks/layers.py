@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp
+from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from uvit.config import UViTConfig
@@ -162,6 +162,20 @@ class Block(nn.Module):
             x = self.merge(x, skip)
         x = x + self.attn(self.norm1(x, time))
         return x + self.mlp(self.norm2(x, time))
+
+
+class NarrowPatchEmbed(PatchEmbed):
+    """Two linear projections of each patch, the first one without bias to few numbers (JiT, arXiv 2511.13720)."""
+
+    def __init__(self, config: UViTConfig) -> None:
+        width = config.patch_bottleneck
+        super().__init__(
+            config.image_shape, config.patch_size, config.in_chans, width, bias=False, strict_img_size=False
+        )
+        self.expand = nn.Conv2d(width, config.embed_dim, 1)  # a convolution for its initial weights: PyTorch's
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.expand(self.proj(x)), "B D h w -> B (h w) D")
 
 
 class ConvPatchEmbed(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from uvit.config import InputError, UViTConfig, replace_fields
 from uvit.networks.backbone import Backbone, embed_labels
 from uvit.networks.inputs import check_inputs, check_numbers
-from uvit.networks.layers import AdaLayerNorm, Block, ConvPatchEmbed, timestep_embedding
+from uvit.networks.layers import AdaLayerNorm, Block, ConvPatchEmbed, NarrowPatchEmbed, timestep_embedding
 from uvit.networks.sparse import put_tokens, take_tokens
 
 UViTType = TypeVar("UViTType", bound="UViT")
@@ -68,12 +68,12 @@ class UViT(Backbone):
         self.config = config = replace_fields(config or UViTConfig(), fields)
         dim, patch_size, in_chans = config.embed_dim, config.patch_size, config.in_chans
 
-        if config.patch_embed == "linear":
-            self.patch_embed: nn.Module = PatchEmbed(
-                config.image_shape, patch_size, in_chans, dim, strict_img_size=False
-            )
+        if config.patch_embed == "conv":
+            self.patch_embed: nn.Module = ConvPatchEmbed(config)
+        elif config.patch_bottleneck:
+            self.patch_embed = NarrowPatchEmbed(config)
         else:
-            self.patch_embed = ConvPatchEmbed(config)
+            self.patch_embed = PatchEmbed(config.image_shape, patch_size, in_chans, dim, strict_img_size=False)
         if config.mlp_time_embed:
             self.time_embed: nn.Module = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
         else:

@@ -105,10 +105,13 @@ def infer_uvit_config(weights: Mapping[str, Tensor], **known: Any) -> UViTConfig
         if name in weights and (weights[name].ndim != rank or 0 in weights[name].shape):
             shape = tuple(weights[name].shape)
             raise InputError(f"not the weights of a U-ViT: {name} must have {rank} dimensions, got shape {shape}")
-    embed_dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    width, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    is_narrow = "patch_embed.expand.weight" in weights
+    embed_dim = weights["in_blocks.0.mlp.fc1.weight"].shape[1] if is_narrow else width
     fields: dict[str, Any] = {
         "patch_size": patch_size,
         "in_chans": in_chans,
+        "patch_bottleneck": width if is_narrow else 0,
         "embed_dim": embed_dim,
         "depth": 2 * len({name.split(".")[1] for name in weights if name.startswith("in_blocks.")}),
         "mlp_ratio": weights["in_blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,

@@ -67,8 +67,10 @@ def test_the_default_batch_fits_the_cache_of_a_processor_and_is_at_least_four():
 
 
 def test_guidance_is_described_in_both_conventions():
-    assert describe_guidance(1.4) == "guidance w = 1.4 (the paper's s = 0.4)"
-    assert describe_guidance(1) == "guidance w = 1 (the paper's s = 0)"
+    config = Config()
+    assert describe_guidance(1.4, config) == "guidance w = 1.4 (the paper's s = 0.4)"
+    assert describe_guidance(1, config) == "guidance w = 1 (the paper's s = 0)"
+    assert describe_guidance(2, config, "runs/bad") == "guidance w = 2 (the paper's s = 1) away from runs/bad"
 
 
 def test_a_grid_has_a_named_row_for_each_condition():

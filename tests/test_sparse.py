@@ -12,10 +12,14 @@ from helpers.commands import refused
 from helpers.runs import TINY, losses_of
 
 from uvit import Config, UNet, UViT, UViTConfig
-from uvit.commands import train
+from uvit.commands import evaluate, sample, train
 from uvit.common.errors import InputError
-from uvit.config import TrainConfig
+from uvit.config import ProcessConfig, SampleConfig, TrainConfig
+from uvit.data.images import to_uint8
+from uvit.diffusion.samplers import ImageNoise
 from uvit.networks.sparse import put_tokens, take_tokens
+from uvit.sampling.generate import generate
+from uvit.sampling.runs import load_run
 from uvit.training.checkpoint import load_checkpoint
 from uvit.training.sparse import at_step, random_patches, sparse_inputs, structured_patches
 
@@ -143,7 +147,9 @@ def test_a_network_without_an_inner_part_has_none_to_leave_out():
     ):
         with pytest.raises(InputError, match="kept and dropped need a network with sparse_pairs above 0, got 0"):
             network(X, TIMES, LABELS, kept=KEPT)
-    with pytest.raises(InputError, match="a prediction by the outer pairs needs outer_pairs above 0, got 0"):
+    with pytest.raises(
+        InputError, match="a prediction by the outer pairs needs a network with sparse_pairs above 0, got 0"
+    ):
         UViT(CONFIG, outer_pairs=0).forward_outer(X, TIMES, LABELS)
 
 
@@ -278,3 +284,81 @@ def test_a_run_of_some_patches_needs_an_inner_part(folder, monkeypatch, capsys):
     message = refused("train", "tiny.py --train.token_keep 0.5", monkeypatch, capsys)
     assert "train.token_keep 0.5 needs a U-ViT with model.outer_pairs above 0, got 0" in message
     assert not Path("runs").exists()
+
+
+def by_path(config, **settings):
+    """The config with guidance 2 by path, and other settings of sampling."""
+    settings = {"guidance": 2.0, "guidance_path": True, **settings}
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **settings))
+
+
+def test_guidance_by_path_leads_away_from_the_outer_blocks_alone(folder):
+    """Each evaluation against its formula; the null class is the outer blocks', the label the whole network's."""
+    train.main(["sparse.py"])
+    config, model = load_run("runs/sparse", "auto", CPU)
+    torch.nn.init.normal_(model.gap_token)
+    labels = [3, 4, 5]
+    found = generate(model, by_path(config, sampler="euler", num_steps=2), labels, seed=0)
+    noise = ImageNoise([(0, label, 0) for label in labels], (1, 8, 8), CPU)
+    x, y, null = noise(), torch.tensor(labels), torch.full((3,), 10)
+    with torch.no_grad():
+        for t in (1.0, 0.5):
+            times = torch.full((3,), 1000 * t)
+            good, bad = model(x, times, y), model(x, times, null, dropped=torch.ones(3, dtype=torch.bool))
+            x = x - 0.5 * (bad + 2 * (good - bad))
+    assert torch.equal(found, to_uint8(x))
+    assert not torch.equal(found, generate(model, by_path(config, guidance_path=False, num_steps=2), labels, seed=0))
+
+
+def test_both_guidances_agree_where_nothing_is_left_out(folder):
+    """With an inner part whose output is the gap token, the pass without it is the pass with it."""
+    train.main(["sparse.py"])
+    config, model = load_run("runs/sparse", "auto", CPU)
+    model._run_inner = lambda h, *_: model.gap_token.expand_as(h)
+    pictures = [generate(model, by_path(config, guidance_path=path), range(5), seed=0) for path in (True, False)]
+    assert (pictures[0].int() - pictures[1].int()).abs().max() <= 1
+
+
+def test_a_network_without_labels_is_guided_by_path(folder):
+    unlabelled = "--model.num_classes 0 --model.null_class False --train.label_dropout 0".split()
+    train.main(["sparse.py", *unlabelled, "--sample.guidance_path", "True"])
+    config, model = load_run("runs/sparse", "auto", CPU)
+    pictures = [generate(model, by_path(config, guidance=scale), [None] * 4, seed=0) for scale in (1.0, 3.0)]
+    assert not torch.equal(*pictures)
+
+
+def test_the_command_line_guides_by_path(folder, capsys):
+    train.main(["sparse.py"])
+    words = "--checkpoint runs/sparse --guidance 2 --guidance_path True --num_per_class 1"
+    sample.main(words.split())
+    assert "guidance w = 2 (the paper's s = 1) away from the outer blocks alone" in capsys.readouterr().out
+    evaluate.main("--checkpoint runs/sparse --guidance 2 --guidance_path True --num_images 20".split())
+    assert "away from the outer blocks alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("run_of", "words", "message"),
+    [
+        ("tiny.py", "--guidance_path True", "model.outer_pairs and train.path_drop above 0, got 0 and 0.1"),
+        ("sparse.py --train.path_drop 0", "--guidance_path True", "train.path_drop above 0, got 1 and 0"),
+        (
+            "sparse.py",
+            "--guidance_path True --guide RUN --guidance 2",
+            "guidance leads away from one network, got guidance_path True and --guide",
+        ),
+    ],
+)
+def test_a_path_that_cannot_be_left_out_is_refused(run_of, words, message, folder, monkeypatch, capsys):
+    train.main([*run_of.split(), "--train.run_dir", "run"])
+    capsys.readouterr()
+    assert message in refused("sample", f"--checkpoint run {words.replace('RUN', 'run')}", monkeypatch, capsys)
+
+
+def test_guidance_as_an_input_is_in_one_pass():
+    fields = {"takes_interval": True, "takes_guidance": True, "null_class": True}
+    with pytest.raises(InputError, match="sample.guidance_path must be False with model.takes_guidance"):
+        Config(
+            model=dataclasses.replace(CONFIG, **fields),
+            process=ProcessConfig(objective="average"),
+            sample=SampleConfig(sampler="average", guidance_path=True),
+        )

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     sampling = config.sample
     print(
         f"{len(images)} images to {output}: EMA weights of {given.checkpoint}, "
-        f"{describe_guidance(sampling.guidance, config.model.takes_guidance, given.guide)}, "
+        f"{describe_guidance(sampling.guidance, config, given.guide)}, "
         f"{sampling.sampler}, {sampling.num_steps} steps ({sampling.spacing}), reuse {sampling.reuse}, "
         f"precision {sampling.mixed_precision}, seed {given.seed}"
     )

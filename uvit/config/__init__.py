@@ -35,36 +35,22 @@ from uvit.config.network import (
     NUM_GUIDANCE,
     Backend,
     NetworkConfig,
+    Precision,
 )
-from uvit.config.run import (
-    ALIGNMENT_WEIGHTS,
+from uvit.config.process import (
     AVERAGE_TIME_SCALE,
     GUIDANCE_MIDDLE,
-    MAX_BATCH,
-    MAX_IMAGES,
     MAX_SAMPLER_STEPS,
-    MAX_THREADS,
-    MAX_WIDTH,
-    MAX_WORKERS,
-    MIN_WIDTH,
-    TIMM,
-    TO_AN_ENCODER,
-    Alignment,
-    Compile,
-    Config,
-    DataConfig,
     Kind,
-    OptimConfig,
-    Precision,
     ProcessConfig,
     SampleConfig,
     ScheduleName,
     SolverName,
     Spacing,
-    TrainConfig,
     check_solver,
     solvers_of,
 )
+from uvit.config.run import MAX_IMAGES, MAX_WORKERS, Config, DataConfig
 from uvit.config.section import (
     INT_LIMIT,
     MAX_JSON_BYTES,
@@ -77,6 +63,19 @@ from uvit.config.section import (
     replace_fields,
     save_json,
     to_json,
+)
+from uvit.config.training import (
+    ALIGNMENT_WEIGHTS,
+    MAX_BATCH,
+    MAX_THREADS,
+    MAX_WIDTH,
+    MIN_WIDTH,
+    TIMM,
+    TO_AN_ENCODER,
+    Alignment,
+    Compile,
+    OptimConfig,
+    TrainConfig,
 )
 from uvit.config.unet import GROUPS, TIME_WIDTHS, UNetConfig
 from uvit.config.uvit import UViTConfig

@@ -9,6 +9,7 @@ from uvit.common.errors import InputError
 from uvit.config.section import Section
 
 Backend = Literal["auto", "xformers", "sdpa", "math"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
 
 # Limits that are checked before memory is allocated; each is far beyond what anyone has trained.
 MAX_PARAMETERS = 10**11

@@ -1,4 +1,4 @@
-"""The config of a run, as frozen dataclasses: each default is defined once, here.
+"""The config of a run, as frozen dataclasses: each default is defined once, in its section.
 
 A config file defines one value, `config = Config(...)`; the command line overrides single fields; `config.json` in a
 run folder is the same value written out. Each section checks its types and values on construction.
@@ -7,126 +7,21 @@ run folder is the same value written out. Each section checks its types and valu
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from uvit.common.errors import InputError
+from uvit.config.process import GUIDANCE_MIDDLE, ProcessConfig, SampleConfig, check_solver
 from uvit.config.section import Section
+from uvit.config.training import TO_AN_ENCODER, OptimConfig, TrainConfig
 from uvit.config.unet import UNetConfig
 from uvit.config.uvit import UViTConfig
 
-ScheduleName = Literal["vp", "ldm", "ddpm", "iddpm", "cosine", "flow"]
-Kind = Literal["noise", "data", "v", "flow"]
-SolverName = Literal[
-    "ddim", "heun", "dpmpp_2m", "unipc", "dpmpp_fast", "dpm_solver_fast", "euler", "euler_maruyama", "average"
-]
-Spacing = Literal["uniform", "log_snr"]
-Precision = Literal["auto", "no", "bf16", "fp16"]
-Compile = Literal["no", "blocks", "model", "graphs"]
-Alignment = Literal["none", "layersync", "dispersive", "repa", "irepa"]
 AnyNetworkConfig = UViTConfig | UNetConfig
-TIMM = "timm:"
-"""What the name of a network of timm begins with."""
-AVERAGE_TIME_SCALE = 3.0
-"""The network's time with objective `average`, as a multiple of t: the derivative by 1000 t is mostly noise."""
-GUIDANCE_MIDDLE = 0.5
-"""Time in the middle of every interval of guidance that a network takes."""
-ALIGNMENT_WEIGHTS: dict[Alignment, float] = {
-    "none": 0.0,
-    "layersync": 0.2,
-    "dispersive": 0.25,
-    "repa": 0.5,
-    "irepa": 0.5,
-}
-"""Weight of each alignment in the loss, as published: LayerSync's paper, DispLoss's code, REPA's paper and iREPA's."""
-TO_AN_ENCODER: tuple[Alignment, ...] = ("repa", "irepa")
-"""Alignments to the features of a frozen encoder."""
-CONTINUOUS: tuple[ScheduleName, ...] = ("vp", "cosine", "flow")
-"""Schedules without a table, whose network time is a multiple of t."""
 
-# Limits that are checked before memory is allocated; each is far beyond what anyone has trained or drawn.
-MAX_WORKERS = MAX_THREADS = 1_024
-MAX_BATCH = MAX_IMAGES = 10**7
-MAX_SAMPLER_STEPS = 100_000
-MAX_GUIDANCE = 10_000
-
-MIN_WIDTH, MAX_WIDTH = 0.001, 0.288
-"""Relative widths of averages; that of all updates alike is 1/√12 = 0.2887."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessConfig(Section):
-    """The diffusion process, and the loss on it."""
-
-    schedule: ScheduleName = "flow"
-    """Signal and noise over time: the paper's for pixels (vp), the paper's for latents (ldm), ADM's (ddpm, or iddpm
-    for its 64x64 model), cosine, or rectified flow."""
-    prediction: Kind = "flow"
-    """What the network predicts."""
-    objective: Literal["instant", "average"] = "instant"
-    """Whether the prediction is of an instant, or its velocity the average over an interval, for drawing in one or a
-    few evaluations (MeanFlow): on `flow`, by a network that takes intervals."""
-    time_scale: float | None = None
-    """The network's time is this times t; None is the schedule's own (1000, for `vp` 999), and 3 with `average`."""
-    instant_share: float = 0.5
-    """With `average`, share of a batch whose interval is an instant, for which it is flow matching."""
-    interval_start: Literal["uniform", "pair"] = "uniform"
-    """With `average`, where an interval starts that ends at a training time: uniform before it, or at another training
-    time, and the later one is the end (MeanFlow's)."""
-    adaptive_power: float = 0.25
-    """With `average`, p of the loss's weights 1 / (error + 0.01)^p, of each image; 0 is none, MeanFlow's 1."""
-    guidance_max: float = 8.0
-    """With `average` and a network that takes guidance, the largest scale w that it is trained for."""
-    loss_space: Kind | None = None
-    """Space of the squared error; None is that of the prediction."""
-    min_divisor: float = 0.0
-    """Least divisor where the error of `data` (divided by the noise's amplitude, on `flow` t) or of `noise` (by the
-    signal's) is converted to another loss_space, such as 0.05 (JiT's); 0 instead keeps times 0.001 from both ends."""
-    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
-    """Distribution of training times."""
-    logit_mean: float = 0.0
-    """Mean of logit(t) for `logit_normal`."""
-    logit_std: float = 1.0
-    """Standard deviation of logit(t) for `logit_normal`."""
-    time_shift: float = 1.0
-    """s in t -> s t / (1 + (s - 1) t): above 1 shifts training times, and uniform sampling grids, towards noise."""
-    weighting: Literal["none", "min_snr"] = "none"
-    """Loss weight over time: none, or min(SNR, gamma) on the error of x_0."""
-    min_snr_gamma: float = 5.0
-    """gamma of `min_snr`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("logit_std", "time_shift", "min_snr_gamma"):
-            self._require(name, getattr(self, name) > 0, "above 0")
-        self._require("min_divisor", 0 <= self.min_divisor < 1, "in [0, 1)")
-        self._require("time_scale", self.time_scale is None or self.time_scale > 0, "None or above 0")
-        self._require("instant_share", 0 <= self.instant_share < 1, "in [0, 1)")
-        self._require("adaptive_power", self.adaptive_power >= 0, "at least 0")
-        self._require("guidance_max", 1 < self.guidance_max <= MAX_GUIDANCE, f"above 1, and at most {MAX_GUIDANCE:,}")
-        if self.time_scale is not None:
-            self._require("schedule", self.schedule in CONTINUOUS, f"one of {', '.join(CONTINUOUS)} with a time_scale")
-        if self.objective == "average":
-            self._require("schedule", self.schedule == "flow", "'flow' with objective 'average'")
-            self._require(
-                "prediction", self.prediction in ("flow", "data"), "'flow' or 'data' with objective 'average'"
-            )
-            self._require("loss_space", self.loss_space is None, "None with objective 'average'")
-            self._require("weighting", self.weighting == "none", "'none' with objective 'average'")
-            # There it is 0.05 and in sampling, too: it is part of what the network's output means.
-            self._require("min_divisor", self.min_divisor == 0, "0 with objective 'average'")
-        if self.min_divisor:
-            divides = self.prediction in ("data", "noise") and self.loss_space not in (None, self.prediction)
-            self._require(
-                "min_divisor", divides, "0 unless the error of 'data' or 'noise' is converted to another loss_space"
-            )
-            self._require("weighting", self.weighting == "none", "'none' with a min_divisor")
-
-    @property
-    def unit_of_time(self) -> float | None:
-        """The network's time at t = 1; None is the schedule's own."""
-        return AVERAGE_TIME_SCALE if self.time_scale is None and self.objective == "average" else self.time_scale
+# Limits that are checked before memory is allocated; each is far beyond what anyone has read or drawn.
+MAX_WORKERS = 1_024
+MAX_IMAGES = 10**7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,224 +67,6 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig(Section):
-    """The optimizer and its learning rate."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon for the matrices inside the blocks with AdamW for the rest."""
-    lr: float = 2e-4
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.99, 0.999)
-    """AdamW's moment decays."""
-    momentum: float = 0.95
-    """Muon's momentum."""
-    weight_decay: float = 0.03
-    """Decoupled weight decay, on every parameter as in the paper."""
-    fallback_lr_scale: float = 1.0
-    """With Muon, the learning rate of its AdamW part as a multiple of lr."""
-    warmup_steps: int = 0
-    """Linear warm-up from 0; the first update has learning rate 0."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up; `linear` and `cosine` reach 0 at the last step."""
-    grad_clip: float = 0.0
-    """Maximum gradient norm; 0 is no clipping."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("lr", "fallback_lr_scale"):
-            self._require(name, getattr(self, name) > 0, "above 0")
-        for name in ("weight_decay", "warmup_steps", "grad_clip"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        self._require("betas", all(0 <= beta < 1 for beta in self.betas), "in [0, 1)")
-        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig(Section):
-    """How images are drawn in the grids of training, and by default in sample.py and evaluate.py."""
-
-    sampler: SolverName = "dpmpp_2m"
-    """Solver."""
-    num_steps: int = 20
-    """Steps of the solver, with one evaluation of the network each, two for `heun`."""
-    spacing: Literal["auto", Spacing] = "auto"
-    """Grid of times: uniform in t or in log-SNR; `auto` is the solver's default."""
-    t_end: float = 0.0
-    """Last time; solvers that end in log-SNR, which is infinite at 0, use 0.001 instead of 0."""
-    guidance: float = 1.0
-    """w in w * cond + (1 - w) * uncond; 1 is none."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times between which guidance is applied; outside, only cond is computed."""
-    mixed_precision: Precision = "no"
-    """Precision of matrix products; `auto` is bf16 where the device multiplies it faster. Images change a little."""
-    reuse: str = "none"
-    """`K:EVERY` computes the blocks inside the K outermost pairs of shallow and deep blocks only at every EVERY-th
-    evaluation, and extrapolates their output in between: faster, but the images differ from those of `none`."""
-    prompts: tuple[str, ...] = ()
-    """Default prompts of a text model; the first captions of the data where empty."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("num_steps", self.num_steps >= 1, "at least 1")
-        self._require_at_most(num_steps=MAX_SAMPLER_STEPS)
-        self._require("t_end", 0 <= self.t_end < 0.5, "in [0, 0.5)")
-        self._require("guidance", abs(self.guidance) <= MAX_GUIDANCE, f"at most {MAX_GUIDANCE:,} in size")
-        low, high = self.guidance_interval
-        self._require("guidance_interval", 0 <= low <= high <= 1, "two times with 0 <= low <= high <= 1")
-        fits = self.reuse == "none" or re.fullmatch(r"[1-9]\d{0,3}:([2-9]|[1-9]\d{1,3})", self.reuse)
-        self._require("reuse", bool(fits), "'none' or K:EVERY with K at least 1 and EVERY at least 2, such as '1:3'")
-
-    @property
-    def reused(self) -> tuple[int, int] | None:
-        """(K, EVERY) of `reuse`; None for `none`."""
-        outer, _, every = self.reuse.partition(":")
-        return (int(outer), int(every)) if every else None
-
-
-def solvers_of(process: ProcessConfig) -> list[SolverName]:
-    """Returns the solvers that suit a network of a process: that of an average velocity, those of an instant's."""
-    instant = process.objective == "instant" or process.instant_share > 0
-    average = process.objective == "average"
-    return [name for name in get_args(SolverName) if (average if name == "average" else instant)]
-
-
-def check_solver(process: ProcessConfig, sampler: SolverName) -> None:
-    """Checks that a network was trained to predict what a solver needs.
-
-    Raises:
-        InputError: an average velocity where it predicts an instant's, or the reverse.
-    """
-    if sampler not in (solvers := solvers_of(process)):
-        trained = f"objective {process.objective!r} and instant_share {process.instant_share:g}"
-        raise InputError(f"sampler must be one of {', '.join(solvers)} for {trained}, got {sampler!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(Section):
-    """The training loop."""
-
-    run_dir: str | None = None
-    """Folder of the run; None is runs/NAME for configs/NAME.py."""
-    init: str | None = None
-    """Weights to start from: a run folder, weights or a hub name. An interval and a guidance that they lack start as if
-    absent, and as tokens fade in over optim.warmup_steps."""
-    num_steps: int = 100_000
-    """Optimizer steps."""
-    batch_size: int = 128
-    """Images per optimizer step, over all processes and accumulation steps."""
-    accumulation_steps: int = 1
-    """Parts that a batch is split into, to fit in memory; their gradients are accumulated."""
-    num_threads: int = 0
-    """CPU threads; 0 is PyTorch's choice. A tiny network is as fast on one, which other programs slow down less."""
-    mixed_precision: Precision = "auto"
-    """Precision of matrix products; weights, loss and EMA stay in fp32. `auto` is bf16 where the device is faster in
-    it: on CUDA, and on a CPU with bf16 instructions for all but narrow models."""
-    compile: Compile = "no"
-    """Compile the model: block by block (the fastest to start), whole, or whole in CUDA graphs."""
-    shard: bool = False
-    """Shard weights, gradients, optimizer state and EMA across processes (FSDP2), to fit a model in memory; training
-    and saved files stay the same."""
-    label_dropout: float = 0.0
-    """Fraction of labels (or captions) replaced by the null class (or the empty caption), for guidance."""
-    token_keep: float = 1.0
-    """Share of the patches that the blocks inside model.outer_pairs see (SPRINT), for less time."""
-    token_choice: Literal["structured", "random"] = "structured"
-    """Which patches those are: as many at random in each 2x2 of them, or in the whole image."""
-    path_drop: float = 0.1
-    """With model.outer_pairs, share of images for which the blocks inside are left out: for sample.guidance_path."""
-    dense_share: float = 0.2
-    """With token_keep below 1, share of the steps, the last ones, in which all blocks see all patches."""
-    ema_decay: float = 0.9999
-    """Decay of the averaged weights; the average starts as a copy of the weights."""
-    average_widths: tuple[float, ...] = ()
-    """Relative widths, such as 0.05 and 0.1, of averages that are kept beside that of ema_decay, with snapshots in
-    averages/, from which `python -m uvit average` rebuilds any other width (EDM2)."""
-    average_every: int | None = None
-    """Steps between these snapshots, beside one at the end; None is a 32nd of num_steps."""
-    alignment: Alignment = "none"
-    """What is added to the loss for better features inside the network: a shallow block's tokens become like a deeper
-    one's (layersync), images unlike each other at a quarter of the depth (dispersive), or the middle block's tokens
-    like the patches of a frozen encoder (repa, irepa). The loss that is logged is without it."""
-    alignment_weight: float | None = None
-    """Weight of what alignment adds; None is the method's published one, 0 is no alignment."""
-    alignment_encoder: str | None = None
-    """With `repa` and `irepa`, the encoder: `timm:MODEL`, such as timm:vit_base_patch14_dinov2."""
-    alignment_encoder_weights: str | None = None
-    """File of the encoder's weights (safetensors); None downloads them once."""
-    seed: int = 0
-    """Seed of the weights, data order, times, noise and dropout."""
-    log_every: int = 50
-    """Steps between log lines."""
-    sample_every: int = 5_000
-    """Steps between sample grids; 0 is never."""
-    save_every: int = 5_000
-    """Steps between checkpoints; one is always written at the end."""
-    keep: int = 2
-    """Number of newest checkpoints to keep."""
-    resume_anyway: bool = False
-    """Resume a run with this config even where it changes the result of training; weights and optimizer state must
-    still fit."""
-    max_bad_steps: int = 20
-    """Stop after this many steps in a row with a loss or gradient that is not finite; each of them is skipped."""
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Where metrics and grids go, in addition to metrics.jsonl and samples/."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in (
-            "num_steps",
-            "batch_size",
-            "accumulation_steps",
-            "log_every",
-            "save_every",
-            "keep",
-            "max_bad_steps",
-        ):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("sample_every", "seed", "num_threads"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        self._require_at_most(batch_size=MAX_BATCH, num_threads=MAX_THREADS)
-        self._require("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]")
-        self._require("token_keep", 0 < self.token_keep <= 1, "above 0 and at most 1")
-        self._require("path_drop", 0 <= self.path_drop < 1, "in [0, 1)")
-        self._require("dense_share", 0 <= self.dense_share <= 1, "in [0, 1]")
-        self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
-        self._check_alignment()
-        widths = self.average_widths
-        in_range = all(MIN_WIDTH <= width <= MAX_WIDTH for width in widths) and len({*widths}) == len(widths)
-        self._require("average_widths", in_range, f"different widths of {MIN_WIDTH} to {MAX_WIDTH}")
-        self._require("average_every", self.average_every is None or self.average_every >= 1, "None or at least 1")
-        if self.shard:
-            self._require("compile", self.compile != "graphs", "another with shard True")
-            self._require("mixed_precision", self.mixed_precision != "fp16", "another with shard True")
-        if self.accumulation_steps > 1:  # graphs overwrite the first part's gradients with the second's: pytorch#169545
-            self._require("compile", self.compile != "graphs", "another with accumulation_steps above 1")
-        if self.batch_size % self.accumulation_steps:
-            raise InputError(
-                f"batch_size {self.batch_size} must be divisible by accumulation_steps {self.accumulation_steps}"
-            )
-
-    def _check_alignment(self) -> None:
-        kind, weight = self.alignment, self.alignment_weight
-        self._require("alignment_weight", weight is None or weight >= 0, "None or at least 0")
-        if kind in TO_AN_ENCODER:
-            is_timm = self.alignment_encoder is not None and self.alignment_encoder.startswith(TIMM)
-            self._require("alignment_encoder", is_timm, f"'{TIMM}MODEL' with alignment {kind!r}")
-        else:
-            for name in ("alignment_encoder", "alignment_encoder_weights"):
-                self._require(name, getattr(self, name) is None, f"None with alignment {kind!r}")
-        if kind == "none":
-            self._require("alignment_weight", weight is None, "None with alignment 'none'")
-        else:  # graphs would overwrite what is kept of the blocks
-            self._require("compile", self.compile != "graphs", f"another with alignment {kind!r}")
-
-    @property
-    def alignment_factor(self) -> float:
-        """The weight of the alignment in the loss; 0 where there is none."""
-        return ALIGNMENT_WEIGHTS[self.alignment] if self.alignment_weight is None else self.alignment_weight
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config(Section):
     """The config of one run."""
 
@@ -429,12 +106,12 @@ class Config(Section):
         return self.model.null_class or bool(self.model.context_dim)
 
     def check_guidance(self) -> None:
-        """Checks that guidance has an empty condition to lead away from, where it has no other network for that.
+        """Checks that guidance has something to lead away from: an empty condition, or the outer blocks alone.
 
         Raises:
             InputError: it has none.
         """
-        if self.sample.guidance != 1 and not self._has_empty_condition:
+        if self.sample.guidance != 1 and not self._has_empty_condition and not self.sample.guidance_path:
             raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
 
     def _check_average(self) -> None:
@@ -465,6 +142,12 @@ class Config(Section):
     def _check_sparse(self) -> None:
         """Checks that blocks which see a part of the patches see some, and that there are such blocks."""
         model, keep = self.model, self.train.token_keep
+        if self.sample.guidance_path:
+            needs = "sample.guidance_path needs a network trained with model.outer_pairs and train.path_drop above 0"
+            if not model.sparse_pairs or not self.train.path_drop:
+                raise InputError(f"{needs}, got {model.sparse_pairs} and {self.train.path_drop:g}")
+            if model.takes_guidance:
+                raise InputError("sample.guidance_path must be False with model.takes_guidance, whose pass is one")
         if keep == 1:
             return
         if not model.sparse_pairs:

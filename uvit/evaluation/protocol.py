@@ -58,9 +58,7 @@ def describe_drawing(
         "weights": f"EMA of {checkpoint}"
         + (f", {steps[-1].name}" if steps else "")
         + f", hash {hash_weights(model.state_dict())}",
-        "guidance": describe_guidance(sampling.guidance, config.model.takes_guidance, away_from).removeprefix(
-            "guidance "
-        ),
+        "guidance": describe_guidance(sampling.guidance, config, away_from).removeprefix("guidance "),
         "guidance_interval": "{:g} to {:g}".format(*sampling.guidance_interval),
         "sampler": f"{sampling.sampler}, {sampling.num_steps} steps ({spacing})",
         "precision": sampling.mixed_precision,

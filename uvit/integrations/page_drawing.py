@@ -197,7 +197,7 @@ def draw(folder: Path, drawing: Drawing, on_progress: Callable[[int, int], objec
     return Drawn(
         grid=sample_grid(images, rows, drawing.num_per_class, config),
         denoising=denoising,
-        summary=f"{count} in {seconds:.1f} s, {describe_guidance(drawing.guidance, config.model.takes_guidance)}",
+        summary=f"{count} in {seconds:.1f} s, {describe_guidance(drawing.guidance, config)}",
         command=describe_command(run, drawing),
     )
 

@@ -143,6 +143,27 @@ class Backbone(nn.Module):
             run_inner, outer = partial(self._run_sparse, kept=kept, dropped=dropped), self.config.sparse_pairs
         return self._predict(x, timesteps, y, context, interval, guidance, outer, run_inner)[0]
 
+    def forward_outer(
+        self,
+        x: Tensor,
+        timesteps: Tensor | float,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        interval: Tensor | float | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predicts as `forward` with all images `dropped`, by the outer pairs of blocks alone: the others don't run.
+
+        The arguments are those of `forward`.
+
+        Raises:
+            InputError: (a ValueError) as forward, or config.sparse_pairs is 0.
+        """
+        if not self.config.sparse_pairs:
+            raise InputError("a prediction by the outer pairs needs a network with sparse_pairs above 0, got 0")
+        outer = self.config.sparse_pairs
+        return self._predict(x, timesteps, y, context, interval, guidance, outer, self._leave_out)[0]
+
     def forward_reusing(
         self,
         x: Tensor,
@@ -208,6 +229,10 @@ class Backbone(nn.Module):
     def _run_inner(self, h: Tensor, conditions: tuple[Tensor | None, ...], outer: int) -> Tensor:
         """Runs the blocks inside the outer pairs."""
         return self._run(range(outer, len(self.blocks) - outer), h, conditions, [])
+
+    def _leave_out(self, h: Tensor, *_: Any) -> Tensor:
+        """Returns what stands for the output of blocks that don't run; only where config.sparse_pairs is above 0."""
+        raise NotImplementedError
 
     def _run_sparse(
         self,

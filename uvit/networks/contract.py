@@ -21,7 +21,7 @@ class Network(Protocol):
 
     config: NetworkConfig
     """Its sizes and options. Deep features can be reused, by `forward_reusing`, where `config.reusable_pairs` is above
-    0."""
+    0, and blocks be left out, by `forward_outer`, where `config.sparse_pairs` is."""
 
     @property
     def config_class(self) -> type[NetworkConfig]:
@@ -51,6 +51,8 @@ class Network(Protocol):
         context: Tensor | None = None,
         interval: Tensor | float | None = None,
         guidance: Tensor | None = None,
+        kept: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> Tensor:
         """Predicts noise, data, v, flow or average velocity, whichever it was trained to.
 
@@ -61,6 +63,8 @@ class Network(Protocol):
             context: (B, num_context_tokens, context_dim).
             interval: (B,) lengths of the intervals that end at the timesteps, if `config.takes_interval`; None is 0.
             guidance: (B, 3) scales, and the times between which they act, if `config.takes_guidance`; None is scale 1.
+            kept: (B, M) numbers of the patches that the blocks inside `config.sparse_pairs` see; None is all.
+            dropped: (B,) whether an image's output of these blocks is left out.
 
         Returns:
             (B, predicted_chans, *image_shape), of which the first in_chans channels are the prediction.
@@ -96,6 +100,18 @@ class Network(Protocol):
         Returns:
             The prediction, and the output of the blocks inside the outer ones.
         """
+        ...
+
+    def forward_outer(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        interval: Tensor | float | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predicts as `forward` with all images `dropped`, without the blocks inside `config.sparse_pairs`."""
         ...
 
     def reset_buffers(self) -> None:

@@ -217,31 +217,10 @@ class UViT(Backbone):
             deep = put_tokens(part, kept, self.gap_token, num_extra, length)  # (B, L, D)
         if dropped is None:
             return deep
-        return torch.where(rearrange(dropped, "B -> B 1 1"), self.gap_token.to(deep.dtype), deep)
+        return torch.where(rearrange(dropped, "B -> B 1 1"), self._leave_out(deep), deep)
 
-    def forward_outer(
-        self,
-        x: Tensor,
-        timesteps: Tensor | float,
-        y: Tensor | None = None,
-        context: Tensor | None = None,
-        interval: Tensor | float | None = None,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        """Predicts as `forward` with all images `dropped`, by the outer pairs of blocks alone: the others don't run.
-
-        The arguments are those of `forward`.
-
-        Raises:
-            InputError: (a ValueError) as forward, or config.outer_pairs is 0.
-        """
-        if not self.config.outer_pairs:
-            raise InputError("a prediction by the outer pairs needs outer_pairs above 0, got 0")
-
-        def gaps(h: Tensor, *_: Any) -> Tensor:
-            return self.gap_token.to(h.dtype).expand_as(h)
-
-        return self._predict(x, timesteps, y, context, interval, guidance, self.config.outer_pairs, gaps)[0]
+    def _leave_out(self, h: Tensor, *_: Any) -> Tensor:
+        return self.gap_token.to(h.dtype).expand_as(h)
 
     def _to_image(self, h: Tensor) -> Tensor:
         """Maps the tokens to the prediction, (B, C, H, W)."""

@@ -92,7 +92,10 @@ def generate_batches(
         keys, part = zip(*own_items[start : start + batch_size])
         cond, uncond = batch_conditions(part, config.model, encoders.text, device)
         cond = {**cond, **guidance_condition(config.model, config.sample, len(part), device)}
-        uncond = uncond if weak is None else cond
+        if weak is not None:
+            uncond = cond
+        elif config.sample.guidance_path:
+            weak, uncond = model.forward_outer, uncond or cond
         reused = config.sample.reused
         network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
         noise = ImageNoise(keys, shape, device)
@@ -121,13 +124,15 @@ def sample_grid(images: Tensor, rows: Sequence[Condition], columns: int, config:
     return image_grid(images, UNLABELLED_COLUMNS if rows == [None] else columns, condition_names(rows, config))
 
 
-def describe_guidance(scale: float, one_pass: bool = False, away_from: str | None = None) -> str:
+def describe_guidance(scale: float, config: Config, away_from: str | None = None) -> str:
     """Describes a guidance scale in both conventions, ours and the paper's.
 
     Args:
         scale: w.
-        one_pass: whether the network takes it itself.
-        away_from: name of the other network that it leads away from; None is the empty condition.
+        config: of the run that is drawn from.
+        away_from: name of another network that it leads away from; None is the empty condition, or the outer blocks.
     """
-    details = f"the paper's s = {scale - 1:g}{', in one pass' if one_pass else ''}"
+    if config.sample.guidance_path and scale != 1:
+        away_from = away_from or "the outer blocks alone"
+    details = f"the paper's s = {scale - 1:g}{', in one pass' if config.model.takes_guidance else ''}"
     return f"guidance w = {scale:g} ({details})" + (f" away from {away_from}" if away_from else "")

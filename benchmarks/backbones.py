@@ -14,7 +14,6 @@ run's config; with other --seeds or --lrs it adds theirs.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,31 +30,29 @@ from judged_runs import (
     same_settings,
     study_config,
     take_points,
+    time_steps,
 )
+from matplotlib.figure import Figure
 from measure import (
     RESULTS,
     TRAINING_PASSES,
     forward_flops,
     load_result,
-    median_times,
+    log_scale,
     plot_range,
     result_path,
     save_result,
     spread,
 )
 from quality import Judge
-from tqdm import tqdm
 
 from uvit import Config, UNetConfig, UViTConfig
 from uvit.common.cli import parse, run
 from uvit.common.errors import TrainingError
 from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
-from uvit.common.signals import StopRequest
 from uvit.config import Compile
 from uvit.data.loader import load_data
-from uvit.networks.encoders import NO_ENCODERS
-from uvit.networks.runtime import set_threads, tf32
-from uvit.training.trainer import Trainer
+from uvit.networks.runtime import set_threads
 from uvit.weights.build import build_network
 
 RUNS = ROOT / "runs" / "backbones"
@@ -127,18 +124,12 @@ def arms_of(model: UViTConfig) -> dict[str, UViTConfig | UNetConfig]:
 
 def measure_arms(base: Config, rounds: int) -> dict[str, dict[str, Any]]:
     """Measures parameters, FLOPs and the time of a whole training step of each arm."""
-    arms, data = arms_of(base.model), load_data(base.data, base.model)
-    trainers = {}
-    with tempfile.TemporaryDirectory() as folder, tf32(), tqdm(total=rounds, unit="round", desc="timing") as progress:
-        for arm, model in arms.items():
-            trainers[arm] = Trainer(replace(base, model=model), data, NO_ENCODERS, Path(folder))
-            trainers[arm].build()
-            trainers[arm].resume(())
-        steps = {arm: lambda trainer=trainer: trainer.step(StopRequest()) for arm, trainer in trainers.items()}
-        seconds = median_times(steps, rounds, warm_up=5, on_round=progress.update)
+    arms = arms_of(base.model)
+    configs = {arm: replace(base, model=model) for arm, model in arms.items()}
+    seconds = time_steps(configs, load_data(base.data, base.model), rounds)
     return {
         arm: {
-            "parameters": trainers[arm].network.num_parameters,
+            "parameters": build_network(model).num_parameters,
             # The counter does not know all fused kernels.
             "gflops": forward_flops(build_network(replace(model, attention="math")), model) / 1e9,
             "step_seconds": seconds[arm],
@@ -296,9 +287,6 @@ def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
 
 def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
     """Plots quality over FLOPs and over time, the median and range of the seeds."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
     batch_size = figures["settings"]["config"]["train"]["batch_size"]
     figure = Figure(figsize=(10, 7), layout="constrained")
     grid = figure.subplots(2, 2, sharex="col", sharey="row")
@@ -315,11 +303,9 @@ def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
             x = [step * (tflops if axis == "flops" else each["step_seconds"]) for step in common]
             for axes, quality in zip(grid[:, column], ("frechet_ratio", "recognised")):
                 plot_range(axes, x, [[points[step][quality] for step in common] for points in by_step], arm, **style)
-        grid[0, column].set(title=BUDGETS[budget], yscale="log")
+        grid[0, column].set(title=BUDGETS[budget])
         grid[1, column].set(xlabel={"flops": "training TFLOPs", "time": "seconds of training steps"}[axis])
-        grid[0, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        grid[0, column].yaxis.set_major_formatter("{x:g}")
-        grid[0, column].minorticks_off()
+        log_scale(grid[0, column], subs=(1, 2, 5))
     grid[0, 0].set(ylabel="Fréchet distance / real")
     grid[1, 0].set(ylabel="recognised as the class asked for")
     for axes in grid.flat:

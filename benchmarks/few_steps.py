@@ -17,26 +17,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from judged_runs import ROOT, time_steps
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-from measure import best_device, load_result, median_times, plot_range, result_path, save_result, spread
+from measure import best_device, load_result, log_scale, plot_range, result_path, save_result, spread
 from quality import Judge
-from tqdm import tqdm
 
 from sample import ARMS, Arm, draw, network_of
 from uvit import Config
 from uvit.common.cli import parse, run
 from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
-from uvit.common.signals import StopRequest
 from uvit.config import load_config, to_json
-from uvit.data.batch import ImageData
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
 from uvit.networks.runtime import set_threads
 from uvit.sampling.runs import load_run
 from uvit.training.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "few_steps"
 NAME = "few_steps"
 AVERAGE, INSTANT = "average velocity", "DPM-Solver++(2M)"
@@ -73,18 +69,6 @@ def configs_of(name: str, given: Arguments) -> dict[str, Config]:
         sample = replace(config.sample, guidance=1.0, reuse="none")
         configs[arm] = replace(config, data=data, train=train, sample=sample)
     return configs
-
-
-def time_steps(configs: Mapping[str, Config], data: ImageData, rounds: int) -> dict[str, float]:
-    """Returns the median seconds of a training step of each arm, with the arms in turn."""
-    trainers = {}
-    with tqdm(total=rounds, unit="round", desc="timing") as progress:
-        for arm, config in configs.items():
-            trainers[arm] = Trainer(config, data, NO_ENCODERS, RUNS / "none")
-            trainers[arm].build()
-            trainers[arm].resume(())
-        steps = {arm: lambda trainer=trainer: trainer.step(StopRequest()) for arm, trainer in trainers.items()}
-        return median_times(steps, rounds, warm_up=5, on_round=progress.update)
 
 
 def arms_of(arm: str) -> dict[str, Arm]:
@@ -175,12 +159,10 @@ def draw_curves(figures: Mapping[str, Any], path: Path) -> None:
         curves = [[drawn[str(count)]["frechet_ratio"] for count in counts] for drawn in runs]
         if curves:
             plot_range(axes, counts, curves, f"{arm}, {figures['steps'][arm]:,} steps of training", **style)
-    axes.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="Fréchet distance / real")
+    axes.set(xscale="log", xlabel="evaluations of the network", ylabel="Fréchet distance / real")
     ticks = sorted({count for counts in EVALUATIONS.values() for count in counts})
     axes.set_xticks(ticks, list(map(str, ticks)))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
+    log_scale(axes)
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_write(path) as temporary:

@@ -10,25 +10,28 @@ import multiprocessing
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import best_device
+from measure import best_device, median_times
 from quality import Judge, averages_of
 from tqdm import tqdm
 
 from uvit import Config
 from uvit.common.errors import Interrupted, TrainingError
 from uvit.common.files import atomic_write, make_directory, write_text
+from uvit.common.signals import StopRequest
 from uvit.config import CHECKPOINT_FOLDER, METRICS_FILE, WEIGHTS_FILE, Compile, from_dict, load_config, to_json
 from uvit.data.batch import ImageData
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
-from uvit.networks.runtime import resolve_precision, set_threads
+from uvit.networks.runtime import resolve_precision, set_threads, tf32
 from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate
 from uvit.sampling.grid import image_grid
@@ -166,6 +169,18 @@ def take_points(
         if each.points:
             found[key] = {**dict(zip(names, key)), "points": each.points}
     return [found[key] for key in sorted(found, key=lambda key: key[:-1])]
+
+
+def time_steps(configs: Mapping[str, Config], data: ImageData, rounds: int) -> dict[str, float]:
+    """Returns the median seconds of a training step of each config, with the configs in turn."""
+    steps: dict[str, Callable[[], object]] = {}
+    with tempfile.TemporaryDirectory() as folder, tf32(), tqdm(total=rounds, unit="round", desc="timing") as progress:
+        for name, config in configs.items():
+            trainer = Trainer(config, data, NO_ENCODERS, Path(folder))
+            trainer.build()
+            trainer.resume(())
+            steps[name] = partial(trainer.step, StopRequest())
+        return median_times(steps, rounds, warm_up=5, on_round=progress.update)
 
 
 def draw_samples(arms: Mapping[str, Run], path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import LogLocator
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,6 +113,14 @@ def median_times(
 def spread(values: Sequence[float], form: str) -> str:
     """Formats `median (lowest to highest)`."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def log_scale(axes: Any, subs: Sequence[float] = (1, 1.5, 2, 3, 5)) -> None:
+    """Gives axes of matplotlib a logarithmic y axis whose ticks are plain numbers, these times powers of 10."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
 
 
 def plot_range(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, **style: Any) -> None:

@@ -35,8 +35,7 @@ from judged_runs import (
     take_points,
 )
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-from measure import RESULTS, load_result, plot_range, result_path, save_result, spread
+from measure import RESULTS, load_result, log_scale, plot_range, result_path, save_result, spread
 from quality import Judge
 
 from uvit import Config
@@ -170,10 +169,8 @@ def draw_curves(figures: Mapping[str, Any], path: Path) -> None:
             for axes, quality in ((distance, "frechet_ratio"), (recognised, "recognised")):
                 curves = [[points[step][quality] for step in common] for points in by_step]
                 plot_range(axes, common, curves, arm, **style)
-    distance.set(xlabel="steps of training", ylabel="Fréchet distance / real", yscale="log")
-    distance.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
-    distance.yaxis.set_major_formatter("{x:g}")
-    distance.minorticks_off()
+    distance.set(xlabel="steps of training", ylabel="Fréchet distance / real")
+    log_scale(distance)
     recognised.set(xlabel="steps of training", ylabel="recognised as the class asked for")
     for axes in (distance, recognised):
         axes.grid(alpha=0.3)

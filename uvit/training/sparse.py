@@ -14,10 +14,15 @@ SIDE = 2
 """Of the squares in which `structured` keeps as many patches each."""
 
 
+def num_sparse_steps(config: Config) -> int:
+    """Returns in how many steps, the first ones, the inner blocks see some of the patches."""
+    train = config.train
+    return round((1 - train.dense_share) * train.num_steps) if train.token_keep < 1 else 0
+
+
 def at_step(config: Config, step: int) -> Config:
     """Returns the config of a step (from 0): in the last ones, all blocks see all patches."""
-    num_sparse = round((1 - config.train.dense_share) * config.train.num_steps)
-    if config.train.token_keep == 1 or step < num_sparse:
+    if config.train.token_keep == 1 or step < num_sparse_steps(config):
         return config
     return dataclasses.replace(config, train=dataclasses.replace(config.train, token_keep=1.0))
 

@@ -174,6 +174,7 @@ def others(runs, monkeypatch):
         ("--guidance 2 --guide runs/prediction", "--guide runs/prediction must have process.prediction flow, got v"),
         ("--guidance 2 --guide runs/time_scale", "--guide runs/time_scale must have process.time_scale 1000, got 3"),
         ("--guidance 1 --guide runs/tiny", "--guide has no effect with guidance 1, got runs/tiny: give --guidance"),
+        ("--guidance 2 --guide runs/tiny/model.safetensors", "expected a run: name its run, or a checkpoint of one"),
         ("--guidance 2 --guide nowhere", "checkpoint not found: nowhere"),
         ("--guidance 2 --guide runs", "cannot read runs/config.json"),
     ],
@@ -181,6 +182,19 @@ def others(runs, monkeypatch):
 def test_a_run_that_does_not_fit_is_one_line(arguments, message, others, monkeypatch, capsys):
     assert message in refused("sample", f"--checkpoint runs/tiny {arguments} --output x.png", monkeypatch, capsys)
     assert not Path("x.png").exists()
+
+
+def test_a_guide_must_know_what_the_solver_needs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fields = "model=replace(config.model, takes_interval=True), sample=replace(config.sample, sampler='average')"
+    for name, share in (("good", 0.5), ("bad", 0.0)):
+        process = f"replace(config.process, objective='average', instant_share={share})"
+        lines = f"from dataclasses import replace\nconfig = replace(config, {fields}, process={process})\n"
+        Path(f"{name}.py").write_text(TINY + lines)
+        train.main([f"{name}.py", "--train.sample_every", "0"])
+    capsys.readouterr()
+    words = "--checkpoint runs/good --guide runs/bad --guidance 2 --sampler euler"
+    assert "sampler must be one of average for" in refused("sample", words, monkeypatch, capsys)
 
 
 def test_evaluation_has_no_guidance_by_default(others, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from helpers.runs import files_of, losses_of
 from helpers.same_runs import assert_same
 from torch import nn
 
+from uvit import UViT
 from uvit.commands import average, card, evaluate, sample, train
 from uvit.common.errors import InputError
 from uvit.config import MAX_WIDTH, TrainConfig, average_files, load_config
@@ -162,12 +163,33 @@ def test_a_resumed_run_has_the_same_averages(beside):
     assert files_of(Path("runs/parts/averages")) == files_of(kept) and len(files_of(kept)) == 32
 
 
-def test_snapshots_after_the_step_that_a_run_resumes_from_are_removed(beside):
-    shutil.rmtree("runs/kept/checkpoints/step_00000064")
-    options = f"{KEPT} --train.average_every 2 --train.num_steps 63 --train.run_dir runs/kept"
+def test_no_snapshot_is_of_no_updates(tiny, tmp_path):
+    """As where the first steps are skipped, since they are not finite."""
+    averages = Averages(UViT(tiny), TrainConfig(average_widths=(0.1,), average_every=1), tmp_path)
+    averages.snapshot(1, is_end=False, is_main=True)
+    assert not average_files(tmp_path)
+
+
+def test_a_narrow_width_is_fitted_without_a_warning(recwarn):
+    coefficients, error = fit([0.001, 0.288] * 4, [1, 1, 10, 10, 100, 100, 1000, 1000], 0.001, 1000)
+    assert coefficients[-2] == pytest.approx(1) and error < 1e-3 and not recwarn.list
+
+
+def test_the_search_warns_of_a_width_that_cannot_be_fitted(beside, capsys):
+    options = f"{QUICK} --train.average_widths 0.001 0.288 --train.num_steps 4 --train.run_dir runs/narrow"
     train.main(["tiny.py", *options.split()])
+    evaluate.main("--checkpoint runs/narrow --num_images 20 --widths 0.1".split())
+    assert "warning: the snapshots only allow a fit of width 0.1 to" in capsys.readouterr().err
+
+
+def test_snapshots_after_the_step_that_a_run_resumes_from_are_removed(beside):
+    """Also where the run does not write another one."""
+    shutil.rmtree("runs/kept/checkpoints/step_00000064")
+    options = f"{KEPT} --train.num_steps 63 --train.run_dir runs/kept --train.average_every 100"
+    train.main(["tiny.py", *options.split()])
+    last = load_checkpoint(Path("runs/kept"))["step"]
     names = [path.stem for path in average_files(Path("runs/kept"))]
-    assert names[-2:] == ["step_00000062", "step_00000063"]
+    assert last == 63 and names[-2:] == ["step_00000062", "step_00000063"]
 
 
 def test_averages_that_cannot_be_written_are_a_warning(beside, capsys, monkeypatch):
@@ -191,7 +213,7 @@ def test_other_widths_make_another_run(beside, monkeypatch, capsys):
     assert "averages" not in load_checkpoint(Path("runs/kept"))
     capsys.readouterr()
     line = refused("train", f"{options} --train.average_widths 0.07 {anyway}".replace("66", "67"), monkeypatch, capsys)
-    assert "does not fit the config: 'averages'" in line
+    assert "does not fit the config: it has no averages" in line
 
 
 def test_the_command_writes_a_run_to_draw_from(beside, capsys):
@@ -210,7 +232,7 @@ def test_the_command_writes_a_run_to_draw_from(beside, capsys):
     sample.main(f"--checkpoint {folder} --num_per_class 1 --output drawn.png".split())
     average.main("runs/kept --width 0.01 --step 6 --output other".split())  # which few snapshots hardly tell
     assert Path("other/model.safetensors").is_file()
-    assert "warning: the snapshots only allow a fit to " in capsys.readouterr().err
+    assert "warning: the snapshots only allow a fit of width 0.01 to " in capsys.readouterr().err
 
 
 def test_evaluate_searches_the_width(beside, capsys):

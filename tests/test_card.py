@@ -28,6 +28,7 @@ def test_the_card_has_recipe_figures_and_how_to_load(measured_run, tmp_path):
         f"python -m uvit sample --checkpoint {NAME}",
         "![samples](grid.png)\n\nDrawn at step 10 of the training.",
         "| optimizer | adamw, learning rate 0.0002",
+        "seed 0, alignment repa with weight 0.5 |",
         "- Fréchet distance 2.00 x real (2.000 against 1.000)",
         "| reference | ./ref.npz: mu and sigma, hash 12 |",
         '3 classes, one label for "no label"',

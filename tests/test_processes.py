@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import run_python
-from helpers.runs import ROOT, TINY, TINY_AVERAGE, TINY_LAYERSYNC, TINY_REPA, TINY_UNET
+from helpers.runs import ROOT, TINY, TINY_AVERAGE, TINY_LAYERSYNC, TINY_REPA, TINY_SPARSE, TINY_UNET
 
 from uvit.training.checkpoint import load_checkpoint
 from uvit.weights.averages import rebuild
@@ -58,11 +58,24 @@ def train_on(count, folder, options=OPTIONS):
         (2, TINY_UNET),
         (1, TINY_AVERAGE),
         (2, TINY_AVERAGE),
+        (1, TINY_SPARSE),
+        (2, TINY_SPARSE),
         (1, TINY_REPA),
         (2, TINY_REPA),
         (2, TINY_LAYERSYNC),
     ],
-    ids=["ddp", "fsdp", "fsdp-unet", "ddp-average", "fsdp-average", "ddp-repa", "fsdp-repa", "fsdp-layersync"],
+    ids=[
+        "ddp",
+        "fsdp",
+        "fsdp-unet",
+        "ddp-average",
+        "fsdp-average",
+        "ddp-sparse",
+        "fsdp-sparse",
+        "ddp-repa",
+        "fsdp-repa",
+        "fsdp-layersync",
+    ],
 )
 def test_gradients_weights_and_losses_equal_those_of_one_process(share, config, folder, vit):
     (folder / "tiny.py").write_text(config.replace("WEIGHTS", str(vit)))

@@ -48,6 +48,10 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine(measured_run, 
         ("C:\\Users\\John\\photos", "./photos"),
         ("train part of /home/me/photos: 3 images", "train part of ./photos: 3 images"),
         ("data/x, split train: 3 images, centre crops of 8x8", "data/x, split train: 3 images, centre crops of 8x8"),
+        (
+            "w = 2 (the paper's s = 1) away from /home/me/bad run, hash 1",
+            "w = 2 (the paper's s = 1) away from ./bad run, hash 1",
+        ),
         ("svm on the pixels of 9 training images", "svm on the pixels of 9 training images"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_state_is_loaded_part_by_part_or_refused():
     ):
         with pytest.raises(InputError, match=f"the checkpoint in run does not fit the config: .*{message}"):
             load_state({**state, **changed}, loaded, Path("run"))
-    with pytest.raises(InputError, match="the checkpoint in run does not fit the config: 'model'"):
+    with pytest.raises(InputError, match="the checkpoint in run does not fit the config: it has no model"):
         load_state({"step": 1}, loaded, Path("run"))
 
 

@@ -27,13 +27,18 @@ def make_measured_run(folder: Path) -> Path:
     model.save_pretrained(run_dir)
     (run_dir / "README.md").unlink()
     data = DataConfig(name=str(folder / "My Pictures" / "photos"), class_names=("a", "b", "c"))
-    train = TrainConfig(run_dir=str(run_dir), num_steps=10, label_dropout=0.1)
+    encoder = {
+        "alignment_encoder": "timm:vit",
+        "alignment_encoder_weights": str(folder / "My Weights" / "vit.safetensors"),
+    }
+    train = TrainConfig(run_dir=str(run_dir), num_steps=10, label_dropout=0.1, alignment="repa", **encoder)
     config = Config(model=MODEL, data=data, train=train, sample=SampleConfig(num_steps=2, guidance=1.5))
     (run_dir / "config.json").write_text(to_json(config))
     protocol = {
         "images": "20 drawn",
         "weights": f"EMA of {run_dir}, step_00000010, hash {hash_weights(model.state_dict())}",
         "reference": f"{folder / 'My Pictures'}/ref.npz: mu and sigma, hash 12",
+        "guidance": f"w = 1.5 (the paper's s = 0.5) away from {run_dir}/checkpoints/step_00000005, hash 12",
         "features": "pixels",
     }
     results = {"recognised": 0.5, "frechet": 2.0, "frechet_real": 1.0, "protocol": protocol}

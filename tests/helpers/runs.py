@@ -64,6 +64,19 @@ config = replace(config, train=replace(config.train, alignment="layersync"))
 """
 )
 """The same, aligned within itself."""
+TINY_SPARSE = (
+    TINY
+    + """
+from dataclasses import replace
+
+config = replace(
+    config,
+    model=replace(config.model, outer_pairs=1, depth=4),
+    train=replace(config.train, token_keep=0.5, dense_share=0.25, path_drop=0.3),
+)
+"""
+)
+"""The same with some of the patches for the inner blocks."""
 TEXT = "--model.num_classes 0 --model.null_class False --model.context_dim 8 --model.num_context_tokens 24".split()
 """What makes a text model of it."""
 

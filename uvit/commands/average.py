@@ -14,7 +14,7 @@ from uvit.common.errors import InputError
 from uvit.common.files import atomic_folder
 from uvit.common.messages import warn
 from uvit.config import MAX_WIDTH, MIN_WIDTH, Section
-from uvit.weights.averages import write_average
+from uvit.weights.averages import RebuiltAverage, write_average
 
 LARGE_ERROR = 0.05
 """Of a fit: the average may differ visibly from one that was kept."""
@@ -43,6 +43,13 @@ def averaged_folder(run_dir: Path, width: float) -> Path:
     return named.with_name(f"{named.name}-width-{width:g}")
 
 
+def warn_of_error(how: RebuiltAverage) -> None:
+    """Warns of an average that is far from one that would have been kept."""
+    if how.error > LARGE_ERROR:
+        only = f"the snapshots only allow a fit of width {how.width:g} to {how.error:.0%}"
+        warn(f"{only}: take more of them, or a width between those kept")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Rebuilds the average and writes the folder atomically."""
     given = parse(Arguments, arguments, __doc__)
@@ -54,7 +61,6 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"the output must be a new folder, got {output}, which exists")
     with atomic_folder(output) as temporary:
         how = write_average(run_dir, temporary, given.width, given.step)
-    if how.error > LARGE_ERROR:
-        warn(f"the snapshots only allow a fit to {how.error:.0%}: take more of them, or a width between those kept")
+    warn_of_error(how)
     at = f"width {how.width:g} at step {how.step}, from {how.num_snapshots} snapshots, fitted to {how.error:.1e}"
     print(f"{given.run} to {output}: average of {at}; sample with: {command_line('sample')} --checkpoint {output}")

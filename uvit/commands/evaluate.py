@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 from accelerate import PartialState
 
-from uvit.commands.average import averaged_folder
+from uvit.commands.average import averaged_folder, warn_of_error
 from uvit.common.cli import PROGRAM, parse, process_state
 from uvit.common.files import atomic_write
 from uvit.config import INCEPTION, MAX_BATCH, MAX_SIDE, MAX_WORKERS, DataConfig, Section
@@ -119,9 +119,10 @@ def search_widths(given: MeasureArguments, state: PartialState) -> dict[str, Any
     run_dir, found = Path(given.checkpoint), {}
     for width in given.widths:
         with TemporaryDirectory() as folder:
-            write_average(run_dir, Path(folder), width)
+            how = write_average(run_dir, Path(folder), width)
             if state.is_main_process:
                 print(f"width {width:g}:")
+                warn_of_error(how)
             one = dataclasses.replace(given, checkpoint=folder, widths=())
             found[width] = measure_and_show(one, state, str(averaged_folder(run_dir, width)))
     best = min(found, key=lambda width: found[width].get("frechet", math.inf))

@@ -151,9 +151,7 @@ class TimmFeatures(TimmNetwork, Features):
     """
 
     def __init__(self, name: str, weights: str | None, classify: bool = False) -> None:
-        super().__init__(name, weights)
-        if not classify:
-            self.network.reset_classifier(0)
+        super().__init__(name, weights, classify)
         self.num_features = self.network.num_classes if classify else self.network.head_hidden_size
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:

@@ -333,7 +333,8 @@ class UViTPipeline(DiffusionPipeline):
         Args:
             class_labels: numbers or names, for a network with labels.
             prompt: texts, for a network with a context.
-            guidance_scale: w in w · cond + (1 - w) · uncond; 1 is none. The same w as sample.py's --guidance.
+            guidance_scale: w in w · cond + (1 - w) · uncond; 1 is none. The same w as sample.py's --guidance, but never
+                by path: the empty condition sees the whole network.
             num_inference_steps: steps of the scheduler.
             generator: source of the noise, or one for each image.
             latents: (B, C, H, W) standard normal noise to start from, instead of random noise.

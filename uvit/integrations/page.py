@@ -118,7 +118,7 @@ def build_page(folder: Path) -> gr.Blocks:
             with _one_line_errors():
                 config = from_dict(Config, read_json(find_run(folder, name) / CONFIG_FILE))
             model, sampling = config.model, config.sample
-            guided = model.null_class or bool(model.context_dim)
+            guided = model.null_class or bool(model.context_dim) or sampling.guidance_path
             names = list(class_names(config))
             chosen = names[:FIRST_CLASSES] if len(names) * Drawing.num_per_class > MAX_PAGE_IMAGES else []
             return {

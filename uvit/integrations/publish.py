@@ -26,7 +26,9 @@ from uvit.weights.tensors import hash_weights, write_weights
 
 GRID_FILE = "grid.png"
 NEEDED = {"weights", "reference", "features"}
-PROTOCOL_LINE = re.compile(r"((?:train|test) part of |EMA of )?(.*?)((?:: |, split |, step_|, hash ).*)?", re.DOTALL)
+PROTOCOL_LINE = re.compile(
+    r"((?:train|test) part of |EMA of |w = .* away from )?(.*?)((?:: |, split |, step_|, hash ).*)?", re.DOTALL
+)
 """The text before a name in a line of a protocol, the name, and the text after it."""
 FOLDER_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:~[^/\\]*|\.{1,2})?[/\\].*[/\\]")
 """A path from the root, a home or a parent folder, without its last part; greedy, since folders may have spaces."""
@@ -48,8 +50,14 @@ def public_config(config: Config) -> Config:
         text_encoder=public_name(config.data.text_encoder),
         autoencoder=config.data.autoencoder and public_name(config.data.autoencoder),
     )
-    init = config.train.init and public_name(config.train.init)
-    return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, run_dir=None, init=init))
+    init, encoder = config.train.init, config.train.alignment_encoder_weights
+    train = dataclasses.replace(
+        config.train,
+        run_dir=None,
+        init=init and public_name(init),
+        alignment_encoder_weights=encoder and public_name(encoder),
+    )
+    return dataclasses.replace(config, data=data, train=train)
 
 
 def read_evaluation(path: Path, weights_hash: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -154,6 +154,8 @@ class Network(Protocol):
         context: Tensor | None = None,
         interval: Tensor | float | None = None,
         guidance: Tensor | None = None,
+        kept: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> Tensor: ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...

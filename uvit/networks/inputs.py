@@ -96,7 +96,7 @@ def check_numbers(
 
 
 def check_sparse(config: NetworkConfig, x: Tensor, kept: Tensor | None, dropped: Tensor | None) -> None:
-    """Checks which patches of which images the inner blocks see.
+    """Checks which patches of which images the inner blocks see; that they are different ones is for the caller.
 
     Args:
         config: of the network.
@@ -110,10 +110,14 @@ def check_sparse(config: NetworkConfig, x: Tensor, kept: Tensor | None, dropped:
     if not config.sparse_pairs:
         raise InputError("kept and dropped need a network with sparse_pairs above 0, got 0")
     batch = x.shape[0]
-    if kept is not None and (kept.dtype not in INDEX_DTYPES or kept.ndim != 2 or kept.shape[0] != batch):
-        raise InputError(f"kept must be ({batch}, M) of int64 or int32, got {tuple(kept.shape)} of {kept.dtype}")
-    if dropped is not None and (dropped.dtype != torch.bool or tuple(dropped.shape) != (batch,)):
-        raise InputError(f"dropped must be ({batch},) of bool, got {tuple(dropped.shape)} of {dropped.dtype}")
+    for name, given, dtypes in (("kept", kept, INDEX_DTYPES), ("dropped", dropped, (torch.bool,))):
+        if given is not None and (not isinstance(given, Tensor) or given.dtype not in dtypes):
+            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise InputError(f"{name} must be a tensor of {expected}, got {_kind_of(given)}")
+    if kept is not None and (kept.ndim != 2 or kept.shape[0] != batch or kept.shape[1] < 1):
+        raise InputError(f"kept must be ({batch}, M) with M at least 1, got {tuple(kept.shape)}")
+    if dropped is not None and tuple(dropped.shape) != (batch,):
+        raise InputError(f"dropped must be ({batch},), got {tuple(dropped.shape)}")
 
 
 def _as_times(name: str, given: Any, x: Tensor) -> Tensor:

@@ -92,15 +92,16 @@ def generate_batches(
         keys, part = zip(*own_items[start : start + batch_size])
         cond, uncond = batch_conditions(part, config.model, encoders.text, device)
         cond = {**cond, **guidance_condition(config.model, config.sample, len(part), device)}
+        worse = weak
         if weak is not None:
             uncond = cond
         elif config.sample.guidance_path:
-            weak, uncond = model.forward_outer, uncond or cond
+            worse, uncond = model.forward_outer, uncond or cond
         reused = config.sample.reused
         network = model if reused is None else reuse_deep_features(model.forward_reusing, *reused)
         noise = ImageNoise(keys, shape, device)
         with tf32(), torch.autocast(device.type, dtype, enabled=precision != "no"):
-            x = sample(network, config.process, config.sample, noise, cond, uncond, on_evaluation, weak)
+            x = sample(network, config.process, config.sample, noise, cond, uncond, on_evaluation, worse)
         yield decode_images(x, encoders)
 
 

@@ -21,6 +21,7 @@ from uvit.config import (
     SectionT,
     SolverName,
     Spacing,
+    check_solver,
     config_kind,
     from_dict,
     load_config,
@@ -114,6 +115,8 @@ class DrawArguments(Section):
             reuse=self.reuse,
             mixed_precision=self.mixed_precision,
         )
+        if self.guidance_path and sampling.guidance == 1:
+            raise InputError("--guidance_path has no effect with guidance 1: give --guidance, such as 2")
         if self.text_encoder is not None and not config.model.context_dim:
             raise InputError(f"--text_encoder is for a model with a context, got {self.text_encoder!r} for one without")
         resolve_precision(sampling.mixed_precision, device.type, config.model.width)
@@ -146,11 +149,13 @@ class DrawArguments(Section):
             raise InputError(f"--guide has no effect with guidance 1, got {self.guide}: give --guidance, such as 2")
         if config.sample.guidance_path:
             raise InputError(f"guidance leads away from one network, got guidance_path True and --guide {self.guide}")
-        found, network = load_run(self.guide, self.attention, process_state().device)
+        wanted = "name its run, or a checkpoint of one"
+        found, network = load_run(self.guide, self.attention, process_state().device, advice=wanted)
         expected = _kind(config)
         for name, value in _kind(found).items():
             if value != expected[name]:
                 raise InputError(f"--guide {self.guide} must have {name} {expected[name]}, got {value}")
+        check_solver(found.process, config.sample.sampler)
         compile_model(network, self.compile)
         return network
 
@@ -178,7 +183,11 @@ def _replace_given(section: SectionT, **values: Any) -> SectionT:
 
 
 def load_run(
-    checkpoint: str, attention: Backend, device: torch.device, config_file: str | None = None
+    checkpoint: str,
+    attention: Backend,
+    device: torch.device,
+    config_file: str | None = None,
+    advice: str = "give the run's config with --config",
 ) -> tuple[Config, Network]:
     """Loads a run's config, and its network with the averaged weights, in eval mode.
 
@@ -187,6 +196,7 @@ def load_run(
         attention: attention backend.
         device: where the network goes.
         config_file: the run's config, for weights without one.
+        advice: what to do where there are only weights.
 
     Raises:
         InputError: no run there, invalid files, weights that are not finite, or a backend that cannot run there.
@@ -197,7 +207,7 @@ def load_run(
     else:
         raw = {} if path.is_file() else read_json(path / CONFIG_FILE)
         if isinstance(raw, dict) and config_kind(raw) != "run":
-            raise InputError(f"{checkpoint} holds only weights, expected a run: give the run's config with --config")
+            raise InputError(f"{checkpoint} holds only weights, expected a run: {advice}")
         config = from_dict(Config, raw)
     resolve_backend(attention, device.type)
     known = dataclasses.asdict(config.model) if path.is_file() else {}  # not all can be inferred from a published file

@@ -60,7 +60,7 @@ class Averages:
             is_end: whether it is the last one.
             is_main: whether this process writes.
         """
-        if not self.averages or (step % self.every and not is_end):
+        if not self.updates or not self.averages or (step % self.every and not is_end):
             return
         tensors = unshard(self.state_dict(), keep=is_main)
         if not is_main:
@@ -69,9 +69,12 @@ class Averages:
         with warn_on_failure(str(path)):
             remove_leftovers(path.with_stem("step_*"))
             write_tensors(path, tensors)
-            for other in average_files(self.run_dir):
-                if (step_of(other.name) or 0) > step:
-                    other.unlink()  # of the run as it went on before it resumed from an earlier checkpoint
+
+    def forget_after(self, step: int) -> None:
+        """Removes snapshots of later steps: of the run as it went on before it resumed from an earlier checkpoint."""
+        for path in average_files(self.run_dir):
+            if (step_of(path.name) or 0) > step:
+                path.unlink()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the averages by WIDTH/NAME and the number of updates: what a checkpoint and a snapshot hold."""

@@ -127,6 +127,8 @@ def load_state(state: dict[str, Any], stateful: dict[str, Any], run_dir: Path) -
         InputError: the checkpoint does not fit.
     """
     try:
+        if missing := [name for name in stateful if name not in state]:
+            raise ValueError(f"it has no {missing[0]}")
         for name, part in stateful.items():
             if name == "optimizer":
                 load_optimizer_state(part, state[name])

@@ -182,6 +182,7 @@ class Trainer:
                 remove_leftovers(self.run_dir / file)
             save_json(self.run_dir / CONFIG_FILE, self.config)
             self.metrics = MetricsFile(self.run_dir / METRICS_FILE, self.done)
+            self.averages.forget_after(self.done)
         if settings.tracker != "none":
             with warn_on_failure(f"to {settings.tracker}", (Exception,)):
                 self.accelerator.init_trackers("uvit", config=self.config.flattened())

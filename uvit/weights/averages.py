@@ -87,7 +87,8 @@ def _inner_products(
     """Returns the integral over all τ of the products of two densities, (N,) and (M,) of them: (N, M)."""
     a, s, b, t = exponents[:, None], ends[:, None], other_exponents[None], other_ends[None]  # (N, 1), (1, M)
     # Both densities are positive until the smaller end, where the one that goes on has (end / its end)^exponent.
-    tail = np.where(s < t, (s / t) ** b, (t / s) ** a)
+    low = np.minimum(s, t)
+    tail = (low / t) ** b * (low / s) ** a
     return (a + 1) * (b + 1) / (a + b + 1) * tail / np.maximum(s, t)
 
 

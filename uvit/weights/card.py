@@ -112,6 +112,12 @@ def _recipe(config: Config, width: float | None) -> dict[str, str]:
         else f"power-function average of relative width {width:g} (arXiv 2312.02696)",
         "sampling": f"{sampling.sampler}, {sampling.num_steps} steps, guidance w = {sampling.guidance:g}",
     }
+    if train.token_keep < 1:
+        rows["training"] += f", {train.token_keep:.0%} of the patches for the inner blocks until the last steps"
+    if train.alignment_factor:
+        rows["training"] += f", alignment {train.alignment} with weight {train.alignment_factor:g}"
+    if sampling.guidance_path and sampling.guidance != 1:
+        rows["sampling"] += " away from the outer blocks alone"
     if data.autoencoder is not None:
         rows["autoencoder"] = f"{data.autoencoder}, latents times {data.scale_factor:g}"
     if config.model.context_dim:

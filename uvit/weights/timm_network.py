@@ -21,6 +21,7 @@ class TimmNetwork(nn.Module):
     Args:
         name: a model of timm, such as vit_small_patch14_dinov2.
         weights: file of its weights (safetensors); None downloads them once.
+        classify: whether it gives logits instead of pooled features.
 
     Raises:
         InputError: no such model, or its weights cannot be downloaded or read.
@@ -30,7 +31,7 @@ class TimmNetwork(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, weights: str | None) -> None:
+    def __init__(self, name: str, weights: str | None, classify: bool = True) -> None:
         super().__init__()
         import timm
 
@@ -38,6 +39,8 @@ class TimmNetwork(nn.Module):
             self.network = timm.create_model(name, pretrained=weights is None)
             if weights is not None:
                 self.network.load_state_dict(read_weights(existing_file(weights)))
+            if not classify:
+                self.network.reset_classifier(0)
         except InputError:
             raise
         except Exception as error:  # an unknown name, no network, weights of another network

@@ -243,7 +243,7 @@ BAD_INPUT = [
     ("convert", "tiny.py out", "tiny.py is not a valid weights-only file"),
     ("convert", "runs/tiny runs/text", "runs/text holds a run, whose config.json would be overwritten"),
     ("convert", "runs/tiny out --num_heads 3", "embed_dim 16 must be divisible by num_heads 3"),
-    ("train", "tiny.py --model.embed_dim 1000000000", "parameters, got up to 8.4e+19"),
+    ("train", "tiny.py --model.embed_dim 1000000000", "parameters, got up to 8.5e+19"),
     ("train", "tiny.py --data.num_workers 100000", "num_workers must be at most 1,024, got 100000"),
     ("sample", f"--checkpoint {'n' * 300}", "checkpoint not found: nnn"),
     ("sample", "--checkpoint user/model/../../..", "checkpoint not found: user/model/../../.."),

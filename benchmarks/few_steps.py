@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from judged_runs import ROOT, time_steps
+from judged_runs import ROOT, public_json, time_steps
 from matplotlib.figure import Figure
 from measure import best_device, load_result, log_scale, plot_range, result_path, save_result, spread
 from quality import Judge
@@ -26,7 +26,7 @@ from sample import ARMS, Arm, draw, network_of
 from uvit import Config
 from uvit.common.cli import parse, run
 from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
-from uvit.config import load_config, to_json
+from uvit.config import load_config
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
 from uvit.networks.runtime import set_threads
@@ -97,8 +97,7 @@ def compare(name: str, given: Arguments) -> None:
     data = load_data(configs[AVERAGE].data, configs[AVERAGE].model)
     kept = load_result(NAME).get("data", {})
     figures: dict[str, Any] = kept.get(name, {})
-    data_config = load_config(ROOT / "configs" / f"{name}.py").data  # names no folder of this machine
-    public = {arm: json.loads(to_json(replace(each, data=data_config))) for arm, each in configs.items()}
+    public = {arm: public_json(each, name) for arm, each in configs.items()}
     settings = {"num_images": given.num_images, "configs": public}  # figures of another recipe are measured anew
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     if figures.get("settings") != settings:

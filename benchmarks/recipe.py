@@ -143,7 +143,7 @@ class Study:
         unit = known.get(TODAY, {}).get("step_seconds", seconds[TODAY]) / seconds[TODAY]
         for arm, config in new.items():
             first, last_seconds = (unit * seconds.get(key, seconds[arm]) for key in (arm, f"{arm}, last steps"))
-            dense = 1 - num_sparse_steps(config) / config.train.num_steps if config.train.token_keep < 1 else 0.0
+            dense = 1 - num_sparse_steps(config) / config.train.num_steps
             mean = (1 - dense) * first + dense * last_seconds
             times = {"step_seconds": mean, "first_seconds": first, "last_seconds": last_seconds}
             known[arm] = {"config": configs[arm], **times}
@@ -183,7 +183,7 @@ def curves_of(figures: Mapping[str, Any], arm: str) -> list[list[dict[str, float
     config, curves = from_dict(Config, each["config"]), []
     for points in (done["points"] for done in figures["runs"] if done["arm"] == arm):
         train = replace(config.train, num_steps=int(points[-1]["step"]))
-        sparse = num_sparse_steps(replace(config, train=train)) or train.num_steps
+        sparse = num_sparse_steps(replace(config, train=train))
         curves.append([{**point, "seconds": seconds_at(point["step"], sparse, each)} for point in points])
     return curves
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from os.path import isfile
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def find_width(folder: Path, weights_hash: str) -> float | None:
     return how.width if how.weights == weights_hash else None
 
 
+@cache
 def exponent_of(width: float) -> float:
     """Returns the exponent γ of a relative width σ in (0, 1/√12], the inverse of σ² = (γ + 1) / ((γ + 2)² (γ + 3))."""
     # With u = γ + 2, it is σ² u³ + σ² u² - u + 1 = 0, whose largest root has γ at least 0.

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import platform
+import resource
+
 import pytest
 import torch
 from helpers.forks import in_a_fork
@@ -7,7 +10,7 @@ from helpers.golden import with_golden_weights
 
 from uvit import UNet, UViT
 from uvit.common.errors import InputError
-from uvit.networks.runtime import MIN_BF16_WIDTH, check_compile, compile_model, resolve_precision, tf32
+from uvit.networks.runtime import MIN_BF16_WIDTH, check_compile, compile_model, resolve_precision, set_up_cpu, tf32
 
 SMALL = {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
 
@@ -85,3 +88,21 @@ def test_tf32_ends_with_its_block():
     with tf32():
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such option")
+@in_a_fork
+def test_memory_that_was_freed_is_used_again():
+    """A page that the system gives anew is a fault."""
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            tensors = [torch.ones(2**20) for _ in range(4)]  # 4 MB each
+            del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    set_up_cpu(1)
+    assert torch.get_num_threads() == 1
+    faults()
+    assert faults() < 100

@@ -19,7 +19,14 @@ from uvit.data.batch import Batch
 from uvit.diffusion.objective import diffusion_loss
 from uvit.networks.encoders import NO_ENCODERS, Encoders
 from uvit.training.optim import build_optimizer, build_schedule
-from uvit.training.step import batches_on_device, compute_gradients, mean_over_processes, step_seed, training_loss
+from uvit.training.step import (
+    Lookahead,
+    batches_on_device,
+    compute_gradients,
+    mean_over_processes,
+    step_seed,
+    training_loss,
+)
 from uvit.weights.published import ADAMW, LDM_NOISE, VP_NOISE
 
 STEPS, WARMUP, DECAY = 5, 3, 0.9
@@ -222,3 +229,24 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole_batch(tiny, clip):
 def test_the_mean_over_one_process():
     found = mean_over_processes(Accelerator(cpu=True), torch.tensor(2.0), torch.tensor(3.0), 15)
     assert found == (2.0, 3.0, 15)
+
+
+def test_a_batch_that_is_fetched_ahead_is_the_next_one_and_fails_when_it_is_needed():
+    taken = []
+
+    def batches():
+        for number in (1, 2):
+            taken.append(number)
+            yield number
+        raise TrainingError("a worker died")
+
+    ahead = Lookahead(batches())
+    ahead.fetch()
+    ahead.fetch()
+    assert taken == [1]
+    assert next(ahead) == 1 and taken == [1]
+    assert next(ahead) == 2
+    ahead.fetch()
+    with pytest.raises(TrainingError, match="a worker died"):
+        next(ahead)
+    assert list(ahead) == []

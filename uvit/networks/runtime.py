@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import cast
 
@@ -19,6 +21,8 @@ MIN_BF16_WIDTH = 128
 """Narrower models stay in fp32 on a CPU: casts cost most of the time that products save."""
 VARIANTS = 8
 """How often a block may be compiled: for other batch sizes, with and without gradients, in training and sampling."""
+# Of glibc's malloc.h: blocks with a mapping of their own, and what may be free at the top before it is returned.
+MALLOPT_MMAP_MAX, MALLOPT_TRIM_THRESHOLD = -4, -1
 
 
 def cpu_has_bf16() -> bool:
@@ -89,7 +93,17 @@ def compile_model(network: Network, how: Compile) -> None:
         cast(nn.Module, network).compile(mode="reduce-overhead" if how == "graphs" else None)
 
 
-def set_threads(num_threads: int) -> None:
-    """Sets PyTorch's number of CPU threads; 0 keeps its default."""
+def set_up_cpu(num_threads: int) -> None:
+    """Sets up a process to compute on a CPU: its threads, and that it keeps memory which PyTorch has freed.
+
+    A step frees and allocates all its activations. glibc would return them to the system, which clears each page anew;
+    other C libraries have no such option.
+
+    Args:
+        num_threads: of PyTorch; 0 keeps its default.
+    """
     if num_threads:
         torch.set_num_threads(num_threads)
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(MALLOPT_MMAP_MAX, 0)
+        mallopt(MALLOPT_TRIM_THRESHOLD, 2**31 - 1)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, muon
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from uvit.config import OptimConfig
 from uvit.networks.contract import Network
 from uvit.networks.runtime import cpu_has_bf16
+from uvit.training.muon import update_together
 from uvit.training.sharding import reshard
 
 
@@ -50,22 +50,9 @@ def _build_for_network(network: Network, config: OptimConfig) -> torch.optim.Opt
         fallback_lr_scale=config.fallback_lr_scale,
         **shared,
     )
-    if not cpu_has_bf16():
-        orthogonalise_in_fp32(optimizer)
+    # Emulated bf16 would take most of a small model's step.
+    update_together(optimizer, cpu_dtype=torch.bfloat16 if cpu_has_bf16() else torch.float32)
     return optimizer
-
-
-def orthogonalise_in_fp32(optimizer: torch.optim.Optimizer) -> None:
-    """Makes timm's Muon orthogonalise what is on the CPU in fp32: emulated bf16 takes most of a small model's step."""
-    in_bf16 = muon.zeropower_via_newtonschulz  # timm has no option for its dtype
-
-    def orthogonalise(matrix: torch.Tensor, steps: int, coefficients: Any, **options: Any) -> torch.Tensor:
-        dtype = torch.float32 if matrix.device.type == "cpu" else torch.bfloat16
-        return in_bf16(matrix, steps, coefficients, dtype=dtype, **options)
-
-    use = partial(setattr, muon, "zeropower_via_newtonschulz")
-    optimizer.register_step_pre_hook(lambda *_: use(orthogonalise))
-    optimizer.register_step_post_hook(lambda *_: use(in_bf16))
 
 
 def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:

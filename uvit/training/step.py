@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -73,6 +74,30 @@ def batches_on_device(device: torch.device, loader: Iterable[Batch], run_dir: Pa
         with warn_on_failure(str(run_dir / SKIPPED_FILE)):
             report_skipped(run_dir, batch.skipped)
         yield batch.to(device)
+
+
+class Lookahead(Iterator[Batch]):
+    """Batches of which the next one can be fetched before it is needed.
+
+    Args:
+        batches: to take them from.
+    """
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches, self._fetched = batches, Future[Batch]()
+
+    def fetch(self) -> None:
+        """Takes the next batch, unless that has been done; what fails is raised by `next`, after the step's update."""
+        if not self._fetched.done():
+            try:
+                self._fetched.set_result(next(self._batches))
+            except Exception as error:
+                self._fetched.set_exception(error)
+
+    def __next__(self) -> Batch:
+        self.fetch()
+        fetched, self._fetched = self._fetched, Future()
+        return fetched.result()
 
 
 def as_written(network: Any, is_compiled: bool = False) -> Callable[..., torch.Tensor]:

@@ -27,7 +27,7 @@ from uvit.data.loader import build_loader
 from uvit.data.skipped import describe_skipped
 from uvit.networks.contract import Network
 from uvit.networks.encoders import Encoders
-from uvit.networks.runtime import compile_model, resolve_precision, set_threads, tf32
+from uvit.networks.runtime import compile_model, resolve_precision, set_up_cpu, tf32
 from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate, sample_grid
 from uvit.training.alignment import build_projector, last_term, with_projector
@@ -39,6 +39,7 @@ from uvit.training.progress import MetricsFile, Progress, Stopwatch
 from uvit.training.resume import last_checkpoint, load_state, open_checkpoint
 from uvit.training.sharding import shard, unshard, unshard_network
 from uvit.training.step import (
+    Lookahead,
     Loss,
     StepResult,
     batches_on_device,
@@ -71,7 +72,7 @@ class Trainer:
     def build(self) -> None:
         """Builds the network, its average and the optimizer, on the device, and sharded or replicated."""
         config, settings = self.config, self.config.train
-        set_threads(settings.num_threads)
+        set_up_cpu(settings.num_threads)
         device_type = process_state().device.type
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(settings.mixed_precision, device_type, config.model.width),
@@ -171,8 +172,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         batches = batches_on_device(self.device, loader, self.run_dir)
-        first = list(itertools.islice(batches, 1))  # before anything is written: data may be broken
-        self.batches = itertools.chain(first, batches)
+        self.batches = Lookahead(itertools.chain([next(batches)], batches))  # data may be broken: before any file
 
     def open_records(self) -> None:
         """Opens the outputs of the run: its folder, metrics, tracker and progress bar."""
@@ -210,6 +210,8 @@ class Trainer:
             self.done,
             self.loss_of,
         )
+        if self.done + 1 < self.config.train.num_steps:
+            self.batches.fetch()  # while the device computes what the host waits for next
         mean_loss, norm, signum = mean_over_processes(self.accelerator, loss, grad_norm, request.signum)
         is_sound, scaler = math.isfinite(mean_loss) and math.isfinite(norm), self.accelerator.scaler
         # fp16 overflows until its scale is small enough, which is not a fault of the run.

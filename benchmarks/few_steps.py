@@ -29,7 +29,7 @@ from uvit.common.files import atomic_write, lock_folder, make_directory, write_t
 from uvit.config import load_config
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
-from uvit.networks.runtime import set_up_cpu
+from uvit.networks.runtime import set_up_process
 from uvit.sampling.runs import load_run
 from uvit.training.trainer import Trainer
 
@@ -171,7 +171,7 @@ def draw_curves(figures: Mapping[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Compares on each data set and prints the tables."""
     given = parse(Arguments, arguments, __doc__)
-    set_up_cpu(1)
+    set_up_process(1)
     make_directory(RUNS)
     with lock_folder(RUNS):
         for name in given.data:

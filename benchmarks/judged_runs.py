@@ -31,7 +31,7 @@ from uvit.config import CHECKPOINT_FOLDER, METRICS_FILE, WEIGHTS_FILE, Compile, 
 from uvit.data.batch import ImageData
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
-from uvit.networks.runtime import resolve_precision, set_up_cpu, tf32
+from uvit.networks.runtime import resolve_precision, set_up_process, tf32
 from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate
 from uvit.sampling.grid import image_grid
@@ -216,7 +216,7 @@ def work(runs: Sequence[Run], num_taken: Any) -> None:
         with open(each.folder / LOG_FILE, "a") as log:
             try:
                 with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                    set_up_cpu(each.config.train.num_threads)
+                    set_up_process(each.config.train.num_threads)
                     judge = judge or Judge(each.config, each.num_images, best_device())
                     data = data or load_data(each.config.data, each.config.model)
                     each.train_and_judge(judge, data)

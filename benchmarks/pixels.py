@@ -42,7 +42,7 @@ from uvit import Config
 from uvit.common.cli import parse, run
 from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
 from uvit.config import replace_fields
-from uvit.networks.runtime import set_up_cpu
+from uvit.networks.runtime import set_up_process
 from uvit.weights.build import build_network
 
 RUNS = ROOT / "runs" / "pixels"
@@ -182,7 +182,7 @@ def draw_curves(figures: Mapping[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Compares the arms for each size of patch and prints the tables."""
     given = parse(Arguments, arguments, __doc__)
-    set_up_cpu(1)
+    set_up_process(1)
     make_directory(RUNS)
     with lock_folder(RUNS):
         for patch_size in given.patches:

@@ -38,7 +38,7 @@ from uvit.common.cli import parse, run
 from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
 from uvit.config import from_dict, replace_fields
 from uvit.data.loader import load_data
-from uvit.networks.runtime import set_up_cpu
+from uvit.networks.runtime import set_up_process
 from uvit.training.sparse import at_step, num_sparse_steps
 
 RUNS = ROOT / "runs" / "recipe"
@@ -275,7 +275,7 @@ def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Compares the arms on each data set and prints the tables."""
     given = parse(Arguments, arguments, __doc__)
-    set_up_cpu(1)
+    set_up_process(1)
     for name in given.data:
         make_directory(RUNS / name)
         with lock_folder(RUNS / name):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from uvit import Config, UViT, UViTConfig
 from uvit.common.cli import parse, run
 from uvit.config import Compile, SampleConfig
-from uvit.networks.runtime import compile_model, set_up_cpu
+from uvit.networks.runtime import compile_model, set_up_process
 from uvit.sampling.generate import generate
 from uvit.sampling.runs import load_run
 from uvit.weights.published import SIZES
@@ -142,7 +142,7 @@ def time_digits(given: Arguments, device: torch.device) -> dict[str, list[dict[s
     """Returns images/s of a digits run and what they are like, by each arm and seed."""
     config, model = load_run(given.checkpoint, "auto", device)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=given.guidance))
-    set_up_cpu(config.train.num_threads)
+    set_up_process(config.train.num_threads)
     judge = Judge(config, given.num_images)
 
     runs: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in ARMS}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from judged_runs import study_config
@@ -39,8 +39,8 @@ WARM_UP = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    configs: tuple[str, ...] = ("digits", "photos")
-    """Names of configs, whose data are embedded."""
+    configs: tuple[Literal["digits", "photos"], ...] = ("digits", "photos")
+    """Configs, whose data are embedded."""
     rounds: int = 60
     """Timed steps of each arm."""
 
@@ -50,7 +50,7 @@ def take_steps(name: str, together: bool, keeps_memory: bool, pipe: Connection) 
     if not together:
         optim.update_together = lambda *_, **__: None
     if not keeps_memory:
-        trainer.set_up_cpu = torch.set_num_threads
+        trainer.set_up_process = lambda num_threads, _: torch.set_num_threads(num_threads)
     config, request = study_config(name), StopRequest()
     with tempfile.TemporaryDirectory() as folder:
         one = trainer.Trainer(config, load_data(config.data, config.model), NO_ENCODERS, Path(folder))
@@ -66,17 +66,20 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
     """Returns for each arm the median seconds and page faults of a step, and the median ratio of seconds in a round."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
+    processes = []
     for arm, (together, keeps_memory) in ARMS.items():
         pipes[arm], theirs = context.Pipe()
-        context.Process(target=take_steps, args=(name, together, keeps_memory, theirs), daemon=True).start()
+        processes.append(context.Process(target=take_steps, args=(name, together, keeps_memory, theirs), daemon=True))
+        processes[-1].start()
         theirs.close()
     taken: dict[str, list[tuple[float, int]]] = {arm: [] for arm in ARMS}
     for _ in tqdm(range(WARM_UP + rounds), unit="round", desc=name):
         for arm, pipe in pipes.items():
             pipe.send(True)
             taken[arm].append(pipe.recv())
-    for pipe in pipes.values():
+    for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
+        process.join()
     times = {arm: [seconds for seconds, _ in each[WARM_UP:]] for arm, each in taken.items()}
     first, *_ = times.values()
     return {

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from uvit import UNet, UNetConfig
 from uvit.common.cli import parse, run
 from uvit.common.errors import InputError
-from uvit.networks.runtime import resolve_precision, set_up_cpu
+from uvit.networks.runtime import resolve_precision, set_up_process
 
 CONFIG = UNetConfig(
     img_size=32,
@@ -116,7 +116,7 @@ def step_of(network: nn.Module, x: Tensor, precision: str) -> Callable[[], None]
 def main(arguments: Sequence[str]) -> None:
     """Times the arms and prints the table."""
     given, device = parse(Arguments, arguments, __doc__), best_device()
-    set_up_cpu(given.threads)
+    set_up_process(given.threads)
     torch.manual_seed(0)
     ours = UNet(CONFIG)
     networks: dict[str, nn.Module] = {"ours": ours, "diffusers": build_diffusers()}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.distributed as dist
-from helpers.forks import in_a_fork
+from helpers.forks import in_a_fork, start_group
 from torch.distributed.tensor import DTensor
 
 from uvit import UViT
@@ -16,11 +15,6 @@ from uvit.training.sharding import reshard, shard, unshard, unshard_network
 from uvit.weights.tensors import read_weights
 
 X, TIMES = torch.ones(2, 1, 8, 8), torch.tensor([3.0, 700.0])
-
-
-def start_group():
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 @in_a_fork

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from uvit.commands import train
 from uvit.common.cli import run
 from uvit.training.step import Loss, training_loss
@@ -128,6 +130,11 @@ def train_in_two_forks(
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         pids.append(start_training(arguments, folder / f"rank_{rank}.log", environment=environment, **how(rank)))
     return [wait_for(pid) for pid in pids]
+
+
+def start_group() -> None:
+    """Makes the process a group of its own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def in_a_fork(test: Callable[..., None]) -> Callable[..., None]:

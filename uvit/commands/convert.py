@@ -1,10 +1,11 @@
-"""Converts published weights to config.json and model.safetensors, which other tools can read without a pickle."""
+"""Converts published weights of either backbone to config.json and model.safetensors, readable without a pickle."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
@@ -17,11 +18,15 @@ from uvit.weights.pretrained import find_pretrained, save_pretrained
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Section):
     source: tyro.conf.Positional[str]
-    """Published `.pth` file, or a checkpoint folder of the paper's code with nnet_ema.pth."""
+    """Published `.pth` or `.pt` file, or a checkpoint folder of the paper's code with nnet_ema.pth."""
     output: tyro.conf.Positional[str]
     """Folder to write config.json and model.safetensors to."""
     num_heads: int | None = None
     """Number of attention heads, if the width is not a published one."""
+    head_dim: int | None = None
+    """Width of a U-Net's heads instead, if it is not a published one."""
+    qkv_order: Literal["legacy", "new"] | None = None
+    """How a U-Net's queries, keys and values are ordered, if it is not a published one."""
     img_size: tuple[int, int] | None = None
     """Height and width in pixels of the image (or latent), if it is not square."""
     num_context_tokens: int | None = None

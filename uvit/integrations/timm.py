@@ -2,7 +2,7 @@
 
 Names follow timm: `uvit_small_patch2_32` is a size, its patch size and the side of its images (or latents); a tag names
 the data where several published models share a name, as in `uvit_large_patch4_64.imagenet512`. The published weights
-have no permanent URL, so none can be downloaded:
+have no permanent URL, so none can be downloaded. U-Nets are not in it: `uvit.UNet.from_pretrained` loads them.
 
 >>> import timm, uvit.integrations.timm
 >>> model = timm.create_model("uvit_small_patch2_32", checkpoint_path="cifar10_uvit_small.pth")

@@ -15,7 +15,7 @@ from uvit.config import NetworkConfig
 class Network(Protocol):
     """A `torch.nn.Module` that can be trained, sampled, sharded and exported.
 
-    To add a network, write a file in `uvit.networks`, a config in `uvit.config.network`, and an entry in
+    To add a network, write a file in `uvit.networks`, a config in `uvit.config`, and an entry in
     `uvit.weights.build`. The last members below are the methods of `torch.nn.Module` that the package calls.
     """
 

@@ -93,17 +93,21 @@ def compile_model(network: Network, how: Compile) -> None:
         cast(nn.Module, network).compile(mode="reduce-overhead" if how == "graphs" else None)
 
 
-def set_up_cpu(num_threads: int) -> None:
-    """Sets up a process to compute on a CPU: its threads, and that it keeps memory which PyTorch has freed.
+def set_up_process(num_threads: int, device_type: str = "cpu") -> None:
+    """Sets the number of CPU threads; where the CPU computes, the process keeps from now on what memory it has freed.
 
-    A step frees and allocates all its activations. glibc would return them to the system, which clears each page anew;
-    other C libraries have no such option.
+    A step frees and allocates all its activations. glibc would return them to the system, which clears each page anew.
+    Other C libraries have no such option, and one that the user has set stays.
 
     Args:
         num_threads: of PyTorch; 0 keeps its default.
+        device_type: where networks run: `cuda`, `cpu`, `mps` ….
     """
     if num_threads:
         torch.set_num_threads(num_threads)
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+    is_chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if device_type != "cpu" or sys.platform != "linux" or is_chosen:
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(MALLOPT_MMAP_MAX, 0)
-        mallopt(MALLOPT_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(MALLOPT_TRIM_THRESHOLD, -1)  # never

@@ -32,7 +32,7 @@ from uvit.diffusion.samplers import sampling_times
 from uvit.networks.attention import resolve_backend
 from uvit.networks.contract import Network
 from uvit.networks.encoders import Encoders, load_encoders
-from uvit.networks.runtime import check_compile, compile_model, resolve_precision, set_up_cpu
+from uvit.networks.runtime import check_compile, compile_model, resolve_precision, set_up_process
 from uvit.weights.build import load_network
 from uvit.weights.pretrained import find_pretrained
 
@@ -129,7 +129,7 @@ class DrawArguments(Section):
         if self.guide is None:
             config.check_guidance()
         sampling_times(config.process, config.sample)  # raises for an invalid grid before the long work
-        set_up_cpu(config.train.num_threads)
+        set_up_process(config.train.num_threads, device.type)
         return config, model, load_encoders(config.data, config.model).to(device)
 
     def load_guide(self, config: Config) -> Network | None:

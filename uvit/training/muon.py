@@ -19,7 +19,7 @@ MAX_STACKED = 2**22
 
 
 def update_together(optimizer: torch.optim.Optimizer, cpu_dtype: torch.dtype) -> None:
-    """Makes a Muon of timm's update matrices of one shape together, to the same values.
+    """Makes a Muon of timm's update matrices of one shape together, to the same values up to rounding.
 
     Args:
         optimizer: changed in place; timm's module is as before after each step.
@@ -35,7 +35,7 @@ def update_together(optimizer: torch.optim.Optimizer, cpu_dtype: torch.dtype) ->
             setattr(timm_muon, name, function)
 
     stand_ins = {"muon": _update_stacks, "zeropower_via_newtonschulz": orthogonalise_in_dtype}
-    own = {name: getattr(timm_muon, name) for name in stand_ins}
+    own = {"muon": update_each, "zeropower_via_newtonschulz": orthogonalise}
     optimizer.register_step_pre_hook(lambda *_: use(stand_ins))
     optimizer.register_step_post_hook(lambda *_: use(own))
 

@@ -27,7 +27,7 @@ from uvit.data.loader import build_loader
 from uvit.data.skipped import describe_skipped
 from uvit.networks.contract import Network
 from uvit.networks.encoders import Encoders
-from uvit.networks.runtime import compile_model, resolve_precision, set_up_cpu, tf32
+from uvit.networks.runtime import compile_model, resolve_precision, set_up_process, tf32
 from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate, sample_grid
 from uvit.training.alignment import build_projector, last_term, with_projector
@@ -72,8 +72,8 @@ class Trainer:
     def build(self) -> None:
         """Builds the network, its average and the optimizer, on the device, and sharded or replicated."""
         config, settings = self.config, self.config.train
-        set_up_cpu(settings.num_threads)
         device_type = process_state().device.type
+        set_up_process(settings.num_threads, device_type)
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(settings.mixed_precision, device_type, config.model.width),
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # compute_gradients accumulates

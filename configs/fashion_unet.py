@@ -20,5 +20,5 @@ config = replace(
         head_dim=32,
     ),
     optim=replace(fashion.optim, lr=2e-3),  # the best in the search of benchmarks/backbones.py
-    train=replace(fashion.train, num_steps=4_000, ema_decay=0.994, sample_every=1_000, save_every=1_000),
+    train=replace(fashion.train, num_steps=3_000, ema_decay=0.992, sample_every=1_000, save_every=1_000),
 )

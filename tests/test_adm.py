@@ -9,7 +9,7 @@ import torch
 from helpers.golden import golden_model, golden_unet, golden_unet_inputs
 
 from uvit import Config, UNet, UNetConfig, UViT
-from uvit.commands import sample, train
+from uvit.commands import convert, sample, train
 from uvit.common.errors import InputError
 from uvit.config import SampleConfig, to_json
 from uvit.weights.adm import DDPM_NOISE, PUBLISHED_ADM, infer_unet_config
@@ -60,6 +60,16 @@ def test_a_file_loads_unchanged(adm_file):
     loaded = UNet.from_pretrained(path, img_size=16, head_dim=16)
     inputs = golden_unet_inputs(model.config)
     assert torch.equal(loaded(**inputs), model.eval()(**inputs))
+
+
+def test_a_file_of_other_sizes_is_converted(adm_file, tmp_path):
+    path, model = adm_file
+    convert.main(
+        [str(path), str(tmp_path / "converted"), "--img_size", "16", "16", "--head_dim", "16", "--qkv_order", "new"]
+    )
+    converted = UNet.from_pretrained(tmp_path / "converted")
+    assert (converted.config.head_dim, converted.config.qkv_order) == (16, "new")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in converted.state_dict().items())
 
 
 def test_a_file_draws_with_its_config(adm_file, tmp_path, monkeypatch):

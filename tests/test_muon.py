@@ -21,12 +21,11 @@ NETWORKS = {
 }
 
 
-def build(network, together=False, cpu_dtype=torch.bfloat16):
-    fallback = [*network.muon_fallback]
-    settings = dict(lr=1e-2, weight_decay=0.1, momentum=0.9, nesterov=True, fallback_list=fallback)
+def build(network, together=False):
+    settings = dict(lr=1e-2, weight_decay=0.1, momentum=0.9, nesterov=True, fallback_list=network.muon_fallback)
     optimizer = create_optimizer_v2(network, "muon", **settings)
     if together:
-        update_together(optimizer, cpu_dtype)
+        update_together(optimizer, cpu_dtype=torch.bfloat16)
     return optimizer
 
 

@@ -22,7 +22,7 @@ def update_together(optimizer: torch.optim.Optimizer, cpu_dtype: torch.dtype) ->
     """Makes a Muon of timm's update matrices of one shape together, to the same values up to rounding.
 
     Args:
-        optimizer: changed in place; timm's module is as before after each step.
+        optimizer: changed in place; timm's module is as before when a step has ended.
         cpu_dtype: to orthogonalise in on a CPU, for which timm has no option; elsewhere it is bf16, as always there.
     """
 

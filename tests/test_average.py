@@ -164,6 +164,33 @@ def test_derivatives_equal_central_differences(network, attention):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_differences_over_a_short_time_are_near_derivatives(network):
+    """In float32, where rounding and curvature are alike."""
+    model = shaken(NETWORKS[network](takes_interval=True))
+    x, t, s, along = (each.float() for each in (X0, T, S, NOISE))
+
+    def velocity(x, t, length):
+        return model(x, 3 * t, LABELS, interval=3 * length)
+
+    with torch.no_grad():
+        exact, difference = (derivative(velocity, x, t, t - s, along, how) for how in ("forward", "differences"))
+    assert 0 < (difference - exact).norm() < 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("prediction", ["flow", "data"])
+def test_the_loss_by_differences_is_near_that_by_derivatives(prediction):
+    model = shaken(NETWORKS["U-ViT, norms"](takes_interval=True))
+    x0, noise, s, t = (each.float() for each in (X0, NOISE, S, T))
+    given = {"cond": {"y": LABELS}, "intervals": (s, t), "noise": noise}
+    exact, near = (
+        average_loss(model, x0, replace_fields(AVERAGE, {"prediction": prediction, "derivative": how}), **given)
+        for how in ("forward", "differences")
+    )
+    assert exact != near
+    torch.testing.assert_close(near, exact, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("prediction", ["flow", "data"])
 def test_the_loss_is_that_of_its_formula(prediction):
     """Of u + (t - s) du/dt as a velocity, with the derivative by central differences, and weights of its own."""

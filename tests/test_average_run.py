@@ -20,6 +20,7 @@ from uvit.common.errors import InputError
 from uvit.config import load_config
 from uvit.diffusion.samplers import ImageNoise
 from uvit.integrations.export import load_exported
+from uvit.networks.runtime import tf32
 from uvit.sampling.generate import generate
 from uvit.sampling.runs import load_run
 from uvit.training.checkpoint import load_checkpoint
@@ -65,6 +66,8 @@ def test_a_run_says_how_it_takes_derivatives(config, capsys):
     assert "forward derivatives are taken with attention 'math'" in capsys.readouterr().out
     train.main([config, "--model.attention", "math", "--train.run_dir", "math"])
     assert "forward derivatives" not in capsys.readouterr().out
+    train.main([config, "--process.derivative", "differences", "--train.run_dir", "differences"])
+    assert "forward derivatives" not in capsys.readouterr().out
 
 
 def test_recomputed_blocks_change_nothing(config):
@@ -100,6 +103,18 @@ def test_what_takes_no_gradient_is_in_full_precision():
     with pytest.raises(RuntimeError):
         call(torch.randn(2, 3))
     assert network(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_differences_are_taken_without_tf32(is_exact):
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    with tf32():
+        found = as_written(Network(), is_exact=is_exact)(torch.zeros(1))
+        assert found == (("highest", False) if is_exact else ("high", True))
+        assert Network()(torch.zeros(1)) == ("high", True)
 
 
 @pytest.mark.slow

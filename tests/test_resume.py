@@ -23,7 +23,7 @@ def test_every_field_that_is_named_harmless_exists():
 def test_what_changes_the_result_of_training_is_not_harmless():
     told = {
         "process": "schedule prediction loss_space weighting min_snr_gamma time_distribution logit_mean logit_std "
-        "objective time_scale instant_share interval_start adaptive_power guidance_max min_divisor",
+        "objective time_scale instant_share interval_start derivative adaptive_power guidance_max min_divisor",
         "data": "name train_split label_column caption_column crop flip autoencoder text_encoder scale_factor",
         "optim": "name lr betas weight_decay momentum fallback_lr_scale warmup_steps decay grad_clip",
         "train": "batch_size accumulation_steps seed mixed_precision ema_decay average_widths label_dropout init "

@@ -103,7 +103,8 @@ def main(
     changed = check_same_run(config, run_dir, find_config(run_dir))
     encoders = dataclasses.replace(load_encoders(config.data, config.model), patches=load_patch_encoder(config))
     check_encoded_by(data, config.data, encoders)
-    if config.process.objective == "average" and config.model.attention != "math" and is_first_process():
+    is_forward = config.process.objective == "average" and config.process.derivative == "forward"
+    if is_forward and config.model.attention != "math" and is_first_process():
         tell("forward derivatives are taken with attention 'math', which has them, and in full precision")
     make_directory(run_dir)
     with lock_folder(run_dir) if is_first_process() else nullcontext():

@@ -16,6 +16,7 @@ SolverName = Literal[
     "ddim", "heun", "dpmpp_2m", "unipc", "dpmpp_fast", "dpm_solver_fast", "euler", "euler_maruyama", "average"
 ]
 Spacing = Literal["uniform", "log_snr"]
+Derivative = Literal["forward", "differences"]
 AVERAGE_TIME_SCALE = 3.0
 """The network's time with objective `average`, as a multiple of t: the derivative by 1000 t is mostly noise."""
 GUIDANCE_MIDDLE = 0.5
@@ -47,6 +48,9 @@ class ProcessConfig(Section):
     interval_start: Literal["uniform", "pair"] = "uniform"
     """With `average`, where an interval starts that ends at a training time: uniform before it, or at another training
     time, and the later one is the end (MeanFlow's)."""
+    derivative: Derivative = "forward"
+    """With `average`, how the network's derivative along its path is computed: exactly, in forward mode, or as a
+    difference over a hundredth of the time, which takes less (Transition Models)."""
     adaptive_power: float = 0.25
     """With `average`, p of the loss's weights 1 / (error + 0.01)^p, of each image; 0 is none, MeanFlow's 1."""
     guidance_max: float = 8.0

@@ -17,11 +17,13 @@ from einops import rearrange
 from torch import Tensor
 
 from uvit.common.errors import InputError
-from uvit.config import GUIDANCE_MIDDLE, Kind, ProcessConfig
+from uvit.config import GUIDANCE_MIDDLE, Derivative, Kind, ProcessConfig
 from uvit.diffusion.process import sample_times, schedule_of
 
 MIN_DIVISOR = 0.05
 """Least t that the difference of x_t and an image is divided by (pixel MeanFlow)."""
+DIFFERENCE_STEP = 5e-3
+"""Times this far before and after give a difference; with less, fp32's rounding outgrows what a parabola misses."""
 ADAPTIVE_FLOOR = 0.01
 """Added to an image's error in the loss's weights."""
 
@@ -92,9 +94,14 @@ def scale_at(guidance: Tensor, t: Tensor) -> Tensor:
 
 
 def derivative(
-    velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor, length: Tensor, along: Tensor
+    velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x_t: Tensor,
+    t: Tensor,
+    length: Tensor,
+    along: Tensor,
+    how: Derivative = "forward",
 ) -> Tensor:
-    """Returns d u(x_t, s, t) / dt at fixed s where dx_t/dt is `along`, by forward-mode differentiation.
+    """Returns d u(x_t, s, t) / dt at fixed s where dx_t/dt is `along`.
 
     Args:
         velocity: velocity(x_t, t, length) -> u, for intervals [t - length, t].
@@ -102,7 +109,12 @@ def derivative(
         t: (B,).
         length: (B,).
         along: (B, C, H, W).
+        how: by forward-mode differentiation, or by central differences over a short time, which may reach a little out
+            of [0, 1] (as in Transition Models, arXiv 2509.04394).
     """
+    if how == "differences":
+        ahead, behind = (velocity(x_t + h * along, t + h, length + h) for h in (DIFFERENCE_STEP, -DIFFERENCE_STEP))
+        return (ahead - behind) / (2 * DIFFERENCE_STEP)
     with forward_ad.dual_level():
         moving = (
             forward_ad.make_dual(value, rate.to(value.dtype))
@@ -127,9 +139,9 @@ def average_loss(
 ) -> Tensor:
     """Squared error of u + (t - s) sg(du/dt) as a velocity (improved MeanFlow, arXiv 2512.02012, section 4).
 
-    du/dt is the derivative along the ODE, in which the velocity is the network's own, of an instant. It is computed in
-    forward mode and takes no gradient, so that only one ordinary call does: what wraps, compiles or shards the network
-    works as ever. With guidance w, the target is v + (1 - 1/w) (u_cond - u_uncond) instead of v.
+    du/dt is the derivative along the ODE, in which the velocity is the network's own, of an instant. It takes no
+    gradient, so that only one ordinary call does: what wraps, compiles or shards the network works as ever. With
+    guidance w, the target is v + (1 - 1/w) (u_cond - u_uncond) instead of v.
 
     Args:
         network: network(x, timesteps, interval=…, **cond), and guidance=… if it is given, with a gradient.
@@ -187,7 +199,9 @@ def average_loss(
             along = velocity(bare, x_t[:number], t[:number], instant[:number], cond)
         if number:
             inner = partial(velocity, bare, cond=cond)
-            change[:number] = derivative(inner, x_t[:number], t[:number], (t - s)[:number], along[:number])
+            change[:number] = derivative(
+                inner, x_t[:number], t[:number], (t - s)[:number], along[:number], process.derivative
+            )
     u = velocity(network, x_t, t, t - s, cond)
     errors = (u + length * change - target).square().mean(dim=(1, 2, 3))  # (B,)
     weights = (errors.detach() + ADAPTIVE_FLOOR) ** -process.adaptive_power

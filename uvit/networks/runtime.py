@@ -51,14 +51,16 @@ def resolve_precision(precision: Precision, device_type: str, width: int) -> str
 
 
 @contextlib.contextmanager
-def tf32() -> Iterator[None]:
-    """Lets a GPU compute fp32 products in TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+def tf32(is_allowed: bool = True) -> Iterator[None]:
+    """Lets a GPU compute fp32 products in TF32, or keeps it from doing so."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if is_allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = is_allowed
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def check_compile(how: Compile, device_type: str) -> None:

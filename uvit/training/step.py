@@ -27,6 +27,7 @@ from uvit.data.skipped import SKIPPED_FILE, report_skipped
 from uvit.diffusion.average import average_loss, sample_guidance
 from uvit.diffusion.objective import diffusion_loss
 from uvit.networks.encoders import EMPTY_CAPTION, Encoders, sample_latents
+from uvit.networks.runtime import tf32
 from uvit.training.alignment import aligned
 from uvit.training.sparse import at_step, sparse_inputs
 
@@ -100,11 +101,16 @@ class Lookahead(Iterator[Batch]):
         return fetched.result()
 
 
-def as_written(network: Any, is_compiled: bool = False) -> Callable[..., torch.Tensor]:
+def as_written(network: Any, *, is_compiled: bool = False, is_exact: bool = False) -> Callable[..., torch.Tensor]:
     """Returns a function that calls a network without what a step puts around it: DDP, autocast and compilation.
 
     DDP must be called once for each gradient; forward-mode derivatives mix dtypes under autocast, and compiled code has
     none, where its graphs would overwrite one output by the next.
+
+    Args:
+        network: what the accelerator returned.
+        is_compiled: whether the network has been compiled.
+        is_exact: without TF32 either, whose rounding is as large as what a short time changes.
     """
     inner = extract_model_from_parallel(network)
 
@@ -114,6 +120,7 @@ def as_written(network: Any, is_compiled: bool = False) -> Callable[..., torch.T
             with (
                 torch.autocast(x.device.type, enabled=False),
                 torch.compiler.set_stance("force_eager") if is_compiled else nullcontext(),
+                tf32(False) if is_exact else nullcontext(),
             ):
                 return inner(x, *arguments, **named)
         finally:
@@ -168,7 +175,8 @@ def training_loss(
         if config.model.takes_guidance:
             guidance = sample_guidance(config.process, len(images), images.device, generator)
             guidance[:, 0] = torch.where(dropped, 1.0, guidance[:, 0])
-        bare = as_written(network, config.train.compile != "no")
+        is_exact = config.process.derivative == "differences"
+        bare = as_written(network, is_compiled=config.train.compile != "no", is_exact=is_exact)
         return add_alignment(
             average_loss(
                 network, images, config.process, generator, cond=condition, guidance=guidance, uncond=uncond, bare=bare

@@ -1,6 +1,7 @@
 """Quality by number of evaluations, of an average velocity and of an instant's: `python benchmarks/few_steps.py`.
 
-Trains configs/NAME_few_steps.py, and configs/NAME.py for the same time, by steps that were timed with the two in turn.
+Trains configs/NAME_few_steps.py, and configs/NAME.py for the same time, by steps that were timed with the two in turn,
+and with those of derivatives in forward mode.
 Then draws unguided images from both with few evaluations: the one by its average velocity, the other by
 DPM-Solver++(2M). The last arm is what the paper's code does, with guidance: 50 evaluations, each in two calls. Writes
 benchmarks/results/few_steps.json, a table and a picture for each data set. The same command goes on where it was
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from judged_runs import ROOT, public_json, time_steps
+from judged_runs import ROOT, public_json, same_settings, time_steps
 from matplotlib.figure import Figure
 from measure import best_device, load_result, log_scale, plot_range, result_path, save_result, spread
 from quality import Judge
@@ -36,6 +37,7 @@ from uvit.training.trainer import Trainer
 RUNS = ROOT / "runs" / "few_steps"
 NAME = "few_steps"
 AVERAGE, INSTANT = "average velocity", "DPM-Solver++(2M)"
+FORWARD = "average velocity, derivatives in forward mode"
 STYLES = {AVERAGE: {"color": "#D55E00", "marker": "o"}, INSTANT: {"color": "#0072B2", "marker": "s"}}
 EVALUATIONS = {AVERAGE: (1, 2, 4), INSTANT: (2, 4, 6, 10, 20)}
 GUIDED = replace(ARMS[0], sampling={**ARMS[0].sampling, "guidance": 1.5})
@@ -100,8 +102,10 @@ def compare(name: str, given: Arguments) -> None:
     public = {arm: public_json(each, name) for arm, each in configs.items()}
     settings = {"num_images": given.num_images, "configs": public}  # figures of another recipe are measured anew
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-    if figures.get("settings") != settings:
-        seconds = time_steps(configs, data, given.rounds)
+    if not same_settings(figures.get("settings"), settings):
+        few = configs[AVERAGE]
+        forward = replace(few, process=replace(few.process, derivative="forward"))
+        seconds = time_steps({**configs, FORWARD: forward}, data, given.rounds)
         num_steps = configs[AVERAGE].train.num_steps
         steps = {AVERAGE: num_steps, INSTANT: round(num_steps * seconds[AVERAGE] / seconds[INSTANT])}
         figures = {"settings": settings, "step_seconds": seconds, "steps": steps, "runs": []}
@@ -130,11 +134,12 @@ def tables_of(data: Mapping[str, Any]) -> str:
     """Returns a table for each data set, the median and range of the seeds, in Markdown."""
     lines = []
     for name, figures in data.items():
+        ms = {arm: f"{1000 * seconds:.0f} ms" for arm, seconds in figures["step_seconds"].items()}
         trained = ", ".join(
-            f"{figures['steps'][arm]:,} steps of {1000 * seconds:.0f} ms for {arm}"
-            for arm, seconds in figures["step_seconds"].items()
+            f"{num_steps:,} steps of {ms[arm]} for {arm}" for arm, num_steps in figures["steps"].items()
         )
-        lines += [f"## {name}", "", f"Trained for {trained}.", ""]
+        timed = f" With derivatives in forward mode, the first ones take {ms[FORWARD]}." if FORWARD in ms else ""
+        lines += [f"## {name}", "", f"Trained for {trained}.{timed}", ""]
         lines += ["| drawn by | recognised | Fréchet / real | images/s |", "|---|---|---|---|"]
         for arm in STYLES:
             for way in arms_of(arm) if any(each["arm"] == arm for each in figures["runs"]) else ():

@@ -121,10 +121,22 @@ def public_json(config: Config, name: str) -> dict[str, Any]:
 
 
 def same_settings(kept: dict[str, Any] | None, now: dict[str, Any]) -> bool:
-    """Tells whether figures were measured with these settings; fields that configs have since gained are defaults."""
-    if kept is None or {**kept, "config": None} != {**now, "config": None}:
-        return False
-    return from_dict(Config, kept["config"]) == from_dict(Config, now["config"])
+    """Tells whether figures were measured with these settings; fields that configs have since gained are defaults.
+
+    Args:
+        kept: with figures, with one config as `config` or some by their names as `configs`, in JSON.
+        now: likewise.
+    """
+
+    def parsed(settings: dict[str, Any]) -> dict[str, Any]:
+        configs = settings["configs"] if "configs" in settings else {"": settings["config"]}
+        return {
+            **settings,
+            "config": None,
+            "configs": {name: from_dict(Config, each) for name, each in configs.items()},
+        }
+
+    return kept is not None and parsed(kept) == parsed(now)
 
 
 def plan(

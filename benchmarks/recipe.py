@@ -2,9 +2,10 @@
 
 Arms of configs/NAME.py: its recipe as it is, each idea added to it, and the ideas of `--together` at once. Each trains
 for the time of the config's steps, by steps that were timed with the arms in turn. Averages from along the way draw
-unguided images, which are judged as by evaluate.py. An idea's worth is how much sooner than the recipe it is as good as
-the recipe half way, at three quarters and at the end. Writes benchmarks/results/recipe.json and .md, and for each data
-set a picture of quality over time. The same command goes on where it was stopped, from the JSON and from runs/recipe.
+unguided images, which are judged as by evaluate.py. What an idea is worth is how much sooner it is as good as the
+recipe half way, at three quarters and at the end, by the distance and by what is recognised. Writes
+benchmarks/results/recipe.json and .md, and for each data set a picture of quality over time. The same command goes on
+where it was stopped, from the JSON and from runs/recipe.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,8 @@ STYLES = {
 }
 LEVELS = {"half way": 0.5, "at three quarters": 0.75, "at the end": 1.0}
 """Shares of the time after which the quality of the config's recipe is a level to reach."""
+COSTS: dict[str, Callable[[float], float]] = {"frechet_ratio": math.log, "recognised": float.__neg__}
+"""Qualities to reach, and what of them falls about evenly with time."""
 KEY = ("seed", "arm")
 
 
@@ -194,27 +197,33 @@ def seconds_at(step: float, num_first: int, each: Mapping[str, float]) -> float:
     return first * each["first_seconds"] + (step - first) * each["last_seconds"]
 
 
-def time_to(level: float, points: Sequence[Mapping[str, float]]) -> float:
-    """Returns when a run is as good as a level, between points by their logarithms; infinite where it never is."""
+def time_to(quality: str, level: float, points: Sequence[Mapping[str, float]]) -> float:
+    """Returns when a run is as good as a level, between its points; infinite where it never is."""
+    cost = COSTS[quality]
     for before, point in itertools.pairwise([None, *points]):
-        if point["frechet_ratio"] > level:
+        if cost(point[quality]) > cost(level):
             continue
         if before is None:
             return point["seconds"]
-        whole = math.log(before["frechet_ratio"] / point["frechet_ratio"])
-        share = math.log(before["frechet_ratio"] / level) / whole
+        share = (cost(before[quality]) - cost(level)) / (cost(before[quality]) - cost(point[quality]))
         return before["seconds"] + share * (point["seconds"] - before["seconds"])
     return math.inf
 
 
-def levels_of(figures: Mapping[str, Any]) -> dict[str, float]:
+def levels_of(figures: Mapping[str, Any], quality: str) -> dict[str, float]:
     """Returns the levels, the median over seeds of the recipe's own quality."""
     curves = curves_of(figures, TODAY)
     levels = {}
     for name, share in LEVELS.items():
         found = [min(each, key=lambda p: abs(p["seconds"] - share * each[-1]["seconds"])) for each in curves]
-        levels[name] = statistics.median(point["frechet_ratio"] for point in found)
+        levels[name] = statistics.median(point[quality] for point in found)
     return levels
+
+
+def whole_seconds(times: Sequence[float]) -> str:
+    """Returns the median of the seeds' times to a level for a table."""
+    median = statistics.median(times)
+    return f"{median:.0f}" if math.isfinite(median) else "never"
 
 
 def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
@@ -223,8 +232,8 @@ def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
     done = [arm for arm in arms if curves_of(figures, arm)]
     if TODAY not in done:
         return []
-    levels = levels_of(figures)
-    reached = [f"{level:.2f}, {name}" for name, level in levels.items()]
+    levels = {quality: levels_of(figures, quality) for quality in COSTS}
+    reached = [f"{levels['frechet_ratio'][name]:.2f} and {levels['recognised'][name]:.1%} {name}" for name in LEVELS]
     seconds = curves_of(figures, TODAY)[0][-1]["seconds"]
     changed = [f", {field} {settings[field]}" for field in ("patch_size", "depth") if settings[field] is not None]
     lines = [
@@ -232,10 +241,11 @@ def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
         "",
         f"{seconds:.0f} seconds of training steps, with batches of {settings['config']['train']['batch_size']}. "
         f"{settings['num_images']} unguided images, median and range of the seeds. {real['recognised']:.1%} of "
-        f"held-out images are recognised. Seconds until the distance that the recipe has: {'; '.join(reached)}.",
+        "held-out images are recognised. The last columns are the seconds until the distance, and until the recognised "
+        f"share, that the recipe has: {'; '.join(reached)}.",
         "",
-        f"| recipe | ms/step | steps | seeds | recognised | Fréchet / real | {' | '.join(levels)} |",
-        "|---" * (6 + len(levels)) + "|",
+        f"| recipe | ms/step | steps | seeds | recognised | Fréchet / real | {' | '.join(LEVELS)} |",
+        "|---" * (6 + len(LEVELS)) + "|",
     ]
     for arm in done:
         curves = curves_of(figures, arm)
@@ -243,9 +253,9 @@ def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
         cells = [arm, f"{1000 * arms[arm]['step_seconds']:.1f}", f"{ends[0]['step']:,}", str(len(ends))]
         for quality, form in (("recognised", ".1%"), ("frechet_ratio", ".2f")):
             cells.append(spread([end[quality] for end in ends], form))
-        for level in levels.values():
-            times = [time_to(level, points) for points in curves]
-            cells.append(f"{statistics.median(times):.0f}" if math.isfinite(statistics.median(times)) else "never")
+        for level in LEVELS:
+            times = [[time_to(quality, levels[quality][level], points) for points in curves] for quality in COSTS]
+            cells.append(" / ".join(map(whole_seconds, times)))
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

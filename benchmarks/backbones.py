@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from judged_runs import (
-    ROOT,
     Run,
     do_all,
     draw_samples,
@@ -35,6 +34,7 @@ from judged_runs import (
 from matplotlib.figure import Figure
 from measure import (
     RESULTS,
+    ROOT,
     TRAINING_PASSES,
     forward_flops,
     load_result,

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from judged_runs import ROOT, public_json, same_settings, time_steps
+from judged_runs import public_json, same_settings, time_steps
 from matplotlib.figure import Figure
-from measure import best_device, load_result, log_scale, plot_range, result_path, save_result, spread
+from measure import ROOT, best_device, load_result, log_scale, plot_range, result_path, save_result, spread
 from quality import Judge
 
 from sample import ARMS, Arm, draw, network_of

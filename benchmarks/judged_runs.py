@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import best_device, median_times
+from measure import ROOT, best_device, median_times, plain_config
 from quality import Judge, averages_of
 from tqdm import tqdm
 
@@ -38,7 +38,6 @@ from uvit.sampling.grid import image_grid
 from uvit.sampling.runs import load_run
 from uvit.training.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
 POINTS_FILE, LOG_FILE = "points.json", "log.txt"
 TRAINING_SHARE = 0.8
 """About how much of a run's time is training, for a progress bar; the rest is drawing."""
@@ -92,14 +91,14 @@ class Run:
 
 
 def study_config(name: str, fashion: str | None = None, compile: Compile = "no") -> Config:
-    """Returns the recipe of configs/NAME.py for a study: one thread, no grids, no tracker, unguided images.
+    """Returns the plain recipe of configs/NAME.py for a study: one thread, no grids, no tracker, unguided images.
 
     Args:
         name: of the config.
         fashion: folder to read the images of `fashion` from; None is the name in its config.
         compile: how networks are compiled to train.
     """
-    base = load_config(ROOT / "configs" / f"{name}.py")
+    base = plain_config(name)
     train = replace(
         base.train,
         # All arms in one precision, whatever their widths.

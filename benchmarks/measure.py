@@ -9,6 +9,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from matplotlib.ticker import LogLocator
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from uvit import Config
 from uvit.common.files import write_text
+from uvit.config import load_config, replace_fields
 from uvit.config.run import AnyNetworkConfig
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
 TRAINING_PASSES = 3  # in FLOPs of a forward pass: the backward pass has two products for each one of the forward pass
 
 
@@ -37,6 +41,13 @@ def describe_machine() -> dict[str, str]:
     found = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
     processor = found[1] if found else platform.processor()
     return {"device": f"{processor}, {os.cpu_count()} cores", "torch": torch.__version__}
+
+
+def plain_config(name: str) -> Config:
+    """Returns the recipe of configs/NAME.py without a sparse middle, which only a U-ViT has."""
+    config = load_config(ROOT / "configs" / f"{name}.py")
+    model = replace_fields(config.model, {"outer_pairs": 0})
+    return replace(config, model=model, train=replace(config.train, token_keep=1.0))
 
 
 def result_path(name: str, folder: Path = RESULTS) -> Path:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from judged_runs import (
-    ROOT,
     Run,
     do_all,
     draw_samples,
@@ -35,7 +34,7 @@ from judged_runs import (
     take_points,
 )
 from matplotlib.figure import Figure
-from measure import RESULTS, load_result, log_scale, plot_range, result_path, save_result, spread
+from measure import RESULTS, ROOT, load_result, log_scale, plot_range, result_path, save_result, spread
 from quality import Judge
 
 from uvit import Config

@@ -1,11 +1,11 @@
-"""What each idea of training is worth in wall time, against the recipe of a config: `python benchmarks/recipe.py`.
+"""What each idea of training is worth in wall time, against a recipe without it: `python benchmarks/recipe.py`.
 
-Arms of configs/NAME.py: its recipe as it is, each idea added to it, and the ideas of `--together` at once. Each trains
-for the time of the config's steps, by steps that were timed with the arms in turn. Averages from along the way draw
-unguided images, which are judged as by evaluate.py. What an idea is worth is how much sooner it is as good as the
-recipe half way, at three quarters and at the end, by the distance and by what is recognised. Writes
-benchmarks/results/recipe.json and .md, and for each data set a picture of quality over time. The same command goes on
-where it was stopped, from the JSON and from runs/recipe.
+Arms of configs/NAME.py: the plain recipe, which is the config's without a sparse middle, each idea added to it, and the
+ideas of `--together` at once. Each trains for the time of the plain recipe, by steps that were timed with the arms in
+turn. Averages from along the way draw unguided images, which are judged as by evaluate.py. What an idea is worth is how
+much sooner it is as good as the plain recipe half way, at three quarters and at the end, by the distance and by what is
+recognised. Writes benchmarks/results/recipe.json and .md, and for each data set a picture of quality over time. The
+same command goes on where it was stopped, from the JSON and from runs/recipe.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from judged_runs import (
-    ROOT,
     Run,
     do_all,
     give_points,
@@ -31,7 +30,7 @@ from judged_runs import (
     time_steps,
 )
 from matplotlib.figure import Figure
-from measure import RESULTS, load_result, log_scale, plot_range, result_path, save_result, spread
+from measure import RESULTS, ROOT, load_result, log_scale, plot_range, result_path, save_result, spread
 from quality import Judge
 
 from uvit import Config
@@ -44,7 +43,7 @@ from uvit.training.sparse import at_step, num_sparse_steps
 
 RUNS = ROOT / "runs" / "recipe"
 NAME = "recipe"
-TODAY, TOGETHER = "the config's recipe", "together"
+PLAIN, TOGETHER = "plain", "together"
 # Fields of a config by its sections; colours are Okabe and Ito's.
 IDEAS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "sparse": ({"model": {"outer_pairs": 1}, "train": {"token_keep": 0.25}}, "#D55E00"),
@@ -53,12 +52,12 @@ IDEAS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "image": ({"process": {"prediction": "data", "loss_space": "flow", "min_divisor": 0.05}}, "#E69F00"),
 }
 STYLES = {
-    TODAY: {"color": "#000000", "marker": "o"},
+    PLAIN: {"color": "#000000", "marker": "o"},
     **{idea: {"color": color, "marker": "s"} for idea, (_, color) in IDEAS.items()},
     TOGETHER: {"color": "#0072B2", "marker": "D"},
 }
 LEVELS = {"half way": 0.5, "at three quarters": 0.75, "at the end": 1.0}
-"""Shares of the time after which the quality of the config's recipe is a level to reach."""
+"""Shares of the time after which the quality of the plain recipe is a level to reach."""
 COSTS: dict[str, Callable[[float], float]] = {"frechet_ratio": math.log, "recognised": float.__neg__}
 """Qualities to reach, and what of them falls about evenly with time."""
 KEY = ("seed", "arm")
@@ -71,7 +70,7 @@ class Arguments:
     fashion: str | None = None
     """Folder of Fashion-MNIST's IDX files; None is the name in configs/fashion.py."""
     ideas: tuple[Literal["sparse", "layersync", "dispersive", "image"], ...] = tuple(IDEAS)
-    """Ideas to add to the recipe, each alone."""
+    """Ideas to add to the plain recipe, each alone."""
     together: tuple[Literal["sparse", "layersync", "dispersive", "image"], ...] = ()
     """Ideas to add at once, in one more arm; none without any."""
     patch_size: int | None = None
@@ -106,7 +105,7 @@ def with_ideas(base: Config, ideas: Sequence[str]) -> Config:
 
 def arms_of(base: Config, given: Arguments) -> dict[str, Config]:
     """Returns the recipe of each arm."""
-    arms = {TODAY: base, **{idea: with_ideas(base, [idea]) for idea in given.ideas}}
+    arms = {PLAIN: base, **{idea: with_ideas(base, [idea]) for idea in given.ideas}}
     return {**arms, TOGETHER: with_ideas(base, given.together)} if given.together else arms
 
 
@@ -132,7 +131,7 @@ class Study:
         self.planned: dict[tuple[int, str], Run] = {}
 
     def time_arms(self) -> None:
-        """Times the steps of arms that are new, in turn with those of the config's recipe, whose time is the unit."""
+        """Times the steps of arms that are new, in turn with those of the plain recipe, whose time is the unit."""
         known = self.figures["arms"]
         configs = {arm: public_json(config, self.name) for arm, config in self.arms.items()}
         new = {arm: self.arms[arm] for arm, config in configs.items() if known.get(arm, {}).get("config") != config}
@@ -142,8 +141,8 @@ class Study:
         last = {f"{arm}, last steps": at_step(config, config.train.num_steps) for arm, config in new.items()}
         last = {name: config for name, config in last.items() if config not in new.values()}
         data = load_data(self.base.data, self.base.model)
-        seconds = time_steps({TODAY: self.base, **new, **last}, data, self.given.rounds)
-        unit = known.get(TODAY, {}).get("step_seconds", seconds[TODAY]) / seconds[TODAY]
+        seconds = time_steps({PLAIN: self.base, **new, **last}, data, self.given.rounds)
+        unit = known.get(PLAIN, {}).get("step_seconds", seconds[PLAIN]) / seconds[PLAIN]
         for arm, config in new.items():
             first, last_seconds = (unit * seconds.get(key, seconds[arm]) for key in (arm, f"{arm}, last steps"))
             dense = 1 - num_sparse_steps(config) / config.train.num_steps
@@ -153,9 +152,9 @@ class Study:
             self.figures["runs"] = [each for each in self.figures["runs"] if each["arm"] != arm]
 
     def plan(self, arm: str, seed: int) -> Run:
-        """Returns a run of an arm, as long in time as that of the config's recipe."""
+        """Returns a run of an arm, as long in time as that of the plain recipe."""
         arms, budget = self.figures["arms"], self.given.scale * self.base.train.num_steps
-        num_steps = max(1, round(budget * arms[TODAY]["step_seconds"] / arms[arm]["step_seconds"]))
+        num_steps = max(1, round(budget * arms[PLAIN]["step_seconds"] / arms[arm]["step_seconds"]))
         lengths = {"num_steps": num_steps, "num_points": self.given.num_points, "num_images": self.given.num_images}
         return plan(self.arms[arm], arm, RUNS / self.name, seed=seed, **lengths)
 
@@ -212,7 +211,7 @@ def time_to(quality: str, level: float, points: Sequence[Mapping[str, float]]) -
 
 def levels_of(figures: Mapping[str, Any], quality: str) -> dict[str, float]:
     """Returns the levels, the median over seeds of the recipe's own quality."""
-    curves = curves_of(figures, TODAY)
+    curves = curves_of(figures, PLAIN)
     levels = {}
     for name, share in LEVELS.items():
         found = [min(each, key=lambda p: abs(p["seconds"] - share * each[-1]["seconds"])) for each in curves]
@@ -230,11 +229,11 @@ def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
     """Returns a table of what each arm reaches, and how soon, the median and range of the seeds, in Markdown."""
     settings, real, arms = figures["settings"], figures["real"], figures["arms"]
     done = [arm for arm in arms if curves_of(figures, arm)]
-    if TODAY not in done:
+    if PLAIN not in done:
         return []
     levels = {quality: levels_of(figures, quality) for quality in COSTS}
     reached = [f"{levels['frechet_ratio'][name]:.2f} and {levels['recognised'][name]:.1%} {name}" for name in LEVELS]
-    seconds = curves_of(figures, TODAY)[0][-1]["seconds"]
+    seconds = curves_of(figures, PLAIN)[0][-1]["seconds"]
     changed = [f", {field} {settings[field]}" for field in ("patch_size", "depth") if settings[field] is not None]
     lines = [
         f"## {name}{''.join(changed)}",
@@ -242,7 +241,7 @@ def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
         f"{seconds:.0f} seconds of training steps, with batches of {settings['config']['train']['batch_size']}. "
         f"{settings['num_images']} unguided images, median and range of the seeds. {real['recognised']:.1%} of "
         "held-out images are recognised. The last columns are the seconds until the distance, and until the recognised "
-        f"share, that the recipe has: {'; '.join(reached)}.",
+        f"share, that the plain recipe has: {'; '.join(reached)}.",
         "",
         f"| recipe | ms/step | steps | seeds | recognised | Fréchet / real | {' | '.join(LEVELS)} |",
         "|---" * (6 + len(LEVELS)) + "|",

@@ -17,21 +17,29 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from einops import rearrange
-from measure import TRAINING_PASSES, best_device, forward_flops, load_result, median_times, save_result, seconds_of
+from measure import (
+    TRAINING_PASSES,
+    best_device,
+    forward_flops,
+    load_result,
+    median_times,
+    plain_config,
+    save_result,
+    seconds_of,
+)
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from uvit import Config, UViT, UViTConfig
 from uvit.common.cli import parse, run
-from uvit.config import OptimConfig, load_config
+from uvit.config import OptimConfig
 from uvit.data.batch import Batch
 from uvit.networks.attention import attention
 from uvit.networks.encoders import NO_ENCODERS
@@ -41,7 +49,6 @@ from uvit.training.optim import build_optimizer
 from uvit.training.step import compute_gradients, mean_over_processes, step_seed, training_loss
 from uvit.weights.published import ADAMW
 
-ROOT = Path(__file__).parent.parent
 Model = Literal["digits", "photos", "S/2", "L/2", "H/2"]
 CONFIGS: dict[Model, str] = {
     "digits": "digits",
@@ -264,7 +271,7 @@ def time_model(
     Returns:
         The figures.
     """
-    config = load_config(ROOT / "configs" / f"{CONFIGS[name]}.py")
+    config = plain_config(CONFIGS[name])
     batch_size = given.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCHES[name])
     muon = dataclasses.replace(
         config.optim if config.optim.name == "muon" else OptimConfig(name="muon"), decay="constant"

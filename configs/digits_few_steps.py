@@ -18,6 +18,6 @@ config = replace(
     model=replace(digits.model, takes_interval=True),
     process=replace(digits.process, objective="average", logit_std=1.2, derivative="differences"),
     optim=replace(digits.optim, lr=1.5e-2),
-    train=replace(digits.train, num_steps=1_440, batch_size=96, ema_decay=0.994, sample_every=480, save_every=480),
+    train=replace(digits.train, num_steps=1_400, batch_size=96, ema_decay=0.994, sample_every=350, save_every=350),
     sample=replace(digits.sample, sampler="average", num_steps=2, guidance=1.0, reuse="none"),
 )

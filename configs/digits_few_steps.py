@@ -1,10 +1,7 @@
 """Class-conditional digits in one to four evaluations: an average velocity, with the network of configs/digits.py.
 
-A third of each batch has intervals, whose derivatives make a step take 2.2 times one of configs/digits.py: it takes
-twice its time (`python benchmarks/few_steps.py`). With batches of 64 and half of them intervals, drawing in four
-evaluations was worse for the same time. So were, for one seed each, learning rates of 1.2e-2 and 2e-2, a logit_std of
-1.0 and 1.4, times nearer to noise, two of the training times as an interval's ends, heavier weights (adaptive_power),
-and targets that are the network's own velocity instead of the data's.
+Half of each batch has intervals, whose derivatives make a step take 2.1 times one of configs/digits.py: it takes twice
+its time (`python benchmarks/few_steps.py`). What else was tried is in docs/few_steps.md.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """Fashion-MNIST in one to four evaluations: an average velocity, with the network of configs/fashion.py.
 
-Batches and learning rate are those of configs/digits_few_steps.py, in proportion. A quarter of its steps gives much worse
-images than configs/fashion.py in the same time (docs/few_steps.md); all of them, 1.3 times its time, were not tried.
+Batches and learning rate are those of configs/digits_few_steps.py, in proportion. A quarter of its steps gives much
+worse images than configs/fashion.py in the same time (docs/few_steps.md); all of them, 1.3 times its time, were not
+tried.
 """
 
 from dataclasses import replace

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from measure import plot_range, spread
+from measure import RESULTS, ROOT, plot_range, spread
 from quality import averages_of
 
 from uvit import Config
@@ -32,8 +32,6 @@ from uvit.evaluation.metrics import Gaussian, Moments, frechet_distance
 from uvit.sampling.conditions import resolve_conditions
 from uvit.sampling.generate import generate
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 NUM_IMAGES = 1000
 
 # The option of each study in figure 2 of the paper, and its choices in the paper's order.

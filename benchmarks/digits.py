@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from measure import save_result, spread
+from measure import ROOT, save_result, spread
 
 from uvit.common.cli import parse, run
-
-ROOT = Path(__file__).parent.parent
 
 # The paper's process, optimizer and sampler; the EMA is that of our config, since 0.9999 has hardly left the start by
 # the end.

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import describe_machine
+from measure import RESULTS, ROOT, describe_machine
 
 from uvit.commands import train
 from uvit.common.cli import parse, run
@@ -40,8 +40,7 @@ from uvit.training.checkpoint import load_checkpoint
 from uvit.training.step import StepResult
 from uvit.training.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
-RESULT = Path(__file__).parent / "results" / "faults.json"
+RESULT = RESULTS / "faults.json"
 CONFIG = str(ROOT / "configs" / "digits.py")
 SAVE_EVERY = 20
 # With all that a resumed run must take up: workers, parts of a batch, flips, dropped labels, lines between checkpoints.

@@ -138,7 +138,7 @@ def tables_of(data: Mapping[str, Any]) -> str:
         trained = ", ".join(
             f"{num_steps:,} steps of {ms[arm]} for {arm}" for arm, num_steps in figures["steps"].items()
         )
-        timed = f" With derivatives in forward mode, the first ones take {ms[FORWARD]}." if FORWARD in ms else ""
+        timed = f" With derivatives in forward mode, the first ones take {ms[FORWARD]}."
         lines += [f"## {name}", "", f"Trained for {trained}.{timed}", ""]
         lines += ["| drawn by | recognised | Fréchet / real | images/s |", "|---|---|---|---|"]
         for arm in STYLES:

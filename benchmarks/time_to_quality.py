@@ -21,8 +21,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from digits import ARMS, ROOT
-from measure import save_result
+from digits import ARMS
+from measure import ROOT, save_result
 from quality import Judge, averages_of
 
 from uvit.common.cli import parse, run

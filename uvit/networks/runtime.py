@@ -55,7 +55,7 @@ def tf32(is_allowed: bool = True) -> Iterator[None]:
     """Lets a GPU compute fp32 products in TF32, or keeps it from doing so."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if is_allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = is_allowed
+    torch.backends.cudnn.allow_tf32 = is_allowed and before[1]  # convolutions may have it unless the user says no
     try:
         yield
     finally:

@@ -1,17 +1,18 @@
 """What each idea of training is worth in wall time, against a recipe without it: `python benchmarks/recipe.py`.
 
-Arms of configs/NAME.py: the plain recipe, which is the config's without a sparse middle, each idea added to it, and the
-ideas of `--together` at once. Each trains for the time of the plain recipe, by steps that were timed with the arms in
-turn. Averages from along the way draw unguided images, which are judged as by evaluate.py. What an idea is worth is how
-much sooner it is as good as the plain recipe half way, at three quarters and at the end, by the distance and by what is
-recognised. Writes benchmarks/results/recipe.json and .md, and for each data set a picture of quality over time. The
-same command goes on where it was stopped, from the JSON and from runs/recipe.
+Arms of configs/NAME.py: the plain recipe, which is the config's without any of these ideas, each idea added to it, and
+the ideas of `--together` at once. Each trains for the time of the plain recipe, by steps that were timed with the arms
+in turn. Averages from along the way draw unguided images, which are judged as by evaluate.py. What an idea is worth is
+how much sooner it is as good as the plain recipe half way, at three quarters and at the end, by the distance and by
+what is recognised. Writes benchmarks/results/recipe.json and .md, and for each data set and size of network a picture
+of quality over time. The same command goes on where it was stopped, from the JSON and from runs/recipe.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,12 +45,14 @@ from uvit.training.sparse import at_step, num_sparse_steps
 RUNS = ROOT / "runs" / "recipe"
 NAME = "recipe"
 PLAIN, TOGETHER = "plain", "together"
+Idea = Literal["sparse", "layersync", "dispersive", "image", "no_conv"]
 # Fields of a config by its sections; colours are Okabe and Ito's.
-IDEAS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
+IDEAS: dict[Idea, tuple[dict[str, dict[str, Any]], str]] = {
     "sparse": ({"model": {"outer_pairs": 1}, "train": {"token_keep": 0.25}}, "#D55E00"),
     "layersync": ({"train": {"alignment": "layersync"}}, "#009E73"),
     "dispersive": ({"train": {"alignment": "dispersive"}}, "#CC79A7"),
     "image": ({"process": {"prediction": "data", "loss_space": "flow", "min_divisor": 0.05}}, "#E69F00"),
+    "no_conv": ({"model": {"conv": "none"}}, "#56B4E9"),
 }
 STYLES = {
     PLAIN: {"color": "#000000", "marker": "o"},
@@ -69,9 +72,9 @@ class Arguments:
     """Configs to compare on, one after the other."""
     fashion: str | None = None
     """Folder of Fashion-MNIST's IDX files; None is the name in configs/fashion.py."""
-    ideas: tuple[Literal["sparse", "layersync", "dispersive", "image"], ...] = tuple(IDEAS)
+    ideas: tuple[Idea, ...] = tuple(IDEAS)
     """Ideas to add to the plain recipe, each alone."""
-    together: tuple[Literal["sparse", "layersync", "dispersive", "image"], ...] = ()
+    together: tuple[Idea, ...] = ()
     """Ideas to add at once, in one more arm; none without any."""
     patch_size: int | None = None
     """Side of a patch in pixels; None is the config's."""
@@ -121,11 +124,12 @@ class Study:
         self.name, self.given, self.output = name, given, Path(given.output)
         base = study_config(name, given.fashion)
         sizes = {field: getattr(given, field) for field in ("patch_size", "depth") if getattr(given, field) is not None}
+        self.title = ", ".join([name, *(f"{field} {value}" for field, value in sizes.items())])
         self.base = replace(base, model=replace_fields(base.model, sizes))
         self.arms = arms_of(self.base, given)
         lengths = ("patch_size", "depth", "scale", "num_points", "num_images", "rounds")
         settings = {field: getattr(given, field) for field in lengths} | {"config": public_json(self.base, name)}
-        self.figures: dict[str, Any] = load_result(NAME, self.output).get("data", {}).get(name, {})
+        self.figures: dict[str, Any] = load_result(NAME, self.output).get("data", {}).get(self.title, {})
         if not same_settings(self.figures.get("settings"), settings):
             self.figures = {"settings": settings, "arms": {}, "runs": []}
         self.planned: dict[tuple[int, str], Run] = {}
@@ -166,17 +170,18 @@ class Study:
         self.planned = {(seed, arm): self.plan(arm, seed) for seed in self.given.seeds for arm in self.arms}
         give_points(self.figures["runs"], self.planned, KEY)
         try:
-            do_all([*self.planned.values()], self.given.jobs, self.name, self.save)
+            do_all([*self.planned.values()], self.given.jobs, self.title, self.save)
         finally:
             self.save()
 
     def save(self) -> None:
         """Writes the figures of what is done, their table and their picture."""
         self.figures["runs"] = take_points(self.figures["runs"], self.planned, KEY)
-        data = {**load_result(NAME, self.output).get("data", {}), self.name: self.figures}
+        data = {**load_result(NAME, self.output).get("data", {}), self.title: self.figures}
         path = save_result(NAME, {"data": data}, self.output)
         write_text(path.with_suffix(".md"), "\n".join(line for item in data.items() for line in table_of(*item)))
-        draw_curves(self.name, self.figures, path.with_name(f"{path.stem}_{self.name}.png"))
+        name = re.sub(r"\W+", "_", f"{path.stem}_{self.title}")
+        draw_curves(self.title, self.figures, path.with_name(f"{name}.png"))
 
 
 def curves_of(figures: Mapping[str, Any], arm: str) -> list[list[dict[str, float]]]:
@@ -225,7 +230,7 @@ def whole_seconds(times: Sequence[float]) -> str:
     return f"{median:.0f}" if math.isfinite(median) else "never"
 
 
-def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
+def table_of(title: str, figures: Mapping[str, Any]) -> list[str]:
     """Returns a table of what each arm reaches, and how soon, the median and range of the seeds, in Markdown."""
     settings, real, arms = figures["settings"], figures["real"], figures["arms"]
     done = [arm for arm in arms if curves_of(figures, arm)]
@@ -234,9 +239,8 @@ def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
     levels = {quality: levels_of(figures, quality) for quality in COSTS}
     reached = [f"{levels['frechet_ratio'][name]:.2f} and {levels['recognised'][name]:.1%} {name}" for name in LEVELS]
     seconds = curves_of(figures, PLAIN)[0][-1]["seconds"]
-    changed = [f", {field} {settings[field]}" for field in ("patch_size", "depth") if settings[field] is not None]
     lines = [
-        f"## {name}{''.join(changed)}",
+        f"## {title}",
         "",
         f"{seconds:.0f} seconds of training steps, with batches of {settings['config']['train']['batch_size']}. "
         f"{settings['num_images']} unguided images, median and range of the seeds. {real['recognised']:.1%} of "
@@ -259,7 +263,7 @@ def table_of(name: str, figures: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
+def draw_curves(title: str, figures: Mapping[str, Any], path: Path) -> None:
     """Plots quality over time, the median and range of the seeds."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     distance, recognised = figure.subplots(1, 2)
@@ -276,7 +280,7 @@ def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
     for axes in (distance, recognised):
         axes.grid(alpha=0.3)
     figure.legend(*distance.get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES))
-    figure.suptitle(f"{name}: median and range of the seeds")
+    figure.suptitle(f"{title}: median and range of the seeds")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
 

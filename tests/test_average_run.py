@@ -82,11 +82,13 @@ def test_a_batch_in_parts_trains(config):
 
 
 @pytest.mark.parametrize("name", ["small.py", "unet.py"])
-def test_a_run_in_bf16_is_nearly_the_same(name, config):
+@pytest.mark.parametrize("derivative", ["forward", "differences"])
+def test_a_run_in_bf16_is_nearly_the_same(name, derivative, config):
     losses = []
     for precision in ("no", "bf16"):
         AcceleratorState._reset_state(True)  # which remembers a precision
-        train.main([name, "--train.run_dir", precision, "--train.mixed_precision", precision])
+        options = ["--train.mixed_precision", precision, "--process.derivative", derivative]
+        train.main([name, "--train.run_dir", precision, *options])
         losses.append(losses_of(Path(precision)))
     AcceleratorState._reset_state(True)
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
@@ -105,16 +107,22 @@ def test_what_takes_no_gradient_is_in_full_precision():
     assert network(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("is_exact", [False, True])
-def test_differences_are_taken_without_tf32(is_exact):
+@pytest.mark.parametrize("how", ["forward", "differences"])
+def test_differences_are_in_the_runs_precision_but_without_tf32(how):
     class Network(torch.nn.Module):
         def forward(self, x):
-            return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+            return (
+                torch.get_float32_matmul_precision(),
+                torch.backends.cudnn.allow_tf32,
+                torch.is_autocast_enabled("cpu"),
+            )
 
+    network = Network()
+    network.forward = torch.autocast("cpu", torch.bfloat16)(network.forward)
     with tf32():
-        found = as_written(Network(), is_exact=is_exact)(torch.zeros(1))
-        assert found == (("highest", False) if is_exact else ("high", True))
-        assert Network()(torch.zeros(1)) == ("high", True)
+        found = as_written(network, how)(torch.zeros(1))
+        assert found == (("highest", False, True) if how == "differences" else ("high", True, False))
+        assert network(torch.zeros(1)) == ("high", True, True)
 
 
 @pytest.mark.slow

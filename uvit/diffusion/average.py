@@ -22,8 +22,8 @@ from uvit.diffusion.process import sample_times, schedule_of
 
 MIN_DIVISOR = 0.05
 """Least t that the difference of x_t and an image is divided by (pixel MeanFlow)."""
-DIFFERENCE_STEP = 5e-3
-"""Times this far before and after give a difference; with less, fp32's rounding outgrows what a parabola misses."""
+DIFFERENCE_STEPS: Mapping[str, float] = {"no": 5e-3, "bf16": 2e-2, "fp16": 2e-2}
+"""Times this far before and after give a difference, by precision; with less, rounding outgrows what it misses."""
 ADAPTIVE_FLOOR = 0.01
 """Added to an image's error in the loss's weights."""
 
@@ -100,6 +100,7 @@ def derivative(
     length: Tensor,
     along: Tensor,
     how: Derivative = "forward",
+    step: float = DIFFERENCE_STEPS["no"],
 ) -> Tensor:
     """Returns d u(x_t, s, t) / dt at fixed s where dx_t/dt is `along`.
 
@@ -111,10 +112,11 @@ def derivative(
         along: (B, C, H, W).
         how: by forward-mode differentiation, or by central differences over a short time, which may reach a little out
             of [0, 1] (as in Transition Models, arXiv 2509.04394).
+        step: half of that time.
     """
     if how == "differences":
-        ahead, behind = (velocity(x_t + h * along, t + h, length + h) for h in (DIFFERENCE_STEP, -DIFFERENCE_STEP))
-        return (ahead - behind) / (2 * DIFFERENCE_STEP)
+        ahead, behind = (velocity(x_t + h * along, t + h, length + h) for h in (step, -step))
+        return (ahead - behind) / (2 * step)
     with forward_ad.dual_level():
         moving = (
             forward_ad.make_dual(value, rate.to(value.dtype))
@@ -134,6 +136,7 @@ def average_loss(
     guidance: Tensor | None = None,
     uncond: Mapping[str, Tensor] | None = None,
     bare: Callable[..., Tensor] | None = None,
+    precision: str = "no",
     intervals: tuple[Tensor, Tensor] | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
@@ -153,6 +156,7 @@ def average_loss(
         uncond: the empty condition, as `cond`, needed with guidance.
         bare: the same network as it is written, uncompiled and without wrappers, for what takes no gradient; None is
             `network`.
+        precision: mixed precision of `bare`, `no`, `bf16` or `fp16`: differences are over a longer time in half of it.
         intervals: (s, t), (B,) each, with 0 <= s <= t <= 1, to use instead of random ones.
         noise: noise of the shape of x0 to use instead of random noise.
 
@@ -200,7 +204,13 @@ def average_loss(
         if number:
             inner = partial(velocity, bare, cond=cond)
             change[:number] = derivative(
-                inner, x_t[:number], t[:number], (t - s)[:number], along[:number], process.derivative
+                inner,
+                x_t[:number],
+                t[:number],
+                (t - s)[:number],
+                along[:number],
+                process.derivative,
+                DIFFERENCE_STEPS[precision],
             )
     u = velocity(network, x_t, t, t - s, cond)
     errors = (u + length * change - target).square().mean(dim=(1, 2, 3))  # (B,)

@@ -20,14 +20,14 @@ from torch.nn.utils import get_total_norm
 
 from uvit.common.errors import TrainingError, one_line
 from uvit.common.messages import warn_on_failure
-from uvit.config import Config
+from uvit.config import Config, Derivative
 from uvit.data.batch import Batch
 from uvit.data.images import random_flip, to_unit_range
 from uvit.data.skipped import SKIPPED_FILE, report_skipped
 from uvit.diffusion.average import average_loss, sample_guidance
 from uvit.diffusion.objective import diffusion_loss
 from uvit.networks.encoders import EMPTY_CAPTION, Encoders, sample_latents
-from uvit.networks.runtime import tf32
+from uvit.networks.runtime import resolve_precision, tf32
 from uvit.training.alignment import aligned
 from uvit.training.sparse import at_step, sparse_inputs
 
@@ -101,26 +101,29 @@ class Lookahead(Iterator[Batch]):
         return fetched.result()
 
 
-def as_written(network: Any, *, is_compiled: bool = False, is_exact: bool = False) -> Callable[..., torch.Tensor]:
-    """Returns a function that calls a network without what a step puts around it: DDP, autocast and compilation.
+def as_written(
+    network: Any, derivative: Derivative = "forward", *, is_compiled: bool = False
+) -> Callable[..., torch.Tensor]:
+    """Returns a function that calls a network without what a step puts around it: DDP and compilation.
 
-    DDP must be called once for each gradient; forward-mode derivatives mix dtypes under autocast, and compiled code has
-    none, where its graphs would overwrite one output by the next.
+    DDP must be called once for each gradient; compiled code has no forward-mode derivatives, and its graphs would
+    overwrite one output by the next.
 
     Args:
         network: what the accelerator returned.
+        derivative: what it is called for. `forward` mode mixes dtypes under autocast, and does without it; differences
+            do without TF32, whose rounding is as large as what a short time changes.
         is_compiled: whether the network has been compiled.
-        is_exact: without TF32 either, whose rounding is as large as what a short time changes.
     """
     inner = extract_model_from_parallel(network)
+    is_forward = derivative == "forward"
 
     def call(x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        wrapped = vars(inner).pop("forward", None)  # by the accelerator, in autocast
+        wrapped = vars(inner).pop("forward", None) if is_forward else None  # by the accelerator, in autocast
         try:
             with (
-                torch.autocast(x.device.type, enabled=False),
+                torch.autocast(x.device.type, enabled=False) if is_forward else tf32(False),
                 torch.compiler.set_stance("force_eager") if is_compiled else nullcontext(),
-                tf32(False) if is_exact else nullcontext(),
             ):
                 return inner(x, *arguments, **named)
         finally:
@@ -175,13 +178,10 @@ def training_loss(
         if config.model.takes_guidance:
             guidance = sample_guidance(config.process, len(images), images.device, generator)
             guidance[:, 0] = torch.where(dropped, 1.0, guidance[:, 0])
-        is_exact = config.process.derivative == "differences"
-        bare = as_written(network, is_compiled=config.train.compile != "no", is_exact=is_exact)
-        return add_alignment(
-            average_loss(
-                network, images, config.process, generator, cond=condition, guidance=guidance, uncond=uncond, bare=bare
-            )
-        )
+        bare = as_written(network, config.process.derivative, is_compiled=config.train.compile != "no")
+        precision = resolve_precision(config.train.mixed_precision, images.device.type, config.model.width)
+        loss_of = partial(average_loss, bare=bare, precision=precision, cond=condition, uncond=uncond)
+        return add_alignment(loss_of(network, images, config.process, generator, guidance=guidance))
 
 
 def compute_gradients(

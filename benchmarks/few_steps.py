@@ -27,7 +27,7 @@ from sample import ARMS, Arm, draw, network_of
 from uvit import Config
 from uvit.common.cli import parse, run
 from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
-from uvit.config import load_config
+from uvit.config import load_config, replace_fields
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
 from uvit.networks.runtime import set_up_process
@@ -61,13 +61,16 @@ class Arguments:
 
 
 def configs_of(name: str, given: Arguments) -> dict[str, Config]:
-    """Returns the config of each arm, the second with the steps of the first."""
+    """Returns the config of each arm, the second with the steps and, but for the interval, the network of the first."""
     configs = {}
-    few = load_config(ROOT / "configs" / f"{name}_few_steps.py")
+    few, config = (load_config(ROOT / "configs" / f"{each}.py") for each in (f"{name}_few_steps", name))
+    instant = replace(config, model=replace_fields(few.model, {"takes_interval": False}))
     num_steps = round(given.scale * few.train.num_steps)
-    for arm, config in ((AVERAGE, few), (INSTANT, load_config(ROOT / "configs" / f"{name}.py"))):
+    for arm, config in ((AVERAGE, few), (INSTANT, instant)):
         data = replace(config.data, name=given.fashion) if name == "fashion" and given.fashion else config.data
-        train = replace(config.train, num_steps=num_steps, num_threads=1, sample_every=0, tracker="none")
+        ema_decay = max(0.0, 1 - (1 - config.train.ema_decay) / given.scale)  # over the same share of the steps
+        train = replace(config.train, num_steps=num_steps, ema_decay=ema_decay)
+        train = replace(train, num_threads=1, sample_every=0, tracker="none")
         sample = replace(config.sample, guidance=1.0, reuse="none")
         configs[arm] = replace(config, data=data, train=train, sample=sample)
     return configs

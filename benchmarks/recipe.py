@@ -138,7 +138,12 @@ class Study:
         """Times the steps of arms that are new, in turn with those of the plain recipe, whose time is the unit."""
         known = self.figures["arms"]
         configs = {arm: public_json(config, self.name) for arm, config in self.arms.items()}
-        new = {arm: self.arms[arm] for arm, config in configs.items() if known.get(arm, {}).get("config") != config}
+        kept = {arm: {"config": each["config"]} for arm, each in known.items()}
+        new = {
+            arm: self.arms[arm]
+            for arm, config in configs.items()
+            if not same_settings(kept.get(arm), {"config": config})
+        }
         if not new:
             return
         # The last steps of an arm may see more patches than the others.

@@ -1,7 +1,7 @@
 """Quality by number of evaluations, of an average velocity and of an instant's: `python benchmarks/few_steps.py`.
 
-Trains configs/NAME_few_steps.py, and configs/NAME.py for the same time, by steps that were timed with the two in turn,
-and with those of derivatives in forward mode.
+Trains configs/NAME_few_steps.py, and configs/NAME.py with its network for the same time, by steps that were timed with
+the two in turn, and with those of derivatives in forward mode.
 Then draws unguided images from both with few evaluations: the one by its average velocity, the other by
 DPM-Solver++(2M). The last arm is what the paper's code does, with guidance: 50 evaluations, each in two calls. Writes
 benchmarks/results/few_steps.json, a table and a picture for each data set. The same command goes on where it was
@@ -68,9 +68,10 @@ def configs_of(name: str, given: Arguments) -> dict[str, Config]:
     num_steps = round(given.scale * few.train.num_steps)
     for arm, config in ((AVERAGE, few), (INSTANT, instant)):
         data = replace(config.data, name=given.fashion) if name == "fashion" and given.fashion else config.data
-        ema_decay = max(0.0, 1 - (1 - config.train.ema_decay) / given.scale)  # over the same share of the steps
-        train = replace(config.train, num_steps=num_steps, ema_decay=ema_decay)
-        train = replace(train, num_threads=1, sample_every=0, tracker="none")
+        train = replace(config.train, num_steps=num_steps, num_threads=1, sample_every=0, tracker="none")
+        # At any scale over the same share of the steps.
+        ema_decay = max(0.0, 1 - (1 - train.ema_decay) * few.train.num_steps / num_steps)
+        train = replace(train, ema_decay=ema_decay)
         sample = replace(config.sample, guidance=1.0, reuse="none")
         configs[arm] = replace(config, data=data, train=train, sample=sample)
     return configs

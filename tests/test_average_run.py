@@ -17,15 +17,18 @@ from PIL import Image
 from uvit import UViT
 from uvit.commands import evaluate, export, sample, train
 from uvit.common.errors import InputError
-from uvit.config import load_config
+from uvit.config import AVERAGE_TIME_SCALE, load_config
+from uvit.data.batch import Batch
+from uvit.diffusion.average import DIFFERENCE_STEPS
 from uvit.diffusion.samplers import ImageNoise
 from uvit.integrations.export import load_exported
+from uvit.networks.encoders import NO_ENCODERS
 from uvit.networks.runtime import tf32
 from uvit.sampling.generate import generate
 from uvit.sampling.runs import load_run
 from uvit.training.checkpoint import load_checkpoint
 from uvit.training.initial import initial_network
-from uvit.training.step import as_written
+from uvit.training.step import as_written, training_loss
 from uvit.training.trainer import Trainer
 
 AVERAGE_UNET = TINY_UNET + TINY_AVERAGE.removeprefix(TINY)
@@ -94,7 +97,7 @@ def test_a_run_in_bf16_is_nearly_the_same(name, derivative, config):
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
 
 
-def test_what_takes_no_gradient_is_in_full_precision():
+def test_forward_derivatives_are_in_fp32():
     network = torch.nn.Linear(4, 4)
     network.forward = torch.autocast("cpu", torch.bfloat16)(network.forward)  # as accelerate does
     x = torch.randn(2, 4)
@@ -108,7 +111,7 @@ def test_what_takes_no_gradient_is_in_full_precision():
 
 
 @pytest.mark.parametrize("how", ["forward", "differences"])
-def test_differences_are_in_the_runs_precision_but_without_tf32(how):
+def test_differences_are_in_the_runs_precision_without_tf32_and_forward_derivatives_without_autocast(how):
     class Network(torch.nn.Module):
         def forward(self, x):
             return (
@@ -123,6 +126,28 @@ def test_differences_are_in_the_runs_precision_but_without_tf32(how):
         found = as_written(network, how)(torch.zeros(1))
         assert found == (("highest", False, True) if how == "differences" else ("high", True, False))
         assert network(torch.zeros(1)) == ("high", True, True)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_differences_are_over_a_time_for_the_runs_precision(precision, config, monkeypatch):
+    class Network(torch.nn.Module):
+        def forward(self, x, timesteps, **conditions):
+            times.append(timesteps)
+            return torch.zeros_like(x)
+
+    times = []
+    run = load_config(config)
+    process = dataclasses.replace(run.process, derivative="differences")
+    model = dataclasses.replace(run.model, takes_guidance=False)
+    run = dataclasses.replace(
+        run, model=model, process=process, train=dataclasses.replace(run.train, mixed_precision=precision)
+    )
+    monkeypatch.setattr("uvit.training.step.resolve_precision", lambda precision, *_: precision)  # CPUs have no fp16
+    batch = Batch(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4), [])
+    training_loss(Network(), run, NO_ENCODERS, batch, torch.Generator().manual_seed(0))
+    _, ahead, behind, _ = times
+    step = AVERAGE_TIME_SCALE * DIFFERENCE_STEPS[precision]
+    torch.testing.assert_close(ahead - behind, torch.full((2,), 2 * step), rtol=1e-4, atol=0)
 
 
 @pytest.mark.slow
@@ -330,7 +355,7 @@ def test_what_does_not_go_together_is_refused(words, message, config, monkeypatc
 
 def test_solvers_of_another_kind_are_refused_in_sampling(config):
     train.main(["instant.py"])
-    with pytest.raises(InputError, match=r"sampler must be one of ddim, .* for objective 'instant' .*, got 'average'"):
+    with pytest.raises(InputError, match=r"sampler must be one of ddim, .* for objective 'instant', got 'average'"):
         sample.main("--checkpoint runs/instant --sampler average --output x.png".split())
     train.main([config, "--process.instant_share", "0"])
     with pytest.raises(InputError, match=r"sampler must be one of average for .*, got 'heun'"):

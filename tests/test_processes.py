@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import run_python
-from helpers.runs import ROOT, TINY, TINY_AVERAGE, TINY_LAYERSYNC, TINY_REPA, TINY_SPARSE, TINY_UNET
+from helpers.runs import ROOT, TINY, TINY_AVERAGE, TINY_DIFFERENCES, TINY_LAYERSYNC, TINY_REPA, TINY_SPARSE, TINY_UNET
 
 from uvit.training.checkpoint import load_checkpoint
 from uvit.weights.averages import rebuild
@@ -58,6 +58,8 @@ def train_on(count, folder, options=OPTIONS):
         (2, TINY_UNET),
         (1, TINY_AVERAGE),
         (2, TINY_AVERAGE),
+        (1, TINY_DIFFERENCES),
+        (2, TINY_DIFFERENCES),
         (1, TINY_SPARSE),
         (2, TINY_SPARSE),
         (1, TINY_REPA),
@@ -70,6 +72,8 @@ def train_on(count, folder, options=OPTIONS):
         "fsdp-unet",
         "ddp-average",
         "fsdp-average",
+        "ddp-differences",
+        "fsdp-differences",
         "ddp-sparse",
         "fsdp-sparse",
         "ddp-repa",

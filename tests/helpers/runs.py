@@ -45,6 +45,8 @@ config = replace(
 """
 )
 """The same of an average velocity, with guidance as an input."""
+TINY_DIFFERENCES = TINY_AVERAGE.replace('"average")', '"average", derivative="differences")', 1)
+"""The same with differences instead of derivatives."""
 TINY_REPA = (
     TINY
     + """

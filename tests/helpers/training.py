@@ -40,7 +40,7 @@ def deterministic_loss(
                 given |= {"kept": first, "dropped": batch.labels % 3 == 0}
             return add_alignment((network(x, torch.full((len(x),), 500.0), **given) - x).square().mean())
         t = torch.full((len(x),), 0.9)
-        bare = as_written(network)
+        bare = as_written(network, config.process.derivative)
         given = {"cond": {"y": batch.labels}, "intervals": (t / 3, t), "noise": x.flip(-1)}
         given["guidance"] = torch.tensor([[2.0, 0.0, 1.0]]).expand(len(x), -1)
         given["uncond"] = {"y": torch.full_like(batch.labels, config.model.num_classes)}

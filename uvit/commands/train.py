@@ -105,7 +105,7 @@ def main(
     check_encoded_by(data, config.data, encoders)
     is_forward = config.process.objective == "average" and config.process.derivative == "forward"
     if is_forward and config.model.attention != "math" and is_first_process():
-        tell("forward derivatives are taken with attention 'math', which has them, and in full precision")
+        tell("forward derivatives are taken with attention 'math', which has them, and in fp32")
     make_directory(run_dir)
     with lock_folder(run_dir) if is_first_process() else nullcontext():
         make_trainer(config, data, encoders, run_dir).train(changed)

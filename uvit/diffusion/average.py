@@ -111,7 +111,7 @@ def derivative(
         length: (B,).
         along: (B, C, H, W).
         how: by forward-mode differentiation, or by central differences over a short time, which may reach a little out
-            of [0, 1] (as in Transition Models, arXiv 2509.04394).
+            of [0, 1], and of lengths from 0 (as in Transition Models, arXiv 2509.04394).
         step: half of that time.
     """
     if how == "differences":
@@ -136,7 +136,7 @@ def average_loss(
     guidance: Tensor | None = None,
     uncond: Mapping[str, Tensor] | None = None,
     bare: Callable[..., Tensor] | None = None,
-    precision: str = "no",
+    difference_step: float = DIFFERENCE_STEPS["no"],
     intervals: tuple[Tensor, Tensor] | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
@@ -156,7 +156,7 @@ def average_loss(
         uncond: the empty condition, as `cond`, needed with guidance.
         bare: the same network as it is written, uncompiled and without wrappers, for what takes no gradient; None is
             `network`.
-        precision: mixed precision of `bare`, `no`, `bf16` or `fp16`: differences are over a longer time in half of it.
+        difference_step: half of the time that a difference is over: `DIFFERENCE_STEPS` of the precision of `bare`.
         intervals: (s, t), (B,) each, with 0 <= s <= t <= 1, to use instead of random ones.
         noise: noise of the shape of x0 to use instead of random noise.
 
@@ -210,7 +210,7 @@ def average_loss(
                 (t - s)[:number],
                 along[:number],
                 process.derivative,
-                DIFFERENCE_STEPS[precision],
+                difference_step,
             )
     u = velocity(network, x_t, t, t - s, cond)
     errors = (u + length * change - target).square().mean(dim=(1, 2, 3))  # (B,)

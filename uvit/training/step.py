@@ -24,7 +24,7 @@ from uvit.config import Config, Derivative
 from uvit.data.batch import Batch
 from uvit.data.images import random_flip, to_unit_range
 from uvit.data.skipped import SKIPPED_FILE, report_skipped
-from uvit.diffusion.average import average_loss, sample_guidance
+from uvit.diffusion.average import DIFFERENCE_STEPS, average_loss, sample_guidance
 from uvit.diffusion.objective import diffusion_loss
 from uvit.networks.encoders import EMPTY_CAPTION, Encoders, sample_latents
 from uvit.networks.runtime import resolve_precision, tf32
@@ -104,7 +104,7 @@ class Lookahead(Iterator[Batch]):
 def as_written(
     network: Any, derivative: Derivative = "forward", *, is_compiled: bool = False
 ) -> Callable[..., torch.Tensor]:
-    """Returns a function that calls a network without what a step puts around it: DDP and compilation.
+    """Returns a function that calls a network without what a step puts around it: DDP, compilation, perhaps autocast.
 
     DDP must be called once for each gradient; compiled code has no forward-mode derivatives, and its graphs would
     overwrite one output by the next.
@@ -180,8 +180,8 @@ def training_loss(
             guidance[:, 0] = torch.where(dropped, 1.0, guidance[:, 0])
         bare = as_written(network, config.process.derivative, is_compiled=config.train.compile != "no")
         precision = resolve_precision(config.train.mixed_precision, images.device.type, config.model.width)
-        loss_of = partial(average_loss, bare=bare, precision=precision, cond=condition, uncond=uncond)
-        return add_alignment(loss_of(network, images, config.process, generator, guidance=guidance))
+        loss_of = partial(average_loss, bare=bare, difference_step=DIFFERENCE_STEPS[precision], guidance=guidance)
+        return add_alignment(loss_of(network, images, config.process, generator, cond=condition, uncond=uncond))
 
 
 def compute_gradients(

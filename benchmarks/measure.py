@@ -44,9 +44,9 @@ def describe_machine() -> dict[str, str]:
 
 
 def plain_config(name: str) -> Config:
-    """Returns the recipe of configs/NAME.py without what recipe.py found: the paper's U-ViT, on all patches."""
+    """Returns the recipe of configs/NAME.py without a sparse middle, which only a U-ViT has."""
     config = load_config(ROOT / "configs" / f"{name}.py")
-    model = replace_fields(config.model, {"outer_pairs": 0, "conv": "image"})
+    model = replace_fields(config.model, {"outer_pairs": 0})
     return replace(config, model=model, train=replace(config.train, token_keep=1.0))
 
 

@@ -63,8 +63,8 @@ class Arguments:
 def configs_of(name: str, given: Arguments) -> dict[str, Config]:
     """Returns the config of each arm, the second with the steps and, but for the interval, the network of the first."""
     configs = {}
-    few, config = (load_config(ROOT / "configs" / f"{each}.py") for each in (f"{name}_few_steps", name))
-    instant = replace(config, model=replace_fields(few.model, {"takes_interval": False}))
+    few, ordinary = (load_config(ROOT / "configs" / f"{each}.py") for each in (f"{name}_few_steps", name))
+    instant = replace(ordinary, model=replace_fields(few.model, {"takes_interval": False}))
     num_steps = round(given.scale * few.train.num_steps)
     for arm, config in ((AVERAGE, few), (INSTANT, instant)):
         data = replace(config.data, name=given.fashion) if name == "fashion" and given.fashion else config.data

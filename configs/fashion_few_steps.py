@@ -1,7 +1,7 @@
 """Fashion-MNIST in one to four evaluations: an average velocity, with nearly the network of configs/fashion.py.
 
-It has no final convolution: one channel's nine weights start at random, and an unlucky start takes several times as
-long. Where little is learned yet, most of a batch should be instants; docs/few_steps.md has what was tried.
+It has no final convolution: one channel's nine weights start at random, and an unlucky start is slow. Where little is
+learned yet, most of a batch should be instants; docs/few_steps.md has what was tried.
 """
 
 from dataclasses import replace

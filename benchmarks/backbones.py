@@ -25,6 +25,7 @@ from judged_runs import (
     draw_samples,
     give_points,
     plan,
+    plot_quality,
     public_json,
     same_settings,
     study_config,
@@ -39,7 +40,6 @@ from measure import (
     forward_flops,
     load_result,
     log_scale,
-    plot_range,
     result_path,
     save_result,
     spread,
@@ -298,11 +298,9 @@ def draw_curves(name: str, figures: Mapping[str, Any], path: Path) -> None:
             if not runs:
                 continue
             tflops = TRAINING_PASSES * each["gflops"] * batch_size / 1000
-            by_step = [{point["step"]: point for point in points} for points in runs]
-            common = sorted(set.intersection(*map(set, by_step)))  # one that was interrupted may lack the first
-            x = [step * (tflops if axis == "flops" else each["step_seconds"]) for step in common]
-            for axes, quality in zip(grid[:, column], ("frechet_ratio", "recognised")):
-                plot_range(axes, x, [[points[step][quality] for step in common] for points in by_step], arm, **style)
+            unit = tflops if axis == "flops" else each["step_seconds"]
+            axes_of = dict(zip(("frechet_ratio", "recognised"), grid[:, column]))
+            plot_quality(axes_of, runs, lambda point, unit=unit: unit * point["step"], arm, **style)
         grid[0, column].set(title=BUDGETS[budget])
         grid[1, column].set(xlabel={"flops": "training TFLOPs", "time": "seconds of training steps"}[axis])
         log_scale(grid[0, column], subs=(1, 2, 5))

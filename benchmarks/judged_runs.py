@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import ROOT, best_device, median_times, plain_config
+from matplotlib.figure import Figure
+from measure import ROOT, best_device, log_scale, median_times, plain_config, plot_range
 from quality import Judge, averages_of
 from tqdm import tqdm
 
@@ -49,6 +50,10 @@ MAX_WARMUP = 0.1
 """Largest share of a run with a rising learning rate."""
 
 
+Points = Sequence[Mapping[str, float]]
+"""Step and quality of averages of a run."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run of training, some of whose averages are judged."""
@@ -63,7 +68,7 @@ class Run:
         path = self.folder / POINTS_FILE
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def write_points(self, points: Sequence[Mapping[str, float]]) -> None:
+    def write_points(self, points: Points) -> None:
         """Ends it with these figures; what has any is not trained again."""
         make_directory(self.folder)
         write_text(self.folder / POINTS_FILE, json.dumps(points, indent=1) + "\n")
@@ -206,6 +211,54 @@ def draw_samples(arms: Mapping[str, Run], path: Path) -> None:
     if rows:
         with atomic_write(path) as temporary:
             image_grid(torch.cat([*rows.values()]), GRID_COLUMNS, [*rows]).save(temporary)
+
+
+def plot_quality(
+    axes_of: Mapping[str, Any],
+    runs: Sequence[Points],
+    x_of: Callable[[Mapping[str, float]], float],
+    label: str,
+    **style: Any,
+) -> None:
+    """Plots qualities of an arm over its training, the median and range of its runs.
+
+    Args:
+        axes_of: of matplotlib, by quality.
+        runs: points of each.
+        x_of: the place of a point.
+        label: for the legend.
+        **style: of the median's line.
+    """
+    by_step = [{point["step"]: point for point in points} for points in runs]
+    common = sorted(set.intersection(*map(set, by_step)))  # one that was interrupted may lack the first
+    for quality, axes in axes_of.items():
+        curves = [[points[step][quality] for step in common] for points in by_step]
+        plot_range(axes, [x_of(by_step[0][step]) for step in common], curves, label, **style)
+
+
+def draw_quality(path: Path, title: str, xlabel: str, arms: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draws the distance and what is recognised side by side, for each arm that has runs.
+
+    Args:
+        path: picture to write.
+        title: what was trained.
+        xlabel: what training is measured in.
+        arms: of each the arguments of `plot_quality` but the axes and the label.
+    """
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    distance, recognised = figure.subplots(1, 2)
+    for arm, each in arms.items():
+        if each["runs"]:
+            plot_quality({"frechet_ratio": distance, "recognised": recognised}, label=arm, **each)
+    distance.set(xlabel=xlabel, ylabel="Fréchet distance / real")
+    log_scale(distance)
+    recognised.set(xlabel=xlabel, ylabel="recognised as the class asked for")
+    for axes in (distance, recognised):
+        axes.grid(alpha=0.3)
+    figure.legend(*distance.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"{title}: median and range of the seeds")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def work(runs: Sequence[Run], num_taken: Any) -> None:

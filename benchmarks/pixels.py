@@ -19,12 +19,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from judged_runs import (
     Run,
     do_all,
+    draw_quality,
     draw_samples,
     give_points,
     plan,
@@ -33,13 +35,12 @@ from judged_runs import (
     study_config,
     take_points,
 )
-from matplotlib.figure import Figure
-from measure import RESULTS, ROOT, load_result, log_scale, plot_range, result_path, save_result, spread
+from measure import RESULTS, ROOT, load_result, result_path, save_result, spread
 from quality import Judge
 
 from uvit import Config
 from uvit.common.cli import parse, run
-from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
+from uvit.common.files import lock_folder, make_directory, write_text
 from uvit.config import replace_fields
 from uvit.networks.runtime import set_up_process
 from uvit.weights.build import build_network
@@ -119,7 +120,7 @@ def compare(patch_size: int, given: Arguments) -> None:
         save_result(NAME, {"patches": patches}, output)
         write_text(path.with_suffix(".md"), "\n".join(line for each in patches.items() for line in table_of(*each)))
         if figures["runs"]:
-            draw_curves(figures, path.with_name(f"{path.stem}_{patch_size}.png"))
+            draw_curves(patch_size, figures, path.with_name(f"{path.stem}_{patch_size}.png"))
 
     try:
         do_all([*planned.values()], given.jobs, f"patches of {patch_size}x{patch_size}", save)
@@ -156,26 +157,13 @@ def table_of(patch_size: str, figures: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def draw_curves(figures: Mapping[str, Any], path: Path) -> None:
-    """Plots quality over steps, the median and range of the seeds."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    distance, recognised = figure.subplots(1, 2)
-    for process, skips in itertools.product(PROCESSES, SKIPS):
-        arm, style = f"{process}, {skips}", {**PROCESSES[process][1], **SKIPS[skips][1]}
-        if runs := points_of(figures, arm):
-            by_step = [{point["step"]: point for point in points} for points in runs]
-            common = sorted(set.intersection(*map(set, by_step)))  # one that was interrupted may lack the first
-            for axes, quality in ((distance, "frechet_ratio"), (recognised, "recognised")):
-                curves = [[points[step][quality] for step in common] for points in by_step]
-                plot_range(axes, common, curves, arm, **style)
-    distance.set(xlabel="steps of training", ylabel="Fréchet distance / real")
-    log_scale(distance)
-    recognised.set(xlabel="steps of training", ylabel="recognised as the class asked for")
-    for axes in (distance, recognised):
-        axes.grid(alpha=0.3)
-    figure.legend(*distance.get_legend_handles_labels(), loc="outside lower center", ncols=len(PROCESSES))
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+def draw_curves(patch_size: int, figures: Mapping[str, Any], path: Path) -> None:
+    """Plots quality over steps."""
+    arms = {}
+    for (process, (_, color)), (skips, (_, dashes)) in itertools.product(PROCESSES.items(), SKIPS.items()):
+        arm = f"{process}, {skips}"
+        arms[arm] = {"runs": points_of(figures, arm), "x_of": itemgetter("step"), **color, **dashes}
+    draw_quality(path, f"{DATA}, patches of {patch_size}x{patch_size}", "steps of training", arms)
 
 
 def main(arguments: Sequence[str]) -> None:

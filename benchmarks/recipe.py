@@ -16,12 +16,14 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 from judged_runs import (
     Run,
     do_all,
+    draw_quality,
     give_points,
     plan,
     public_json,
@@ -30,13 +32,12 @@ from judged_runs import (
     take_points,
     time_steps,
 )
-from matplotlib.figure import Figure
-from measure import RESULTS, ROOT, load_result, log_scale, plot_range, result_path, save_result, spread
+from measure import RESULTS, ROOT, load_result, result_path, save_result, spread
 from quality import Judge
 
 from uvit import Config
 from uvit.common.cli import parse, run
-from uvit.common.files import atomic_write, lock_folder, make_directory, write_text
+from uvit.common.files import lock_folder, make_directory, write_text
 from uvit.config import from_dict, replace_fields
 from uvit.data.loader import load_data
 from uvit.networks.runtime import set_up_process
@@ -269,25 +270,10 @@ def table_of(title: str, figures: Mapping[str, Any]) -> list[str]:
 
 
 def draw_curves(title: str, figures: Mapping[str, Any], path: Path) -> None:
-    """Plots quality over time, the median and range of the seeds."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    distance, recognised = figure.subplots(1, 2)
-    for arm, style in STYLES.items():
-        if arm not in figures["arms"] or not (curves := curves_of(figures, arm)):
-            continue
-        count = min(map(len, curves))  # one that was interrupted may lack the first
-        x = [point["seconds"] for point in curves[0][-count:]]
-        for axes, quality in ((distance, "frechet_ratio"), (recognised, "recognised")):
-            plot_range(axes, x, [[point[quality] for point in each[-count:]] for each in curves], arm, **style)
-    distance.set(xlabel="seconds of training steps", ylabel="Fréchet distance / real")
-    log_scale(distance)
-    recognised.set(xlabel="seconds of training steps", ylabel="recognised as the class asked for")
-    for axes in (distance, recognised):
-        axes.grid(alpha=0.3)
-    figure.legend(*distance.get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES))
-    figure.suptitle(f"{title}: median and range of the seeds")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    """Plots quality over time."""
+    known = [arm for arm in STYLES if arm in figures["arms"]]
+    arms = {arm: {"runs": curves_of(figures, arm), "x_of": itemgetter("seconds"), **STYLES[arm]} for arm in known}
+    draw_quality(path, title, "seconds of training steps", arms)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -3,9 +3,10 @@
 JiT (arXiv 2511.13720) predicts the clean image from large patches, with the loss on the velocity, and its users asked
 what the long skips of a U-ViT do there (JiT's issue 11). Arms of configs/fashion.py, with a quarter of its steps: the
 network predicts the velocity, or the image, with times kept 0.001 from the ends or with the divisor t clamped at 0.05,
-which at the config's times concerns one image in 600; and it has long skips, or none. All else is the config's, the
-learning rate too. Patches are embedded without a bottleneck: one would take the noise of a patch from the network,
-which a velocity needs and an image does not.
+which at the config's times concerns one image in 600; and it has long skips, or none. There is no final convolution, as
+in JiT: one channel's few weights start at random, and what they start from would hide what the arms differ in. All else
+is the config's, the learning rate too. Patches are embedded without a bottleneck: one would take the noise of a patch
+from the network, which a velocity needs and an image does not.
 
 A patch of 7x7 has 49 values for a token of width 128, one of 14x14 (`--patches 14`) has 196: more than its token can
 hold, as with JiT's larger patches. Averages from along the way draw unguided images, which are judged as by
@@ -95,7 +96,7 @@ def arms_of(base: Config) -> dict[str, Config]:
 def compare(patch_size: int, given: Arguments) -> None:
     """Trains and judges all that is not done yet for one size of patch, and writes the figures after each run."""
     base, output = study_config(DATA, given.fashion), Path(given.output)
-    base = replace(base, model=replace_fields(base.model, {"patch_size": patch_size}))
+    base = replace(base, model=replace_fields(base.model, {"patch_size": patch_size, "conv": "none"}))
     num_steps = max(1, round(given.scale * STEPS_SHARE * base.train.num_steps))
     lengths = {"num_steps": num_steps, "num_points": given.num_points, "num_images": given.num_images}
     settings = {**lengths, "config": public_json(base, DATA)}

@@ -4,9 +4,9 @@ JiT (arXiv 2511.13720) predicts the clean image from large patches, with the los
 what the long skips of a U-ViT do there (JiT's issue 11). Arms of configs/fashion.py, with a quarter of its steps: the
 network predicts the velocity, or the image, with times kept 0.001 from the ends or with the divisor t clamped at 0.05,
 which at the config's times concerns one image in 600; and it has long skips, or none. There is no final convolution, as
-in JiT: one channel's few weights start at random, and what they start from would hide what the arms differ in. All else
-is the config's, the learning rate too. Patches are embedded without a bottleneck: one would take the noise of a patch
-from the network, which a velocity needs and an image does not.
+in JiT, so that no arm has a lucky start of its few weights. All else is the config's, the learning rate too. Patches
+are embedded without a bottleneck: one would take the noise of a patch from the network, which a velocity needs and an
+image does not.
 
 A patch of 7x7 has 49 values for a token of width 128, one of 14x14 (`--patches 14`) has 196: more than its token can
 hold, as with JiT's larger patches. Averages from along the way draw unguided images, which are judged as by
@@ -49,7 +49,7 @@ from uvit.weights.build import build_network
 RUNS = ROOT / "runs" / "pixels"
 NAME, DATA = "pixels", "fashion"
 STEPS_SHARE = 0.25
-"""Steps of a run, as a share of the config's, at scale 1: two to three minutes on one core."""
+"""Steps of a run, as a share of the config's, at scale 1: about four minutes on one core."""
 DATA_PREDICTION = {"prediction": "data", "loss_space": "flow"}
 # Okabe and Ito's colours; dashed where there are no skips.
 PROCESSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

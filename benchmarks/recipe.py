@@ -38,6 +38,7 @@ from quality import Judge
 from uvit import Config
 from uvit.common.cli import parse, run
 from uvit.common.files import lock_folder, make_directory, write_text
+from uvit.common.messages import tell
 from uvit.config import from_dict, replace_fields
 from uvit.data.loader import load_data
 from uvit.networks.runtime import set_up_process
@@ -84,7 +85,7 @@ class Arguments:
     scale: float = 1.0
     """Time of training, as a multiple of the config's."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of training."""
+    """Seeds of training; without any, steps are timed and nothing is trained."""
     num_points: int = 8
     """Steps of a run, evenly spaced, whose averages are judged."""
     num_images: int = 1_000
@@ -160,6 +161,8 @@ class Study:
             times = {"step_seconds": mean, "first_seconds": first, "last_seconds": last_seconds}
             known[arm] = {"config": configs[arm], **times}
             self.figures["runs"] = [each for each in self.figures["runs"] if each["arm"] != arm]
+            tell(f"{self.title}, {arm}: {1000 * first:.1f} ms a step, {1000 * last_seconds:.1f} ms in the last ones")
+        self.save()  # other times would plan other runs
 
     def plan(self, arm: str, seed: int) -> Run:
         """Returns a run of an arm, as long in time as that of the plain recipe."""
@@ -187,7 +190,8 @@ class Study:
         path = save_result(NAME, {"data": data}, self.output)
         write_text(path.with_suffix(".md"), "\n".join(line for item in data.items() for line in table_of(*item)))
         name = re.sub(r"\W+", "_", f"{path.stem}_{self.title}")
-        draw_curves(self.title, self.figures, path.with_name(f"{name}.png"))
+        if self.figures["runs"]:
+            draw_curves(self.title, self.figures, path.with_name(f"{name}.png"))
 
 
 def curves_of(figures: Mapping[str, Any], arm: str) -> list[list[dict[str, float]]]:

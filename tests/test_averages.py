@@ -192,6 +192,23 @@ def test_snapshots_after_the_step_that_a_run_resumes_from_are_removed(beside):
     assert last == 63 and names[-2:] == ["step_00000062", "step_00000063"]
 
 
+def test_a_later_snapshot_that_cannot_be_removed_stops_the_run(beside, monkeypatch, capsys):
+    Path("runs/kept/averages/step_00000099.safetensors").mkdir()
+    options = f"tiny.py {KEPT} --train.num_steps 66 --train.run_dir runs/kept"
+    assert "cannot remove a snapshot of a later step: " in refused("train", options.split(), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(("num_steps", "number"), [(1, 1), (32, 32), (63, 32), (64, 32), (1_500, 32)])
+def test_a_run_keeps_no_more_snapshots_than_it_should(num_steps, number, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("uvit.training.averages.write_tensors", lambda path, tensors: written.append(path))
+    averages = Averages(nn.Linear(1, 1), TrainConfig(num_steps=num_steps, average_widths=(0.1,)), tmp_path)
+    averages.updates = 1
+    for step in range(1, num_steps + 1):
+        averages.snapshot(step, is_end=step == num_steps, is_main=True)
+    assert len(written) == number
+
+
 def test_averages_that_cannot_be_written_are_a_warning(beside, capsys, monkeypatch):
     options = f"{KEPT} --train.num_steps 2 --train.average_every 1 --train.run_dir runs/blocked"
     Path("runs/blocked").mkdir()
@@ -235,6 +252,16 @@ def test_the_command_writes_a_run_to_draw_from(beside, capsys):
     assert "warning: the snapshots only allow a fit of width 0.01 to " in capsys.readouterr().err
 
 
+def test_training_does_not_overwrite_an_average(beside, monkeypatch, capsys):
+    average.main("runs/kept --width 0.08".split())
+    before = files_of(beside)
+    options = f"tiny.py {KEPT} --train.num_steps 2 --train.run_dir"
+    line = refused("train", f"{options} runs/kept-width-0.08".split(), monkeypatch, capsys)
+    assert "holds an average of another run: use another --train.run_dir, or start from it with --train.init" in line
+    assert files_of(beside) == before
+    train.main(f"{options} runs/next --train.init runs/kept-width-0.08".split())
+
+
 def test_evaluate_searches_the_width(beside, capsys):
     evaluate.main("--checkpoint runs/kept --num_images 20 --widths 0.06 0.15".split())
     saved = json.loads(Path("runs/kept/widths.json").read_text())
@@ -245,7 +272,8 @@ def test_evaluate_searches_the_width(beside, capsys):
     printed = capsys.readouterr().out
     assert printed.count("Fréchet distance ") == 2 and "width 0.06:" in printed
     assert f"best width {saved['best']:g} by the Fréchet distance" in printed
-    assert saved["widths"]["0.06"]["protocol"]["weights"].startswith("EMA of runs/kept-width-0.06, hash ")
+    weights = saved["widths"]["0.06"]["protocol"]["weights"]
+    assert weights.startswith("EMA of runs/kept-width-0.06, width 0.06 at step 64, hash ")
     average.main("runs/kept --width 0.06".split())
     evaluate.main("--checkpoint runs/kept-width-0.06 --num_images 20".split())
     alone = json.loads(Path("runs/kept-width-0.06/evaluation.json").read_text())
@@ -274,11 +302,19 @@ def test_a_card_says_what_the_weights_are(beside):
         ("average runs/kept --width 0.1 --output runs", "the output must be a new folder, got runs, which exists"),
         ("average runs/nowhere --width 0.1", "run folder not found: runs/nowhere"),
         ("average runs --width 0.1", "runs has no averages to rebuild a width from: train it with --train.average_w"),
-        ("evaluate --checkpoint runs/kept --widths 0.1 0.3", "widths must be 0.001 to 0.288 each, got (0.1, 0.3)"),
+        (
+            "evaluate --checkpoint runs/kept --widths 0.1 0.3",
+            "widths must be different widths of 0.001 to 0.288, got (0.1,",
+        ),
+        (
+            "evaluate --checkpoint runs/kept --widths 0.1 0.1",
+            "widths must be different widths of 0.001 to 0.288, got (",
+        ),
         ("evaluate --checkpoint runs --widths 0.1", "runs has no averages to rebuild a width from"),
         ("evaluate --images x.npz --reference y --widths 0.1", "--widths is for images to draw from a --checkpoint"),
         ("train tiny.py --train.average_widths 0.3", "average_widths must be different widths of 0.001 to 0.288"),
         ("train tiny.py --train.average_widths 0.1 0.1", "average_widths must be different widths of 0.001 to 0.288"),
+        ("train tiny.py --train.average_every 9", "average_every must be None without average_widths, got 9"),
         ("train tiny.py --train.average_every 0", "average_every must be None or at least 1, got 0"),
     ],
 )
@@ -315,6 +351,16 @@ def test_broken_snapshots_are_refused(beside):
         write_tensors(path, tensors)
         with pytest.raises(InputError, match=message):
             rebuild(run_dir, 0.1)
+
+
+def test_averages_that_are_not_finite_are_refused(beside):
+    path = Path("runs/kept/averages/step_00000064.safetensors")
+    tensors = read_weights(path)
+    next(value for name, value in tensors.items() if name.startswith("0.05/")).fill_(math.nan)
+    path.unlink()
+    write_tensors(path, tensors)
+    with pytest.raises(InputError, match="averages in runs/kept must be finite, got NaN or infinity"):
+        rebuild(Path("runs/kept"), 0.1)
 
 
 def test_an_interrupted_average_leaves_nothing(beside, monkeypatch):

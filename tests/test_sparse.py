@@ -203,8 +203,9 @@ def test_what_is_drawn_depends_on_the_network_and_the_step():
         (
             {},
             {"token_keep": 0.03, "token_choice": "random"},
-            "train.token_keep must leave one of 16 patches, got 0.03",
+            "train.token_keep must leave some of 16 patches and not all, got 0.03",
         ),
+        ({}, {"token_keep": 0.97, "token_choice": "random"}, "must leave some of 16 patches and not all, got 0.97"),
         ({}, {"token_keep": 0.0}, "token_keep must be above 0 and at most 1, got 0"),
         ({}, {"token_keep": 1.5}, "token_keep must be above 0 and at most 1, got 1.5"),
         ({}, {"path_drop": 1.0}, r"path_drop must be in \[0, 1\), got 1"),
@@ -334,7 +335,7 @@ def test_the_command_line_guides_by_path(folder, capsys):
         (
             "sparse.py",
             "--guidance_path True --guide RUN --guidance 2",
-            "guidance leads away from one network, got guidance_path True and --guide",
+            "one network, got guidance_path True and --guide run: give --guidance_path False",
         ),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import timm
 import torch
@@ -47,6 +49,17 @@ def test_a_convolutional_network_sees_its_own_size_and_is_resampled(tmp_path):
     assert one.shape == (2, 1, encoder.width)
     spread = encoder(IMAGES)
     assert (one[:, 0] >= spread.amin(dim=1) - 1e-4).all() and (one[:, 0] <= spread.amax(dim=1) + 1e-4).all()
+
+
+def test_a_download_that_is_tried_again_does_not_say_so(monkeypatch, caplog):
+    def fail(*_, **__):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s")
+        raise OSError("no network")
+
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(InputError, match="timm model 'test_vit' cannot be loaded: no network"):
+        PatchEncoder("test_vit", None, (2, 2))
+    assert not caplog.records
 
 
 def test_what_is_refused(vit, monkeypatch):

@@ -73,10 +73,12 @@ from uvit.config.training import (
     MIN_WIDTH,
     TIMM,
     TO_AN_ENCODER,
+    WIDTHS,
     Alignment,
     Compile,
     OptimConfig,
     TrainConfig,
+    are_widths,
 )
 from uvit.config.unet import GROUPS, TIME_WIDTHS, UNetConfig
 from uvit.config.uvit import UViTConfig
@@ -115,6 +117,7 @@ __all__ = [
     "TIMM",
     "TO_AN_ENCODER",
     "WEIGHTS_FILE",
+    "WIDTHS",
     "Alignment",
     "Backend",
     "Compile",
@@ -136,6 +139,7 @@ __all__ = [
     "TrainConfig",
     "UNetConfig",
     "UViTConfig",
+    "are_widths",
     "average_files",
     "average_path",
     "check_fields",

@@ -157,8 +157,8 @@ class Config(Section):
             if rows % 2 or columns % 2 or keep * 4 != round(keep * 4):
                 needs = "needs a grid of 2x2s and a train.token_keep of 0.25, 0.5 or 0.75"
                 raise InputError(f"train.token_choice 'structured' {needs}, got {rows}x{columns} patches and {keep:g}")
-        elif not round(keep * rows * columns):
-            raise InputError(f"train.token_keep must leave one of {rows * columns} patches, got {keep:g}")
+        elif round(keep * rows * columns) not in range(1, rows * columns):
+            raise InputError(f"train.token_keep must leave some of {rows * columns} patches and not all, got {keep:g}")
 
     def _check_alignment(self) -> None:
         """Checks that the network has the tokens that an alignment compares, and an encoder the pixels that it sees."""

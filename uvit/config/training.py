@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,10 +26,17 @@ TO_AN_ENCODER: tuple[Alignment, ...] = ("repa", "irepa")
 """Alignments to the features of a frozen encoder."""
 MIN_WIDTH, MAX_WIDTH = 0.001, 0.288
 """Relative widths of averages; that of all updates alike is 1/√12 = 0.2887."""
+WIDTHS = f"different widths of {MIN_WIDTH} to {MAX_WIDTH}"
+"""What `are_widths` tells, for an error."""
 
 # Limits that are checked before memory is allocated; each is far beyond what anyone has trained.
 MAX_THREADS = 1_024
 MAX_BATCH = 10**7
+
+
+def are_widths(values: Sequence[float]) -> bool:
+    """Tells whether all are different relative widths of averages."""
+    return all(MIN_WIDTH <= width <= MAX_WIDTH for width in values) and len({*values}) == len(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +163,10 @@ class TrainConfig(Section):
         self._require("dense_share", 0 <= self.dense_share <= 1, "in [0, 1]")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self._check_alignment()
-        widths = self.average_widths
-        in_range = all(MIN_WIDTH <= width <= MAX_WIDTH for width in widths) and len({*widths}) == len(widths)
-        self._require("average_widths", in_range, f"different widths of {MIN_WIDTH} to {MAX_WIDTH}")
+        self._require("average_widths", are_widths(self.average_widths), WIDTHS)
         self._require("average_every", self.average_every is None or self.average_every >= 1, "None or at least 1")
+        if not self.average_widths:
+            self._require("average_every", self.average_every is None, "None without average_widths")
         if self.shard:
             self._require("compile", self.compile != "graphs", "another with shard True")
             self._require("mixed_precision", self.mixed_precision != "fp16", "another with shard True")
@@ -173,7 +181,7 @@ class TrainConfig(Section):
         kind, weight = self.alignment, self.alignment_weight
         self._require("alignment_weight", weight is None or weight >= 0, "None or at least 0")
         if kind in TO_AN_ENCODER:
-            is_timm = self.alignment_encoder is not None and self.alignment_encoder.startswith(TIMM)
+            is_timm = (self.alignment_encoder or "").startswith(TIMM) and self.alignment_encoder != TIMM
             self._require("alignment_encoder", is_timm, f"'{TIMM}MODEL' with alignment {kind!r}")
         else:
             for name in ("alignment_encoder", "alignment_encoder_weights"):

@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from uvit.common.errors import InputError
 from uvit.common.messages import warn
-from uvit.config import EVALUATION_FILE, INCEPTION, MAX_IMAGES, MAX_WIDTH, MAX_WORKERS, MIN_WIDTH
+from uvit.config import EVALUATION_FILE, INCEPTION, MAX_IMAGES, MAX_WORKERS, WIDTHS, are_widths
 from uvit.data.batch import ImageData
 from uvit.evaluation.features import JUDGE, PIXELS, build_features
 from uvit.evaluation.judge import (
@@ -106,8 +106,7 @@ class MeasureArguments(DrawArguments):
         super().__post_init__()
         self._require("num_images", self.num_images >= 2, "at least 2")
         self._require("num_workers", self.num_workers >= 0, "at least 0")
-        in_range = all(MIN_WIDTH <= width <= MAX_WIDTH for width in self.widths)
-        self._require("widths", in_range, f"{MIN_WIDTH} to {MAX_WIDTH} each")
+        self._require("widths", are_widths(self.widths), WIDTHS)
         self._require_at_most(num_images=MAX_IMAGES, num_workers=MAX_WORKERS)
         if bool(self.checkpoint) == bool(self.images):
             raise InputError(f"give --checkpoint or --images, got {'both' if self.images else 'neither'}")

@@ -15,6 +15,7 @@ from uvit.networks.contract import Network
 from uvit.networks.encoders import Autoencoder, Encoders, TextEncoder
 from uvit.sampling.conditions import Condition
 from uvit.sampling.generate import describe_guidance
+from uvit.weights.averages import find_average
 from uvit.weights.tensors import hash_weights
 
 FIGURES_DEPEND_ON = ("torch", "timm", "torch-fidelity", "diffusers", "transformers")
@@ -52,12 +53,15 @@ def describe_drawing(
         count += f", {len(set(conditions))} different captions of the reference, {label_mode}"
     away_from = None if weak is None else f"{weak_name}, hash {hash_weights(weak.state_dict())}"
     steps, times = checkpoint_dirs(Path(checkpoint)), sampling_times(config.process, sampling)
+    weights_hash = hash_weights(model.state_dict())
+    average = find_average(Path(checkpoint), weights_hash)
+    made = f", {steps[-1].name}" if steps else ""
+    if average is not None:
+        made = f", width {average.width:g} at step {average.step}"
     spacing = f"{resolve_spacing(config.process, sampling)} from t = {times[0]:g} to {times[-1]:g}"
     return {
         "images": count,
-        "weights": f"EMA of {checkpoint}"
-        + (f", {steps[-1].name}" if steps else "")
-        + f", hash {hash_weights(model.state_dict())}",
+        "weights": f"EMA of {checkpoint}{made}, hash {weights_hash}",
         "guidance": describe_guidance(sampling.guidance, config, away_from).removeprefix("guidance "),
         "guidance_interval": "{:g} to {:g}".format(*sampling.guidance_interval),
         "sampler": f"{sampling.sampler}, {sampling.num_steps} steps ({spacing})",

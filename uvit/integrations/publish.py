@@ -18,7 +18,7 @@ from uvit.common.files import atomic_write, write_text
 from uvit.common.hub import push_folder
 from uvit.config import CONFIG_FILE, EVALUATION_FILE, Config, config_kind, grid_files, read_json, save_json, step_of
 from uvit.sampling.runs import load_run
-from uvit.weights.averages import find_width
+from uvit.weights.averages import find_average
 from uvit.weights.build import load_network
 from uvit.weights.card import CARD_FILE, model_card
 from uvit.weights.pretrained import find_pretrained, save_pretrained
@@ -27,7 +27,7 @@ from uvit.weights.tensors import hash_weights, write_weights
 GRID_FILE = "grid.png"
 NEEDED = {"weights", "reference", "features"}
 PROTOCOL_LINE = re.compile(
-    r"((?:train|test) part of |EMA of |w = .* away from )?(.*?)((?:: |, split |, step_|, hash ).*)?", re.DOTALL
+    r"((?:train|test) part of |EMA of |w = .* away from )?(.*?)((?:: |, split |, step_|, width |, hash ).*)?", re.DOTALL
 )
 """The text before a name in a line of a protocol, the name, and the text after it."""
 FOLDER_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:~[^/\\]*|\.{1,2})?[/\\].*[/\\]")
@@ -104,10 +104,12 @@ def write_hub_folder(source: str | Path, folder: Path, name: str) -> None:
     config = public_config(config)
     results, grids, weights_hash = path / EVALUATION_FILE, grid_files(path), hash_weights(model.state_dict())
     evaluation = read_evaluation(results, weights_hash) if results.is_file() else None
-    width = find_width(path, weights_hash)
+    average = find_average(path, weights_hash)
+    width = None if average is None else average.width
     grid = (GRID_FILE, step_of(grids[-1].name) or 0) if grids else None
     write_text(
-        folder / CARD_FILE, model_card(config.model, model.num_parameters, name, config, evaluation, grid, width)
+        folder / CARD_FILE,
+        model_card(config.model, model.num_parameters, name, config, evaluation, grid, width),
     )
     if grids:
         with atomic_write(folder / GRID_FILE) as temporary:

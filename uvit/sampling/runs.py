@@ -148,7 +148,8 @@ class DrawArguments(Section):
         if config.sample.guidance == 1:
             raise InputError(f"--guide has no effect with guidance 1, got {self.guide}: give --guidance, such as 2")
         if config.sample.guidance_path:
-            raise InputError(f"guidance leads away from one network, got guidance_path True and --guide {self.guide}")
+            fault = f"guidance leads away from one network, got guidance_path True and --guide {self.guide}"
+            raise InputError(f"{fault}: give --guidance_path False")
         wanted = "name its run, or a checkpoint of one"
         found, network = load_run(self.guide, self.attention, process_state().device, advice=wanted)
         expected = _kind(config)

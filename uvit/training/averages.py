@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from uvit.common.errors import InputError, one_line
 from uvit.common.files import remove_leftovers
 from uvit.common.messages import warn_on_failure
 from uvit.config import TrainConfig, average_files, average_path, step_of
@@ -17,7 +19,7 @@ from uvit.weights.averages import UPDATES, decay_at
 from uvit.weights.tensors import write_tensors
 
 NUM_SNAPSHOTS = 32
-"""Of a run by default: widths between those kept are then rebuilt to a thousandth."""
+"""Of a run at most, by default: widths between those kept are then rebuilt to a thousandth."""
 
 
 class Averages:
@@ -31,7 +33,7 @@ class Averages:
 
     def __init__(self, network: Network, config: TrainConfig, run_dir: Path) -> None:
         self.run_dir, self.updates = run_dir, 0
-        self.every = config.average_every or max(1, config.num_steps // NUM_SNAPSHOTS)
+        self.every = config.average_every or math.ceil(config.num_steps / NUM_SNAPSHOTS)
         self.averages: dict[float, dict[str, Tensor]] = {
             width: {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
             for width in config.average_widths
@@ -71,10 +73,17 @@ class Averages:
             write_tensors(path, tensors)
 
     def forget_after(self, step: int) -> None:
-        """Removes snapshots of later steps: of the run as it went on before it resumed from an earlier checkpoint."""
+        """Removes snapshots of later steps: of the run as it went on before it resumed from an earlier checkpoint.
+
+        Raises:
+            InputError: one cannot be removed; an average would be fitted to it.
+        """
         for path in average_files(self.run_dir):
             if (step_of(path.name) or 0) > step:
-                path.unlink()
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise InputError(f"cannot remove a snapshot of a later step: {one_line(error)}") from None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the averages by WIDTH/NAME and the number of updates: what a checkpoint and a snapshot hold."""

@@ -13,7 +13,16 @@ from accelerate.utils import broadcast_object_list
 
 from uvit.common.errors import InputError, one_line
 from uvit.common.messages import warn
-from uvit.config import CHECKPOINT_FOLDER, CONFIG_FILE, WEIGHTS_FILE, Config, config_kind, from_dict, read_json
+from uvit.config import (
+    AVERAGE_FILE,
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Config,
+    config_kind,
+    from_dict,
+    read_json,
+)
 from uvit.data.manifest import is_latent_data
 from uvit.training.checkpoint import find_checkpoint, read_state
 from uvit.training.optim import load_optimizer_state
@@ -75,10 +84,13 @@ def check_same_run(config: Config, run_dir: Path, config_file: Path | None) -> l
         Differences that are accepted: harmless ones, and with train.resume_anyway all.
 
     Raises:
-        InputError: differences that make it another run.
+        InputError: differences that make it another run, or a folder of something else.
     """
     if is_latent_data(str(run_dir)):
         raise InputError(f"{run_dir} holds latents: use another --train.run_dir")
+    if config_file is None and (run_dir / AVERAGE_FILE).is_file():
+        advice = f"use another --train.run_dir, or start from it with --train.init {run_dir}"
+        raise InputError(f"{run_dir} holds an average of another run: {advice}")
     before = None
     own, weights = run_dir / CONFIG_FILE, run_dir / WEIGHTS_FILE
     if own.is_file() and (weights.is_file() or (run_dir / CHECKPOINT_FOLDER).is_dir()):

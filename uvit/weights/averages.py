@@ -59,8 +59,8 @@ class RebuiltAverage(Section):
     """Hash of the weights."""
 
 
-def find_width(folder: Path, weights_hash: str) -> float | None:
-    """Returns the width of the average that a folder's weights are; None for those of `train.ema_decay`.
+def find_average(folder: Path, weights_hash: str) -> RebuiltAverage | None:
+    """Returns how the average was made that a folder's weights are; None for that of `train.ema_decay`.
 
     Raises:
         InputError: an AVERAGE_FILE that is broken.
@@ -68,7 +68,7 @@ def find_width(folder: Path, weights_hash: str) -> float | None:
     if not isfile(folder / AVERAGE_FILE):
         return None
     how = from_dict(RebuiltAverage, read_json(folder / AVERAGE_FILE))
-    return how.width if how.weights == weights_hash else None
+    return how if how.weights == weights_hash else None
 
 
 @cache
@@ -154,7 +154,7 @@ def rebuild(run_dir: Path, width: float, step: int | None = None) -> tuple[dict[
         The weights in float32, and how they were made.
 
     Raises:
-        InputError: no snapshots, none of that step, or broken ones.
+        InputError: no snapshots, none of that step, broken ones, or some that are not finite.
     """
     files = {step_of(path.name) or 0: path for path in average_files(run_dir)}
     if not files:
@@ -182,6 +182,8 @@ def rebuild(run_dir: Path, width: float, step: int | None = None) -> tuple[dict[
             for name in expected:
                 sums[name] = sums[name] + factor * weights[f"{each}/{name}"].double()
     weights = {name: tensor.float() for name, tensor in sums.items()}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise InputError(f"averages in {run_dir} must be finite, got NaN or infinity: its training went wrong")
     made = {"run": str(run_dir), "width": width, "step": last, "num_snapshots": len(used), "error": error}
     return weights, from_dict(RebuiltAverage, {**made, "weights": hash_weights(weights)})
 

@@ -80,7 +80,7 @@ def find_pretrained(name_or_path: str | Path, **options: Unpack[HubOptions]) -> 
     """
     from uvit.common.hub import find_folder
 
-    if not isinstance(name_or_path, str | Path):
+    if not isinstance(name_or_path, str | Path) or not str(name_or_path).strip():
         raise InputError(f"a checkpoint must be a path or a hub name, got {short_repr(name_or_path)}")
     path = Path(name_or_path)
     if options.get("revision") is None and isfile(path):

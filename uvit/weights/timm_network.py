@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from uvit.common.errors import InputError, one_line
+from uvit.common.libraries import quiet
 from uvit.config import TIMM, Config
 from uvit.weights.tensors import read_weights
 
@@ -36,7 +37,8 @@ class TimmNetwork(nn.Module):
         import timm
 
         try:
-            self.network = timm.create_model(name, pretrained=weights is None)
+            with quiet("huggingface_hub"):  # which tells of each retry
+                self.network = timm.create_model(name, pretrained=weights is None)
             if weights is not None:
                 self.network.load_state_dict(read_weights(existing_file(weights)))
             if not classify:

@@ -2,7 +2,9 @@
 
 It is downloaded from the hub, or read from a folder of its IDX files: `--data.name FOLDER`. The README has
 the results. Of what was tried, most of it with a third of the steps, wider, deeper or more finely cut networks, other
-learning rates, smaller batches and data prediction were worse for the time.
+learning rates, smaller batches and data prediction were worse for the time, and so are the ideas measured in
+docs/recipe.md. For another network give `--model.conv none`, too: an unlucky start of the convolution's nine weights is
+slow (with patches of 2x2 in two of three seeds).
 """
 
 from dataclasses import replace

@@ -255,7 +255,7 @@ def draw_quality(path: Path, title: str, xlabel: str, arms: Mapping[str, Mapping
     recognised.set(xlabel=xlabel, ylabel="recognised as the class asked for")
     for axes in (distance, recognised):
         axes.grid(alpha=0.3)
-    figure.legend(*distance.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*distance.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{title}: median and range of the seeds")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)

@@ -25,7 +25,7 @@ def text_of(node: ast.AST, known: Mapping[str, str]) -> str:
             return text
         case ast.JoinedStr(values=parts):
             return "".join(text_of(part, known) for part in parts)
-        case ast.FormattedValue(value=ast.Name(id=name)):
+        case ast.FormattedValue(value=ast.Name(id=name)) | ast.Name(id=name):
             return known.get(name, "…")
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return text_of(left, known) + text_of(right, known)

@@ -280,6 +280,14 @@ def test_evaluate_searches_the_width(beside, capsys):
     assert_same(alone, saved["widths"]["0.06"])
 
 
+def test_a_broken_file_of_how_it_was_made_is_refused_before_the_drawing(beside, monkeypatch, capsys):
+    average.main("runs/kept --width 0.08".split())
+    Path("runs/kept-width-0.08/average.json").write_text("{}")
+    monkeypatch.setattr("uvit.evaluation.measure.draw_with_progress", lambda *_: pytest.fail("it draws"))
+    options = "--checkpoint runs/kept-width-0.08 --num_images 20"
+    assert "RebuiltAverage must have a field 'run', got none" in refused("evaluate", options, monkeypatch, capsys)
+
+
 def test_a_card_says_what_the_weights_are(beside):
     average.main("runs/kept --width 0.08".split())
     card.main("runs/kept-width-0.08 card".split())

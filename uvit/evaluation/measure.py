@@ -172,10 +172,10 @@ def measure(given: MeasureArguments, state: PartialState) -> tuple[Results, Prot
         protocol = {"images": f"{seen.moments.count} of {subject.name}"}
     else:
         run = subject.model, subject.config, subject.encoders
+        # First, so that what cannot be described fails before the work.
+        protocol = describe_drawing(subject.name, *run, conditions, mode, seed, subject.weak, subject.weak_name)
         batches = draw_with_progress(*run, conditions, labels, seed, given.batch_size, state, subject.weak)
         seen = ImageStatistics(network, len(conditions), state).update(batches, classifier)
-        weak = subject.weak, subject.weak_name
-        protocol = describe_drawing(subject.name, *run, conditions, mode, seed, *weak)
     protocol["images"] += f", hash {seen.hash}"
     if state.is_main_process and seen.moments.count <= network.num_features:
         few = f"{seen.moments.count} images for {network.num_features} features"

@@ -44,6 +44,9 @@ def describe_drawing(
         seed: of the images.
         weak: the network that guidance leads away from; None for the empty condition.
         weak_name: its run or checkpoint, as the user named it.
+
+    Raises:
+        InputError: as `find_average`.
     """
     sampling, count = config.sample, f"{len(conditions)} drawn"
     if config.model.num_classes:

@@ -22,10 +22,9 @@ from uvit.common.errors import InputError
 from uvit.config import (
     AVERAGE_FILE,
     CONFIG_FILE,
-    MAX_WIDTH,
-    MIN_WIDTH,
     Config,
     Section,
+    are_widths,
     average_files,
     from_dict,
     load_config,
@@ -137,7 +136,7 @@ def _read_profiles(path: Path) -> tuple[dict[float, dict[str, list[int]]], int]:
             updates = int(file.get_tensor(UPDATES))
         except (ValueError, SafetensorError):
             profiles, updates = {}, 0
-    if updates < 1 or not profiles or not all(MIN_WIDTH <= width <= MAX_WIDTH for width in profiles):
+    if updates < 1 or not profiles or not are_widths([*profiles]):
         raise InputError(f"{path} must hold averages by their width and name, got other tensors")
     return profiles, updates
 

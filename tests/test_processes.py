@@ -15,7 +15,9 @@ from uvit.training.checkpoint import load_checkpoint
 from uvit.weights.averages import rebuild
 from uvit.weights.tensors import read_weights
 
-pytestmark = pytest.mark.slow
+# Once in more than a thousand starts PyTorch or gloo has corrupted a process's heap: a run that aborted is tried again.
+ABORTED = r"Signal (6|11) .* received by PID"
+pytestmark = [pytest.mark.slow, pytest.mark.flaky(reruns=1, only_rerun=[ABORTED])]
 OPTIONS = "--optim.name adamw --train.num_steps 2 --train.sample_every 0 --train.tracker none --optim.grad_clip 0"
 
 

@@ -285,7 +285,8 @@ def test_a_broken_file_of_how_it_was_made_is_refused_before_the_drawing(beside, 
     Path("runs/kept-width-0.08/average.json").write_text("{}")
     monkeypatch.setattr("uvit.evaluation.measure.draw_with_progress", lambda *_: pytest.fail("it draws"))
     options = "--checkpoint runs/kept-width-0.08 --num_images 20"
-    assert "RebuiltAverage must have a field 'run', got none" in refused("evaluate", options, monkeypatch, capsys)
+    line = refused("evaluate", options, monkeypatch, capsys)
+    assert "average.json: RebuiltAverage must have a field 'run', got none" in line
 
 
 def test_a_card_says_what_the_weights_are(beside):

@@ -101,7 +101,7 @@ BAD_INPUT = [
     ("train", "tiny.py --train.num_steps 8 --optim.name adamw", "holds a run with optim.name 'muon', got 'adamw'"),
     ("train", "tiny.py --train.num_steps 8 --data.name folder.png", "holds a run with data.name"),
     ("train", "tiny.py --train.run_dir foreign", "the checkpoint in foreign does not fit the config: it has no model"),
-    ("train", "tiny.py --train.run_dir emptied", "Config must be a JSON object, got []"),
+    ("train", "tiny.py --train.run_dir emptied", "config.json: Config must be a JSON object, got []"),
     ("train", "tiny.py --model.embed_dim 32", "runs/tiny holds a run with model.embed_dim 16, got 32"),
     ("train", "tiny.py --train.alignment layersink", "'layersink'"),
     (

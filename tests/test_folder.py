@@ -22,7 +22,7 @@ from uvit.config import (
 
 BAD_FILES = [
     ("broken.json", '{"model": ', "is not valid JSON"),
-    ("list.json", "[1, 2]", "must be a JSON object"),
+    ("list.json", "[1, 2]", "must be a JSON object, got"),
     ("extra.json", '{"modle": {}}', "has no field 'modle', did you mean 'model'?"),
     ("nested.json", '{"model": {"dept": 4}}', "has no field 'dept', did you mean 'depth'?"),
     ("huge.json", '{"optim": {"lr": 1' + "0" * 400 + "}}", "lr must be float, got 1000"),
@@ -36,9 +36,9 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("name", "text", "message"), BAD_FILES, ids=[name for name, _, _ in BAD_FILES])
-def test_bad_config_files(name, text, message, tmp_path):
+def test_bad_config_files_are_named(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"{name}.* {message}"):
         load_config(tmp_path / name)
 
 

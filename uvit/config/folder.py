@@ -98,8 +98,9 @@ def read_network_config(folder: Path) -> NetworkConfig:
     Raises:
         InputError: no config there, or an invalid one.
     """
-    raw = read_json(folder / CONFIG_FILE)
-    return from_dict(AnyNetworkConfig, raw["model"] if config_kind(raw) == "run" and "model" in raw else raw)
+    path = folder / CONFIG_FILE
+    raw = read_json(path)
+    return from_dict(AnyNetworkConfig, raw["model"] if config_kind(raw) == "run" and "model" in raw else raw, path)
 
 
 def load_config(path: str | Path) -> Config:
@@ -113,7 +114,7 @@ def load_config(path: str | Path) -> Config:
         known = [str(path.parent / name) for name in sorted(glob("*.py", root_dir=path.parent))]
         raise InputError(f"config file not found: {path}{did_you_mean(str(path), known)}")
     if path.suffix == ".json":
-        return from_dict(Config, read_json(path))
+        return from_dict(Config, read_json(path), path)
     try:
         config = runpy.run_path(str(path)).get("config")
     except InputError as error:

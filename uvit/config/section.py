@@ -133,16 +133,24 @@ def _choose(sections: Sequence[type[Section]], raw: Mapping[str, Any]) -> type[S
     return named[given]
 
 
-def from_dict(cls: type[SectionT] | types.UnionType, raw: Any) -> SectionT:
+def from_dict(cls: type[SectionT] | types.UnionType, raw: Any, source: Path | None = None) -> SectionT:
     """Builds a section from JSON: nested sections are dicts, tuples are lists.
 
     Args:
         cls: the section, or a union of sections that each name themselves in their first field.
         raw: what JSON holds.
+        source: the file that held it, which errors name.
 
     Raises:
         InputError: not a dict, an unknown or missing field, or an invalid value.
     """
+    try:
+        return _build(cls, raw)
+    except InputError as error:
+        raise InputError(f"{source}: {error}" if source else str(error)) from None
+
+
+def _build(cls: type[SectionT] | types.UnionType, raw: Any) -> SectionT:
     sections = _sections(cls)
     if not isinstance(raw, dict):
         names = " or ".join(each.__name__ for each in sections)
@@ -157,7 +165,7 @@ def from_dict(cls: type[SectionT] | types.UnionType, raw: Any) -> SectionT:
         if name not in hints:
             raise InputError(f"{chosen.__name__} has no field {short_repr(name)}{did_you_mean(name, hints)}")
         if _sections(hints[name]):
-            value = from_dict(hints[name], value)
+            value = _build(hints[name], value)
         values[name] = tuple(value) if isinstance(value, list) else value
     return chosen(**values)
 

@@ -160,11 +160,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         InputError: a missing or invalid manifest.
     """
     path = Path(folder) / MANIFEST_FILE
-    raw = read_json(path)
-    try:
-        return from_dict(Manifest, raw)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return from_dict(Manifest, read_json(path), path)
 
 
 @contextlib.contextmanager

@@ -209,7 +209,7 @@ def load_run(
         raw = {} if path.is_file() else read_json(path / CONFIG_FILE)
         if isinstance(raw, dict) and config_kind(raw) != "run":
             raise InputError(f"{checkpoint} holds only weights, expected a run: {advice}")
-        config = from_dict(Config, raw)
+        config = from_dict(Config, raw, path / CONFIG_FILE)
     resolve_backend(attention, device.type)
     known = dataclasses.asdict(config.model) if path.is_file() else {}  # not all can be inferred from a published file
     model = load_network(path, {**known, "attention": attention}, type(config.model))

@@ -96,9 +96,9 @@ def check_same_run(config: Config, run_dir: Path, config_file: Path | None) -> l
     if own.is_file() and (weights.is_file() or (run_dir / CHECKPOINT_FOLDER).is_dir()):
         raw = read_json(own)
         if config_kind(raw) != "network":
-            before = from_dict(Config, raw)  # a broken one is reported, not replaced
+            before = from_dict(Config, raw, own)  # a broken one is reported, not replaced
     if config_file is not None:
-        before = from_dict(Config, read_json(config_file))
+        before = from_dict(Config, read_json(config_file), config_file)
     if before is None and weights.is_file():
         raise InputError(f"{run_dir} holds weights that are no run's: use another --train.run_dir")
     if before is None:

@@ -64,9 +64,10 @@ def find_average(folder: Path, weights_hash: str) -> RebuiltAverage | None:
     Raises:
         InputError: an AVERAGE_FILE that is broken.
     """
-    if not isfile(folder / AVERAGE_FILE):
+    path = folder / AVERAGE_FILE
+    if not isfile(path):
         return None
-    how = from_dict(RebuiltAverage, read_json(folder / AVERAGE_FILE))
+    how = from_dict(RebuiltAverage, read_json(path), path)
     return how if how.weights == weights_hash else None
 
 

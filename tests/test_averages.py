@@ -289,6 +289,12 @@ def test_a_broken_file_of_how_it_was_made_is_refused_before_the_drawing(beside, 
     assert "average.json: RebuiltAverage must have a field 'run', got none" in line
 
 
+def test_errors_name_a_rebuilt_average_by_its_width(beside, monkeypatch, capsys):
+    Path("deep.py").write_text(Path("tiny.py").read_text().replace("depth=2", "depth=4"))
+    line = refused("evaluate", "--checkpoint runs/kept --widths 0.1 --config deep.py", monkeypatch, capsys)
+    assert line.startswith("error: runs/kept-width-0.1 is not the model of deep.py")
+
+
 def test_a_card_says_what_the_weights_are(beside):
     average.main("runs/kept --width 0.08".split())
     card.main("runs/kept-width-0.08 card".split())
@@ -319,6 +325,7 @@ def test_a_card_says_what_the_weights_are(beside):
             "evaluate --checkpoint runs/kept --widths 0.1 0.1",
             "widths must be different widths of 0.001 to 0.288, got (",
         ),
+        ("evaluate --checkpoint runs/nope --widths 0.1", "run folder not found: runs/nope"),
         ("evaluate --checkpoint runs --widths 0.1", "runs has no averages to rebuild a width from"),
         ("evaluate --images x.npz --reference y --widths 0.1", "--widths is for images to draw from a --checkpoint"),
         ("train tiny.py --train.average_widths 0.3", "average_widths must be different widths of 0.001 to 0.288"),

@@ -103,7 +103,13 @@ BAD_INPUT = [
     ("train", "tiny.py --train.run_dir foreign", "the checkpoint in foreign does not fit the config: it has no model"),
     ("train", "tiny.py --train.run_dir emptied", "config.json: Config must be a JSON object, got []"),
     ("train", "tiny.py --model.embed_dim 32", "runs/tiny holds a run with model.embed_dim 16, got 32"),
+    ("train", "tiny.py --train.label_dropout 0", "sample.guidance 1.5 needs train.label_dropout above 0, got 0"),
     ("train", "tiny.py --train.alignment layersink", "'layersink'"),
+    (
+        "train",
+        "tiny.py --train.alignment dispersive --train.accumulation_steps 8",
+        "train.alignment 'dispersive' needs parts of a batch of 2 images or more, got 1",
+    ),
     (
         "train",
         "tiny.py --train.alignment layersync --train.alignment_weight -1",

@@ -148,6 +148,15 @@ def test_options_of_the_loop(overrides, tmp_path, trained):
     sample.main(["--checkpoint", str(tmp_path / "run"), "--output", output, "--num_per_class", "1"])
 
 
+def test_guidance_by_a_null_class_that_was_never_seen_is_a_warning(tmp_path, trained, capsys):
+    options = "--train.label_dropout 0 --sample.guidance 1 --train.run_dir"
+    train.main([str(trained / "tiny.py"), *options.split(), str(tmp_path / "run")])
+    drawn = ["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "grid.png"), "--num_per_class", "1"]
+    for guidance, warnings in (("1", 0), ("2", 1)):
+        sample.main([*drawn, "--guidance", guidance])
+        assert capsys.readouterr().err.count("warning: train.label_dropout 0 never showed") == warnings
+
+
 def test_training_learns(tmp_path, trained):
     """The loss of a few dozen steps falls well below that of predicting zero."""
     arguments = ["--train.run_dir", str(tmp_path / "run"), "--train.num_steps", "60", "--train.batch_size", "32"]

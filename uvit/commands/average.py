@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import isdir, lexists
+from os.path import lexists
 from pathlib import Path
 
 import tyro
@@ -54,8 +54,6 @@ def main(arguments: Sequence[str]) -> None:
     """Rebuilds the average and writes the folder atomically."""
     given = parse(Arguments, arguments, __doc__)
     run_dir = Path(given.run)
-    if not isdir(run_dir):
-        raise InputError(f"run folder not found: {given.run}")
     output = Path(given.output) if given.output else averaged_folder(run_dir, given.width)
     if lexists(output):
         raise InputError(f"the output must be a new folder, got {output}, which exists")

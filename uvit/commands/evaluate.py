@@ -21,6 +21,7 @@ from accelerate import PartialState
 
 from uvit.commands.average import averaged_folder, warn_of_error
 from uvit.common.cli import PROGRAM, parse, process_state
+from uvit.common.errors import InputError
 from uvit.common.files import atomic_write
 from uvit.config import INCEPTION, MAX_BATCH, MAX_SIDE, MAX_WORKERS, DataConfig, Section
 from uvit.data.batch import ImageSpec
@@ -124,7 +125,11 @@ def search_widths(given: MeasureArguments, state: PartialState) -> dict[str, Any
                 print(f"width {width:g}:")
                 warn_of_error(how)
             one = dataclasses.replace(given, checkpoint=folder, widths=())
-            found[width] = measure_and_show(one, state, str(averaged_folder(run_dir, width)))
+            name = str(averaged_folder(run_dir, width))
+            try:
+                found[width] = measure_and_show(one, state, name)
+            except InputError as error:
+                raise InputError(str(error).replace(folder, name)) from None
     best = min(found, key=lambda width: found[width].get("frechet", math.inf))
     if state.is_main_process:
         print(f"best width {best:g} by the Fréchet distance: {PROGRAM} average {given.checkpoint} --width {best:g}")

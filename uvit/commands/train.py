@@ -57,6 +57,8 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     if config.model.takes_guidance and not config.train.label_dropout:
         raise InputError("model.takes_guidance needs train.label_dropout above 0, got 0")
     config.check_guidance()
+    if config.lacks_null:
+        raise InputError(f"sample.guidance {config.sample.guidance:g} needs train.label_dropout above 0, got 0")
     resolve_backend(config.model.attention, device_type)
     if config.train.mixed_precision != "auto":  # `auto` needs the device itself, which is not started yet
         resolve_precision(config.train.mixed_precision, device_type, config.model.width)
@@ -67,8 +69,11 @@ def read_arguments(arguments: Sequence[str]) -> Config:
             resolve_precision(config.sample.mixed_precision, device_type, config.model.width)
     num_processes = int(os.environ.get("WORLD_SIZE") or 1)
     check_batch(config.train, num_processes)
+    num_together = config.train.batch_size // config.train.accumulation_steps // num_processes
+    if config.train.alignment == "dispersive" and num_together == 1:
+        raise InputError("train.alignment 'dispersive' needs parts of a batch of 2 images or more, got 1")
     if config.process.objective == "average":
-        check_shares(config.process, config.train.batch_size // config.train.accumulation_steps // num_processes)
+        check_shares(config.process, num_together)
     for engine in ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise InputError(f"a model is sharded by --train.shard True, got {engine}: launch without it")

@@ -114,6 +114,12 @@ class Config(Section):
         if self.sample.guidance != 1 and not self._has_empty_condition and not self.sample.guidance_path:
             raise InputError(f"sample.guidance {self.sample.guidance} needs model.null_class, got False")
 
+    @property
+    def lacks_null(self) -> bool:
+        """Whether guidance would lead away from an empty condition that training has never shown to the network."""
+        is_led = self.sample.guidance != 1 and not self.sample.guidance_path
+        return is_led and not self.train.label_dropout and self.train.init is None
+
     def _check_average(self) -> None:
         """Checks that network, objective and solver are of one kind, and that there is one guidance."""
         model, process, sample = self.model, self.process, self.sample

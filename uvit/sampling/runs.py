@@ -10,6 +10,7 @@ import torch
 
 from uvit.common.cli import process_state
 from uvit.common.errors import InputError
+from uvit.common.messages import warn
 from uvit.config import (
     CONFIG_FILE,
     MAX_BATCH,
@@ -128,6 +129,8 @@ class DrawArguments(Section):
         config = dataclasses.replace(config, sample=sampling, data=data)
         if self.guide is None:
             config.check_guidance()
+            if config.lacks_null and self.config is None:
+                warn("train.label_dropout 0 never showed the network the empty condition that guidance leads away from")
         sampling_times(config.process, config.sample)  # raises for an invalid grid before the long work
         set_up_process(config.train.num_threads, device.type)
         return config, model, load_encoders(config.data, config.model).to(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from os.path import isfile
+from os.path import isdir, isfile
 from pathlib import Path
 
 import numpy as np
@@ -154,8 +154,10 @@ def rebuild(run_dir: Path, width: float, step: int | None = None) -> tuple[dict[
         The weights in float32, and how they were made.
 
     Raises:
-        InputError: no snapshots, none of that step, broken ones, or some that are not finite.
+        InputError: no such folder, no snapshots, none of that step, broken ones, or some that are not finite.
     """
+    if not isdir(run_dir):
+        raise InputError(f"run folder not found: {run_dir}")
     files = {step_of(path.name) or 0: path for path in average_files(run_dir)}
     if not files:
         wanted = "train it with --train.average_widths 0.05 0.1"

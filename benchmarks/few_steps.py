@@ -72,7 +72,7 @@ def configs_of(name: str, given: Arguments) -> dict[str, Config]:
         # At any scale over the same share of the steps.
         ema_decay = max(0.0, 1 - (1 - train.ema_decay) * few.train.num_steps / num_steps)
         train = replace(train, ema_decay=ema_decay)
-        sample = replace(config.sample, guidance=1.0, reuse="none")
+        sample = replace(config.sample, guidance=1.0, guidance_interval=(0.0, 1.0), reuse="none")
         configs[arm] = replace(config, data=data, train=train, sample=sample)
     return configs
 

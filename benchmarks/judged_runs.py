@@ -114,7 +114,8 @@ def study_config(name: str, fashion: str | None = None, compile: Compile = "no")
         tracker="none",
     )
     data = replace(base.data, name=fashion if name == "fashion" and fashion else base.data.name)
-    sample = replace(base.sample, guidance=1.0, reuse="none", mixed_precision=train.mixed_precision)
+    unguided = {"guidance": 1.0, "guidance_interval": (0.0, 1.0)}
+    sample = replace(base.sample, **unguided, reuse="none", mixed_precision=train.mixed_precision)
     return replace(base, train=train, data=data, sample=sample)
 
 

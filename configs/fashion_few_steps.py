@@ -14,5 +14,5 @@ config = replace(
     fashion,
     model=replace(fashion.model, takes_interval=True, conv="none"),
     process=replace(fashion.process, objective="average", instant_share=0.875, logit_std=1.2, derivative="differences"),
-    sample=replace(fashion.sample, sampler="average", num_steps=2, guidance=1.0),
+    sample=replace(fashion.sample, sampler="average", num_steps=2, guidance=1.0, guidance_interval=(0.0, 1.0)),
 )

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from judged_runs import public_json, same_settings, time_steps
+from judged_runs import public_json, same_settings, time_steps, unguided
 from matplotlib.figure import Figure
 from measure import ROOT, best_device, load_result, log_scale, plot_range, result_path, save_result, spread
 from quality import Judge
@@ -72,8 +72,7 @@ def configs_of(name: str, given: Arguments) -> dict[str, Config]:
         # At any scale over the same share of the steps.
         ema_decay = max(0.0, 1 - (1 - train.ema_decay) * few.train.num_steps / num_steps)
         train = replace(train, ema_decay=ema_decay)
-        sample = replace(config.sample, guidance=1.0, guidance_interval=(0.0, 1.0), reuse="none")
-        configs[arm] = replace(config, data=data, train=train, sample=sample)
+        configs[arm] = replace(config, data=data, train=train, sample=unguided(config.sample))
     return configs
 
 

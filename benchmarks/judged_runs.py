@@ -28,7 +28,16 @@ from uvit import Config
 from uvit.common.errors import Interrupted, TrainingError
 from uvit.common.files import atomic_write, make_directory, write_text
 from uvit.common.signals import StopRequest
-from uvit.config import CHECKPOINT_FOLDER, METRICS_FILE, WEIGHTS_FILE, Compile, from_dict, load_config, to_json
+from uvit.config import (
+    CHECKPOINT_FOLDER,
+    METRICS_FILE,
+    WEIGHTS_FILE,
+    Compile,
+    SampleConfig,
+    from_dict,
+    load_config,
+    to_json,
+)
 from uvit.data.batch import ImageData
 from uvit.data.loader import load_data
 from uvit.networks.encoders import NO_ENCODERS
@@ -95,6 +104,11 @@ class Run:
         shutil.rmtree(self.folder / CHECKPOINT_FOLDER, ignore_errors=True)
 
 
+def unguided(sample: SampleConfig) -> SampleConfig:
+    """Returns how images are drawn where recipes are compared; equal, also in saved figures, however it was guided."""
+    return replace(sample, guidance=1.0, guidance_interval=(0.0, 1.0), reuse="none")
+
+
 def study_config(name: str, fashion: str | None = None, compile: Compile = "no") -> Config:
     """Returns the plain recipe of configs/NAME.py for a study: one thread, no grids, no tracker, unguided images.
 
@@ -114,8 +128,7 @@ def study_config(name: str, fashion: str | None = None, compile: Compile = "no")
         tracker="none",
     )
     data = replace(base.data, name=fashion if name == "fashion" and fashion else base.data.name)
-    unguided = {"guidance": 1.0, "guidance_interval": (0.0, 1.0)}
-    sample = replace(base.sample, **unguided, reuse="none", mixed_precision=train.mixed_precision)
+    sample = replace(unguided(base.sample), mixed_precision=train.mixed_precision)
     return replace(base, train=train, data=data, sample=sample)
 
 

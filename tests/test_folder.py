@@ -72,6 +72,12 @@ def test_the_config_of_the_network_is_read_from_a_run_and_from_weights(tmp_path)
         assert read_network_config(tmp_path) == model
 
 
+def test_a_broken_config_of_the_network_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"img_size": 8, "dept": 4}')
+    with pytest.raises(InputError, match=r"config.json: UViTConfig has no field 'dept'"):
+        read_network_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     [

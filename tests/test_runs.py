@@ -30,6 +30,12 @@ def test_a_run_is_loaded_ready_to_draw(run_dir):
     assert_equal_weights(network, UViT.from_pretrained(run_dir))
 
 
+def test_a_broken_config_of_a_run_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"process": {"shedule": "flow"}}')
+    with pytest.raises(InputError, match=r"config.json: ProcessConfig has no field 'shedule'"):
+        load_run(str(tmp_path), "auto", CPU)
+
+
 def test_weights_without_a_run_need_its_config(run_dir, tmp_path):
     network = UViT(MODEL)
     network.save_pretrained(tmp_path / "weights")

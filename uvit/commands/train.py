@@ -68,8 +68,7 @@ def read_arguments(arguments: Sequence[str]) -> Config:
         if config.sample.mixed_precision != "auto":
             resolve_precision(config.sample.mixed_precision, device_type, config.model.width)
     num_processes = int(os.environ.get("WORLD_SIZE") or 1)
-    check_batch(config.train, num_processes)
-    num_together = config.train.batch_size // config.train.accumulation_steps // num_processes
+    num_together = check_batch(config.train, num_processes) // num_processes
     if config.train.alignment == "dispersive" and num_together == 1:
         raise InputError("train.alignment 'dispersive' needs parts of a batch of 2 images or more, got 1")
     if config.process.objective == "average":
